@@ -1,0 +1,154 @@
+//! The handle on one machine, as replication and handover see it.
+
+use std::{sync::Arc, time::Duration};
+
+use serde::{Deserialize, Serialize};
+
+use crate::{Geometry, PageBytes, PageIndex, PageSet, SavedState};
+
+/// The machine's process is gone: killed, crashed, or its control socket closed.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("the machine's process is gone: {reason}")]
+pub struct Gone {
+    /// What was seen of its end.
+    pub reason: String,
+}
+
+/// Why a machine did not do what it was asked.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum MachineError {
+    /// Its process is gone.
+    #[error(transparent)]
+    Gone(#[from] Gone),
+    /// It answered that it will not, and why; it is as it was before.
+    #[error("the machine refused: {reason}")]
+    Refused {
+        /// The machine's own words.
+        reason: String,
+    },
+    /// The guest itself has failed (fault, panic, hang); it can neither run nor move.
+    #[error("the guest has failed: {reason}")]
+    GuestFailed {
+        /// What the guest or its watchdog reported.
+        reason: String,
+    },
+}
+
+/// A point of the host's `CLOCK_MONOTONIC`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct HostInstant {
+    /// Nanoseconds since the host's start.
+    pub ns: u64,
+}
+
+impl HostInstant {
+    /// Time since `earlier`; zero when that lies ahead.
+    #[must_use]
+    pub fn since(self, earlier: Self) -> Duration {
+        Duration::from_nanos(self.ns.saturating_sub(earlier.ns))
+    }
+}
+
+/// The page space of a machine as its daemon maps it.
+///
+/// Reads of a running machine's pages may tear; they are tracked as dirty again, so that a torn
+/// read is always followed by another.
+pub trait Memory: Send + Sync {
+    /// Sizes of the page space.
+    fn geometry(&self) -> Geometry;
+    /// Copies one page out. A page outside the space reads as zeros.
+    fn read(&self, page: PageIndex, into: &mut PageBytes);
+    /// Overwrites one page. A page outside the space is ignored.
+    fn write(&self, page: PageIndex, bytes: &PageBytes);
+    /// Makes one page zero, giving its backing back where that is possible.
+    fn zero(&self, page: PageIndex);
+    /// Pages that may hold something other than zeros.
+    fn populated(&self) -> PageSet;
+}
+
+/// What asked for a pause; shown in events.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum PauseCause {
+    /// The switch of a handover.
+    Switch,
+    /// An operator or a policy.
+    Hold,
+}
+
+/// A machine's state at the instant it stopped.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Paused {
+    /// vCPU, devices, clock.
+    pub state: SavedState,
+    /// Pages written since the last harvest.
+    pub dirty: PageSet,
+    /// The last exit from `KVM_RUN`, or from the interrupted idle wait.
+    pub at: HostInstant,
+}
+
+/// A machine's first entry into `KVM_RUN` after a restore.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Started {
+    /// When it entered.
+    pub at: HostInstant,
+}
+
+/// One machine: a VMM process, or its simulation.
+///
+/// States: `shell → restored → running(gated) → running ⇄ paused → released`. A call that does not
+/// fit the state is [`MachineError::Refused`] and changes nothing.
+pub trait Machine: Send {
+    /// The page space.
+    fn memory(&self) -> Arc<dyn Memory>;
+
+    /// Pages written since the last harvest, by the guest and by the VMM. The first harvest after a
+    /// start or a restore says every page written since then; pages from before are found by
+    /// [`Memory::populated`].
+    ///
+    /// # Errors
+    /// [`MachineError`]; nothing is lost: a later harvest repeats what this one did not return.
+    fn harvest(&mut self) -> Result<PageSet, MachineError>;
+
+    /// Stops the vCPU and returns its state. Output that has not left yet waits in the rings and is
+    /// part of the state.
+    ///
+    /// # Errors
+    /// [`MachineError`]; except when gone, the machine runs on.
+    fn pause(&mut self, cause: PauseCause) -> Result<Paused, MachineError>;
+
+    /// Runs on after [`Machine::pause`], gate as before.
+    ///
+    /// # Errors
+    /// Refused once the machine is released.
+    fn resume(&mut self) -> Result<(), MachineError>;
+
+    /// Gives a shell the state to start from; `paused_at` is the instant of the source's pause on
+    /// *this* host's clock, so that guest time goes on by the true elapsed time.
+    ///
+    /// # Errors
+    /// Refused when the state's version or CPU features are not this host's.
+    fn restore(&mut self, state: &SavedState, paused_at: HostInstant) -> Result<(), MachineError>;
+
+    /// Runs a restored machine with its gate shut: nothing it emits leaves.
+    ///
+    /// # Errors
+    /// [`MachineError`].
+    fn run_gated(&mut self) -> Result<Started, MachineError>;
+
+    /// Opens the gate: the right to emit is settled.
+    ///
+    /// # Errors
+    /// [`MachineError`].
+    fn open_gate(&mut self) -> Result<(), MachineError>;
+
+    /// Gives the right away for ever: stored where the VMM process and any later daemon see it;
+    /// the machine never runs again. Returns only once that is stored.
+    ///
+    /// # Errors
+    /// [`MachineError::Gone`]: then it will not run again either.
+    fn release(&mut self) -> Result<(), MachineError>;
+
+    /// Ends the machine's process. Idempotent.
+    fn end(&mut self);
+}
