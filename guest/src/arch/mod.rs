@@ -1,0 +1,221 @@
+//! The machine as seen from ring 3: entry, fault stubs, the boot page, the door.
+#![expect(unsafe_code, reason = "entry point, port access and the mailbox shared with the VMM")]
+
+use core::arch::{asm, global_asm};
+
+use kage_abi::{BootPage, Config, FaultRecord, LogRing, MEMORY, VECTOR_PANIC, offset, status};
+
+// Fault stubs run in ring 0 on the exception stack: they note what happened and knock at the door for good.
+global_asm!(
+    r#"
+    .section .fault_stubs, "ax", @progbits
+    .macro fault_stub vector, has_code
+        .balign 16
+        .if \has_code == 0
+            push 0
+        .endif
+        push \vector
+        jmp fault_common
+    .endm
+    fault_stub 0, 0
+    fault_stub 1, 0
+    fault_stub 2, 0
+    fault_stub 3, 0
+    fault_stub 4, 0
+    fault_stub 5, 0
+    fault_stub 6, 0
+    fault_stub 7, 0
+    fault_stub 8, 1
+    fault_stub 9, 0
+    fault_stub 10, 1
+    fault_stub 11, 1
+    fault_stub 12, 1
+    fault_stub 13, 1
+    fault_stub 14, 1
+    fault_stub 15, 0
+    fault_stub 16, 0
+    fault_stub 17, 1
+    fault_stub 18, 0
+    fault_stub 19, 0
+    fault_stub 20, 0
+    fault_stub 21, 1
+    fault_stub 22, 0
+    fault_stub 23, 0
+    fault_stub 24, 0
+    fault_stub 25, 0
+    fault_stub 26, 0
+    fault_stub 27, 0
+    fault_stub 28, 0
+    fault_stub 29, 1
+    fault_stub 30, 1
+    fault_stub 31, 0
+    .balign 16
+
+    .section .park, "ax", @progbits
+    1:  out {door}, al
+        jmp 1b
+
+    .section .text.fault_common, "ax", @progbits
+    fault_common:
+        push rax
+        mov rax, [rsp + 8]
+        mov [{fault} + 0], rax
+        mov rax, [rsp + 16]
+        mov [{fault} + 8], rax
+        mov rax, [rsp + 24]
+        mov [{fault} + 16], rax
+        mov rax, [rsp + 48]
+        mov [{fault} + 24], rax
+        mov [{fault} + 32], rbp
+        mov rax, [rsp + 40]
+        mov [{fault} + 40], rax
+        mov rax, cr2
+        mov [{fault} + 48], rax
+        mov dword ptr [{boot} + 12], {failed}
+    2:  out {door}, al
+        jmp 2b
+    "#,
+    door = const kage_abi::DOOR_PORT,
+    fault = const MEMORY + offset::FAULT,
+    boot = const MEMORY + offset::BOOT,
+    failed = const status::FAILED,
+);
+
+unsafe extern "C" {
+    static kage_heap_start: u8;
+}
+
+const BOOT: *mut BootPage = (MEMORY + offset::BOOT) as *mut BootPage;
+
+/// What the host said at the last door.
+#[derive(Clone, Copy)]
+pub struct Mail {
+    /// Guest monotonic time in nanoseconds.
+    pub now_ns: u64,
+    /// Wall clock, nanoseconds since 1970.
+    pub wall_ns: u64,
+    /// 0 until the first one is given.
+    pub generation: u64,
+    /// Resumes on another host so far.
+    pub moves: u32,
+    /// Version of the config page.
+    pub config_version: u32,
+    /// A heartbeat is wanted.
+    pub heartbeat_on: bool,
+    /// Round of the heartbeat's figures.
+    pub heartbeat_round: u32,
+}
+
+/// Knocks: everything queued leaves, everything that arrived is delivered, `deadline_ns` is how long the host
+/// may wait for something to arrive (0: not at all).
+pub fn door(deadline_ns: u64) -> Mail {
+    // SAFETY: the boot page is mapped read-write for the machine's whole life and the host touches it only
+    // while the vCPU is out of guest mode, which is exactly during the `out`.
+    unsafe {
+        (&raw mut (*BOOT).deadline_ns).write_volatile(deadline_ns);
+        asm!("out {door}, al", door = const kage_abi::DOOR_PORT, in("al") 0u8, options(nostack, preserves_flags));
+    }
+    mail()
+}
+
+/// Reads the mailbox without knocking.
+pub fn mail() -> Mail {
+    // SAFETY: as in `door`.
+    let page = unsafe { BOOT.read_volatile() };
+    Mail {
+        now_ns: page.now_ns,
+        wall_ns: page.wall_ns,
+        generation: page.generation,
+        moves: page.moves,
+        config_version: page.config_version,
+        heartbeat_on: page.heartbeat_on != 0,
+        heartbeat_round: page.heartbeat_round,
+    }
+}
+
+/// Sets the status the host sees.
+pub fn set_status(status: u32) {
+    // SAFETY: as in `door`.
+    unsafe { (&raw mut (*BOOT).guest_status).write_volatile(status) }
+}
+
+/// Publishes the heartbeat's figures.
+pub fn publish_heartbeat(figures: kage_abi::Heartbeat) {
+    // SAFETY: as in `door`.
+    unsafe { (&raw mut (*BOOT).heartbeat).write_volatile(figures) }
+}
+
+/// Takes the generation's seed and erases it from the mailbox.
+pub fn take_seed() -> [u8; 32] {
+    // SAFETY: as in `door`.
+    unsafe {
+        let seed = (&raw const (*BOOT).seed).read_volatile();
+        (&raw mut (*BOOT).seed).write_volatile([0; 32]);
+        seed
+    }
+}
+
+/// The config page.
+pub fn config() -> &'static Config {
+    // SAFETY: mapped for ever, plain bytes for which every pattern is valid, written by the host only before
+    // the first generation.
+    unsafe { &*((MEMORY + offset::CONFIG) as *const Config) }
+}
+
+/// First and one-past-last address of the heap.
+pub fn heap_range() -> (usize, usize) {
+    // SAFETY: only the address of the linker's symbol is taken.
+    let start = unsafe { (&raw const kage_heap_start) as usize };
+    // SAFETY: as in `door`.
+    let memory = unsafe { (&raw const (*BOOT).memory_bytes).read_volatile() };
+    (start, MEMORY as usize + memory as usize)
+}
+
+/// Bytes of memory the machine has.
+pub fn memory_bytes() -> u64 {
+    // SAFETY: as in `door`.
+    unsafe { (&raw const (*BOOT).memory_bytes).read_volatile() }
+}
+
+/// Appends to the log ring.
+pub fn log_bytes(text: &[u8]) {
+    let ring = (MEMORY + offset::LOG) as *mut LogRing;
+    for &byte in text {
+        // SAFETY: the ring is mapped for ever, the index is reduced to its size, and nothing else in this
+        // single-threaded guest holds a reference to it.
+        unsafe {
+            let written = (&raw const (*ring).written).read();
+            let at = (written % kage_abi::LOG_BYTES as u64) as usize;
+            (&raw mut (*ring).text).cast::<u8>().add(at).write(byte);
+            (&raw mut (*ring).written).write(written + 1);
+        }
+    }
+}
+
+/// Leaves a panic's message where the host finds it and stops.
+pub fn fail(message: &[u8]) -> ! {
+    let record = (MEMORY + offset::FAULT) as *mut FaultRecord;
+    let (rsp, rbp): (u64, u64);
+    let length = message.len().min(kage_abi::PANIC_MESSAGE_MAX);
+    // SAFETY: reads two registers.
+    unsafe { asm!("mov {0}, rsp", "mov {1}, rbp", out(reg) rsp, out(reg) rbp, options(nomem, nostack)) };
+    // SAFETY: the record's page is mapped for ever and nothing refers to it; `length` is capped to its size.
+    unsafe {
+        (&raw mut (*record).vector).write(VECTOR_PANIC);
+        (&raw mut (*record).rip).write(fail as *const () as u64);
+        (&raw mut (*record).rsp).write(rsp);
+        (&raw mut (*record).rbp).write(rbp);
+        (&raw mut (*record).message).cast::<u8>().copy_from_nonoverlapping(message.as_ptr(), length);
+        (&raw mut (*record).message_length).write(length as u64);
+    }
+    set_status(status::FAILED);
+    loop {
+        door(u64::MAX);
+    }
+}
+
+/// Where the machine starts: ring 3, stack set by the host, no state.
+#[unsafe(no_mangle)]
+extern "C" fn kage_start() -> ! {
+    crate::kernel::run()
+}

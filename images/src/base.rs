@@ -1,0 +1,313 @@
+//! The read-only base slot: descriptor tables, kernel, page tables.
+//!
+//! A pure function of kernel, memory size and ABI version, so that every host builds the same bytes
+//! and none of it is ever sent. Page tables have accessed and dirty bits preset: a processor that
+//! sets them would write to a read-only slot.
+
+use kage_abi as abi;
+use kage_machine::Geometry;
+use object::{Object, ObjectSegment, SegmentFlags, elf};
+
+const PAGE: u64 = abi::PAGE;
+const LARGE: u64 = 2 << 20;
+
+const PRESENT: u64 = 1;
+const WRITABLE: u64 = 1 << 1;
+const USER: u64 = 1 << 2;
+const UNCACHED: u64 = 1 << 4;
+const ACCESSED: u64 = 1 << 5;
+const DIRTY: u64 = 1 << 6;
+const LARGE_PAGE: u64 = 1 << 7;
+const NO_EXECUTE: u64 = 1 << 63;
+const ADDRESS: u64 = 0x000f_ffff_ffff_f000;
+
+/// Why no base can be built from a kernel.
+#[derive(Debug, thiserror::Error)]
+pub enum BaseError {
+    /// Not an ELF executable.
+    #[error("the kernel is no ELF executable: {0}")]
+    Elf(#[from] object::Error),
+    /// A segment lies where the memory map has no place for it.
+    #[error("the kernel's segment at {address:#x} of {bytes} bytes does not fit the memory map")]
+    Segment {
+        /// Its first address.
+        address: u64,
+        /// Its size.
+        bytes: u64,
+    },
+}
+
+/// Initial content of a part of the machine's memory.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DataSegment {
+    /// Offset in the machine's memory.
+    pub offset: u64,
+    /// Its bytes.
+    pub bytes: Vec<u8>,
+}
+
+/// What all machines of one kernel and memory size share.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Base {
+    /// The slot's content from [`abi::BASE`] on, whole pages.
+    pub bytes: Vec<u8>,
+    /// First instruction.
+    pub entry: u64,
+    /// Root of the page tables.
+    pub page_table_root: u64,
+    /// Initial data for the machine's memory.
+    pub data: Vec<DataSegment>,
+}
+
+struct Segment {
+    address: u64,
+    bytes: Vec<u8>,
+    size: u64,
+    executable: bool,
+    writable: bool,
+}
+
+impl Base {
+    /// Builds the base for machines of `geometry` from an ELF kernel.
+    ///
+    /// # Errors
+    /// [`BaseError`] for a kernel that does not fit.
+    pub fn build(kernel: &[u8], geometry: Geometry) -> Result<Self, BaseError> {
+        let file = object::File::parse(kernel)?;
+        let segments = segments(&file)?;
+        let memory_end = abi::MEMORY + geometry.memory_bytes();
+        let mut read_only_end = abi::KERNEL;
+        let mut data_end = abi::MEMORY + abi::offset::DATA;
+        let mut data = Vec::new();
+        for segment in &segments {
+            let (first, end) = (segment.address, segment.address.saturating_add(segment.size));
+            let misfit = BaseError::Segment { address: first, bytes: segment.size };
+            if segment.writable {
+                if first < abi::MEMORY + abi::offset::DATA || end > memory_end || segment.executable {
+                    return Err(misfit);
+                }
+                data_end = data_end.max(end);
+                if !segment.bytes.is_empty() {
+                    data.push(DataSegment { offset: first - abi::MEMORY, bytes: segment.bytes.clone() });
+                }
+            } else {
+                if first < abi::KERNEL || end > abi::BASE + abi::BASE_MAX {
+                    return Err(misfit);
+                }
+                read_only_end = read_only_end.max(end);
+            }
+        }
+
+        let mut tables = PageTables::new(read_only_end.next_multiple_of(PAGE));
+        for page in [abi::GDT, abi::IDT, abi::TSS] {
+            tables.map(page, NO_EXECUTE);
+        }
+        for segment in segments.iter().filter(|segment| !segment.writable) {
+            let flags = USER | if segment.executable { 0 } else { NO_EXECUTE };
+            for page in (segment.address & !(PAGE - 1)..segment.address + segment.size).step_by(PAGE as usize) {
+                tables.map(page, flags);
+            }
+        }
+        let large_from = data_end.next_multiple_of(LARGE).min(memory_end);
+        for page in (abi::MEMORY..large_from).step_by(PAGE as usize) {
+            if !is_guard(page - abi::MEMORY) {
+                tables.map(page, USER | WRITABLE | NO_EXECUTE);
+            }
+        }
+        for page in (large_from..memory_end).step_by(LARGE as usize) {
+            tables.map_large(page, USER | WRITABLE | NO_EXECUTE);
+        }
+        for slot in 0..abi::device::COUNT as u64 {
+            tables.map(abi::MMIO + slot * PAGE, USER | WRITABLE | NO_EXECUTE | UNCACHED);
+        }
+
+        let mut bytes = vec![0; (tables.first - abi::BASE) as usize];
+        put(&mut bytes, abi::GDT, &descriptors());
+        put(&mut bytes, abi::IDT, &interrupt_gates());
+        put(&mut bytes, abi::TSS, &task_state());
+        for segment in segments.iter().filter(|segment| !segment.writable) {
+            put(&mut bytes, segment.address, &segment.bytes);
+        }
+        let page_table_root = tables.first;
+        for table in &tables.tables {
+            bytes.extend(table.iter().flat_map(|entry| entry.to_le_bytes()));
+        }
+        Ok(Self { bytes, entry: file.entry(), page_table_root, data })
+    }
+}
+
+fn segments(file: &object::File<'_>) -> Result<Vec<Segment>, BaseError> {
+    file.segments()
+        .filter(|segment| segment.size() > 0)
+        .map(|segment| {
+            let flags = match segment.flags() {
+                SegmentFlags::Elf { p_flags, .. } => p_flags,
+                _ => elf::PF_R,
+            };
+            Ok(Segment {
+                address: segment.address(),
+                bytes: segment.data()?.to_vec(),
+                size: segment.size(),
+                executable: (flags & elf::PF_X).0 != 0,
+                writable: (flags & elf::PF_W).0 != 0,
+            })
+        })
+        .collect()
+}
+
+/// Pages below each stack and behind the last one stay absent, so that an overflow faults.
+fn is_guard(offset: u64) -> bool {
+    use abi::offset::{DATA, FAULT, FAULT_STACK, FAULT_STACK_TOP, LOG, RESOURCES, STACK, STACK_TOP};
+    let log_end = LOG + (64 << 10);
+    (FAULT + PAGE..FAULT_STACK).contains(&offset)
+        || (FAULT_STACK_TOP..LOG).contains(&offset)
+        || (log_end..STACK).contains(&offset)
+        || (STACK_TOP..RESOURCES).contains(&offset)
+        || (RESOURCES + abi::offset::RESOURCES_BYTES..DATA).contains(&offset)
+}
+
+fn put(bytes: &mut [u8], address: u64, what: &[u8]) {
+    let at = (address - abi::BASE) as usize;
+    bytes[at..at + what.len()].copy_from_slice(what);
+}
+
+/// Flat 64-bit segments with accessed bits preset (SDM vol. 3 §3.4.5), and the TSS descriptor (§8.2.3).
+fn descriptors() -> Vec<u8> {
+    let tss_limit = PAGE - 1;
+    let tss_low = tss_limit & 0xffff
+        | (abi::TSS & 0xff_ffff) << 16
+        | 0x8b << 40
+        | (tss_limit >> 16 & 0xf) << 48
+        | (abi::TSS >> 24 & 0xff) << 56;
+    let entries: [u64; 7] = [
+        0,
+        0x00af_9b00_0000_ffff, // code, DPL 0
+        0x00cf_9300_0000_ffff, // data, DPL 0
+        0x00cf_f300_0000_ffff, // data, DPL 3
+        0x00af_fb00_0000_ffff, // code, DPL 3
+        tss_low,
+        abi::TSS >> 32,
+    ];
+    entries.iter().flat_map(|entry| entry.to_le_bytes()).collect()
+}
+
+/// One interrupt gate per exception, on IST 1 (SDM vol. 3 §6.14.1). Gates of DPL 3 let `int3` through.
+fn interrupt_gates() -> Vec<u8> {
+    (0..abi::FAULT_STUBS)
+        .flat_map(|vector| {
+            let stub = abi::KERNEL + vector * abi::FAULT_STUB_BYTES;
+            let dpl: u64 = if vector == 3 { 3 } else { 0 };
+            let low = stub & 0xffff
+                | u64::from(abi::selector::KERNEL_CODE) << 16
+                | 1 << 32
+                | (0x8e | dpl << 5) << 40
+                | (stub >> 16 & 0xffff) << 48;
+            [low, stub >> 32]
+        })
+        .flat_map(u64::to_le_bytes)
+        .collect()
+}
+
+/// The TSS: exception stack as IST 1, and the bitmap that lets ring 3 use the door's port alone (SDM vol. 1 §19.5.2).
+fn task_state() -> Vec<u8> {
+    let mut page = vec![0xff; PAGE as usize];
+    page[..abi::TSS_IO_MAP as usize].fill(0);
+    let top = abi::MEMORY + abi::offset::FAULT_STACK_TOP;
+    for at in [4, 36] {
+        page[at..at + 8].copy_from_slice(&top.to_le_bytes()); // RSP0, IST1
+    }
+    page[102..104].copy_from_slice(&abi::TSS_IO_MAP.to_le_bytes());
+    page[usize::from(abi::TSS_IO_MAP) + usize::from(abi::DOOR_PORT) / 8] &= !(1 << (abi::DOOR_PORT % 8));
+    page
+}
+
+/// Page tables (SDM vol. 3 §4.5) growing from `first`; table 0 is the root.
+struct PageTables {
+    first: u64,
+    tables: Vec<[u64; 512]>,
+}
+
+impl PageTables {
+    fn new(first: u64) -> Self {
+        Self { first, tables: vec![[0; 512]] }
+    }
+
+    /// The table that the entry for `address` at `level` lies in (4 = root … 1 = pages), made if absent.
+    fn table(&mut self, address: u64, level: u32) -> usize {
+        let mut table = 0;
+        for at in (level + 1..=4).rev() {
+            let index = Self::index(address, at);
+            if self.tables[table][index] == 0 {
+                self.tables.push([0; 512]);
+                let child = self.first + (self.tables.len() as u64 - 1) * PAGE;
+                self.tables[table][index] = child | PRESENT | WRITABLE | USER | ACCESSED;
+            }
+            table = (((self.tables[table][index] & ADDRESS) - self.first) / PAGE) as usize;
+        }
+        table
+    }
+
+    fn index(address: u64, level: u32) -> usize {
+        (address >> (12 + 9 * (level - 1)) & 511) as usize
+    }
+
+    fn map(&mut self, page: u64, flags: u64) {
+        let table = self.table(page, 1);
+        self.tables[table][Self::index(page, 1)] = page | flags | PRESENT | ACCESSED | DIRTY;
+    }
+
+    fn map_large(&mut self, page: u64, flags: u64) {
+        let table = self.table(page, 2);
+        self.tables[table][Self::index(page, 2)] = page | flags | PRESENT | ACCESSED | DIRTY | LARGE_PAGE;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn base(memory: u64) -> Base {
+        Base::build(crate::ImageFile::embedded().kernel(), Geometry::from_bytes(memory, 0).unwrap()).unwrap()
+    }
+
+    /// Walks the tables in `base.bytes` as a processor would.
+    fn translate(base: &Base, address: u64) -> Option<(u64, u64)> {
+        let mut table = base.page_table_root;
+        for level in (1..=4).rev() {
+            let at = (table - abi::BASE) as usize + PageTables::index(address, level) * 8;
+            let entry = u64::from_le_bytes(base.bytes[at..at + 8].try_into().unwrap());
+            if entry & PRESENT == 0 {
+                return None;
+            }
+            if level == 1 || entry & LARGE_PAGE != 0 {
+                let mask = if level == 1 { PAGE - 1 } else { LARGE - 1 };
+                return Some((entry & ADDRESS & !mask | address & mask, entry));
+            }
+            table = entry & ADDRESS;
+        }
+        None
+    }
+
+    #[test]
+    fn no_page_is_both_writable_and_executable_and_all_map_to_themselves() {
+        let base = base(64 << 20);
+        let tables = base.page_table_root;
+        for page in (0..abi::MMIO + 0x10_0000).step_by(PAGE as usize) {
+            if let Some((physical, entry)) = translate(&base, page) {
+                assert_eq!(physical, page);
+                assert!(entry & WRITABLE == 0 || entry & NO_EXECUTE != 0, "{page:#x}");
+                assert!(page < tables || page >= abi::MEMORY, "page tables are mapped at {page:#x}");
+            }
+        }
+        assert!(translate(&base, abi::MEMORY + (64 << 20)).is_none());
+        assert!(translate(&base, abi::MEMORY + abi::offset::STACK - 8).is_none());
+        assert!(translate(&base, abi::MEMORY + abi::offset::FAULT_STACK - 8).is_none());
+        assert!(translate(&base, abi::MEMORY + (64 << 20) - 8).is_some());
+    }
+
+    #[test]
+    fn the_base_is_a_pure_function_of_kernel_and_size() {
+        assert_eq!(base(64 << 20), base(64 << 20));
+        assert_ne!(base(64 << 20), base(128 << 20));
+    }
+}
