@@ -1,1 +1,8 @@
-//! kage-host.
+//! The edge-host daemon: lifecycle of images, roaming feed, API, supervision.
+//!
+//! - [`config`], [`units`]: `host.toml`.
+//! - [`init`]: a site's keys and certificates.
+
+pub mod config;
+pub mod init;
+pub mod units;
