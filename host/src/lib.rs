@@ -5,4 +5,8 @@
 
 pub mod config;
 pub mod init;
+pub mod roaming;
+#[cfg(test)]
+mod scratch;
+pub mod tls;
 pub mod units;

@@ -1,23 +1,7 @@
 use std::os::unix::fs::PermissionsExt;
 
 use super::*;
-
-/// A directory that is removed when the test ends.
-struct Scratch(PathBuf);
-
-impl Scratch {
-    fn new(name: &str) -> Self {
-        let dir = std::env::temp_dir().join(format!("kage-init-{name}-{}", std::process::id()));
-        let _ = fs::remove_dir_all(&dir);
-        Self(dir)
-    }
-}
-
-impl Drop for Scratch {
-    fn drop(&mut self) {
-        let _ = fs::remove_dir_all(&self.0);
-    }
-}
+use crate::scratch::Scratch;
 
 fn host(name: &str) -> HostSpec {
     HostSpec { name: name.parse().unwrap(), advertise: Some("[2001:db8::a]:7701".parse().unwrap()) }
@@ -39,55 +23,55 @@ fn contents(dir: &Path) -> Vec<(PathBuf, Vec<u8>)> {
 
 #[test]
 fn a_second_call_adds_and_overwrites_nothing() {
-    let dir = Scratch::new("twice");
-    let made = site(&dir.0, &[host("a")]).unwrap();
-    assert_eq!(made.created.len(), contents(&dir.0).len());
-    let before = contents(&dir.0);
-    assert!(site(&dir.0, &[host("a")]).unwrap().created.is_empty());
-    assert_eq!(contents(&dir.0), before);
-    let more = site(&dir.0, &[host("a"), host("b")]).unwrap();
-    assert!(more.created.iter().all(|path| path.starts_with(dir.0.join("b"))), "{:?}", more.created);
+    let dir = Scratch::new("init-twice");
+    let made = site(dir.path(), &[host("a")]).unwrap();
+    assert_eq!(made.created.len(), contents(dir.path()).len());
+    let before = contents(dir.path());
+    assert!(site(dir.path(), &[host("a")]).unwrap().created.is_empty());
+    assert_eq!(contents(dir.path()), before);
+    let more = site(dir.path(), &[host("a"), host("b")]).unwrap();
+    assert!(more.created.iter().all(|path| path.starts_with(dir.path().join("b"))), "{:?}", more.created);
 }
 
 #[test]
 fn private_files_are_for_their_owner_only() {
-    let dir = Scratch::new("modes");
-    let site = site(&dir.0, &[host("a")]).unwrap();
+    let dir = Scratch::new("init-modes");
+    let site = site(dir.path(), &[host("a")]).unwrap();
     let tls = site.tls_dir(&"a".parse().unwrap());
-    for path in [site.operator_key(), site.radius_secret(), dir.0.join("ca.key"), tls.join("host.key")] {
+    for path in [site.operator_key(), site.radius_secret(), dir.path().join("ca.key"), tls.join("host.key")] {
         assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600, "{}", path.display());
     }
 }
 
 #[test]
 fn half_a_pair_is_refused() {
-    let dir = Scratch::new("half");
-    let made = site(&dir.0, &[host("a")]).unwrap();
+    let dir = Scratch::new("init-half");
+    let made = site(dir.path(), &[host("a")]).unwrap();
     fs::remove_file(made.tls_dir(&"a".parse().unwrap()).join("host.key")).unwrap();
-    assert!(matches!(site(&dir.0, &[host("a")]), Err(InitError::Damaged { .. })));
-    fs::write(dir.0.join("ca.key"), "nonsense").unwrap();
-    assert!(matches!(site(&dir.0, &[host("b")]), Err(InitError::Damaged { .. })));
+    assert!(matches!(site(dir.path(), &[host("a")]), Err(InitError::Damaged { .. })));
+    fs::write(dir.path().join("ca.key"), "nonsense").unwrap();
+    assert!(matches!(site(dir.path(), &[host("b")]), Err(InitError::Damaged { .. })));
 }
 
 #[test]
 fn a_name_that_fits_no_certificate_is_refused() {
-    let dir = Scratch::new("name");
-    let error = site(&dir.0, &[HostSpec { name: "a@b".parse().unwrap(), advertise: None }]).unwrap_err();
+    let dir = Scratch::new("init-name");
+    let error = site(dir.path(), &[HostSpec { name: "a@b".parse().unwrap(), advertise: None }]).unwrap_err();
     assert!(matches!(error, InitError::Name(_)), "{error}");
 }
 
 #[test]
 fn the_sample_configuration_is_accepted() {
-    let dir = Scratch::new("sample");
-    let site = site(&dir.0, &[host("a")]).unwrap();
+    let dir = Scratch::new("init-sample");
+    let site = site(dir.path(), &[host("a")]).unwrap();
     let config = crate::config::Config::load(&site.config(&"a".parse().unwrap())).unwrap();
     assert!(config.serves_directory());
 }
 
 #[test]
 fn openssh_reads_the_operator_key() {
-    let dir = Scratch::new("ssh");
-    let site = site(&dir.0, &[]).unwrap();
+    let dir = Scratch::new("init-ssh");
+    let site = site(dir.path(), &[]).unwrap();
     let output =
         std::process::Command::new("ssh-keygen").arg("-y").arg("-f").arg(site.operator_key()).output();
     // Where OpenSSH is not installed the format is still pinned by its magic.

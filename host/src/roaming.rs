@@ -1,0 +1,3 @@
+//! Where users are: the accounting feed of access points.
+
+pub mod radius;
