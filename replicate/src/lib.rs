@@ -1,1 +1,3 @@
 //! kage-replicate.
+
+pub mod link;
