@@ -8,7 +8,7 @@ use std::{
     str::FromStr,
 };
 
-use kage_machine::{HostName, ImageNumber, Term, UserName, Vid, identity::ApName};
+use kage_machine::{HandoverId, HostName, ImageNumber, Term, UserName, Vid, identity::ApName};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
 use crate::store::{Directory, DirectoryError, Revision};
@@ -131,17 +131,6 @@ pub fn decode<R: Record>(key: &str, value: &[u8]) -> Result<R, DirectoryError> {
         Ok((record, [])) => Ok(record),
         Ok(_) => Err(unreadable("bytes follow it".into())),
         Err(error) => Err(unreadable(error.to_string())),
-    }
-}
-
-/// Names one attempt of a handover; drawn at random by its source.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
-#[serde(transparent)]
-pub struct HandoverId(pub u64);
-
-impl fmt::Display for HandoverId {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{:016x}", self.0)
     }
 }
 
@@ -324,7 +313,7 @@ mod tests {
         ImageRecord {
             term: Term(3),
             owner: "h1".parse().unwrap(),
-            intent: Some(Intent { target: "h2".parse().unwrap(), handover: HandoverId(9) }),
+            intent: Some(Intent { target: "h2".parse().unwrap(), handover: HandoverId([9; 16]) }),
             backup: None,
             wanted: Wanted::Running,
             number: ImageNumber(7),
@@ -341,7 +330,8 @@ mod tests {
     #[test]
     fn an_image_record_keeps_its_bytes() {
         let bytes = encode(&image());
-        assert_eq!(bytes[..16], [1, 3, 2, b'h', b'1', 1, 2, b'h', b'2', 9, 0, 0, 7, 7, b'd', b'e']);
+        assert_eq!(bytes[..10], [1, 3, 2, b'h', b'1', 1, 2, b'h', b'2', 9]);
+        assert_eq!(bytes[25..31], [0, 0, 7, 7, b'd', b'e']);
         assert_eq!(decode::<ImageRecord>("image/a", &bytes), Ok(image()));
         for end in 0..bytes.len() {
             assert!(decode::<ImageRecord>("image/a", &bytes[..end]).is_err(), "cut at {end}");

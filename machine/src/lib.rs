@@ -21,7 +21,7 @@ pub mod page;
 pub mod sim;
 pub mod state;
 
-pub use identity::{Epoch, HostName, ImageNumber, SitePrefix, Term, UserName, Vid};
-pub use machine::{Gone, Machine, MachineError, Memory, PauseCause, Paused, Started};
+pub use identity::{Epoch, HandoverId, HostName, ImageNumber, SitePrefix, Term, UserName, Vid};
+pub use machine::{Gone, HostInstant, Machine, MachineError, Memory, PauseCause, Paused, Started};
 pub use page::{Geometry, PAGE_SIZE, PageBytes, PageIndex, PageSet};
 pub use state::SavedState;

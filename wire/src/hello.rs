@@ -8,6 +8,7 @@
 //! ```
 //! The first eight bytes never change, so that builds without a common version can still say so.
 
+pub use kage_machine::HandoverId;
 use kage_machine::HostName;
 use serde::{Deserialize, Serialize};
 
@@ -19,23 +20,6 @@ pub const MIN_VERSION: u16 = 1;
 pub const MAX_VERSION: u16 = 1;
 
 const MAGIC: [u8; 4] = *b"KAGE";
-
-/// Number of one handover, drawn at random by its source.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
-#[serde(transparent)]
-pub struct HandoverId(pub [u8; 16]);
-
-impl std::fmt::Display for HandoverId {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "{:032x}", u128::from_be_bytes(self.0))
-    }
-}
-
-impl std::fmt::Debug for HandoverId {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "HandoverId({self})")
-    }
-}
 
 /// What a link is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
