@@ -1,0 +1,306 @@
+//! The fabric against the real kernel, in network namespaces. Needs root.
+
+mod site;
+
+use std::{
+    net::{Ipv6Addr, UdpSocket},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    thread,
+    time::{Duration, Instant},
+};
+
+use kage_fabric::{Drained, Fabric, FabricError, Hop, TapError, drain, drain_until_quiet, names};
+use kage_machine::{ImageNumber, identity::ApName};
+use site::{Core, Echo, Namespace, Probe, attach_device, device, hosts, image, spec};
+
+const DEVICE: Ipv6Addr = Ipv6Addr::new(0xfd4b, 0x6167, 0x65ff, 0, 0, 0, 0, 1);
+
+#[test]
+fn everything_may_be_done_twice() {
+    let core = Core::new();
+    let hosts = hosts(&core, 2);
+    let (a, b) = (&hosts[0], &hosts[1]);
+    let before = a.namespace.ip("-o link show kage0");
+    let (peer, underlay) = (b.name.clone(), b.underlay);
+    a.with(move |fabric| {
+        let ap: ApName = "ap-1".parse().unwrap();
+        let tap = names::tap(ImageNumber(7));
+        let held = fabric.create_tap(&tap).unwrap();
+        for _ in 0..2 {
+            fabric.setup().unwrap();
+            fabric.set_peer(&peer, underlay.into()).unwrap();
+            fabric.configure_tap(&tap).unwrap();
+            let bridge = fabric.ensure_ap_bridge(&ap).unwrap();
+            fabric.route_device_local(DEVICE, &bridge).unwrap();
+            fabric.route_image_to_tap(image(7), &tap).unwrap();
+            fabric.route_image_to_host(image(8), &peer).unwrap();
+        }
+        let mut routes = fabric.image_and_device_routes().unwrap();
+        routes.sort_by_key(|route| route.address);
+        let lengths: Vec<_> = routes.iter().map(|route| (route.address, route.length)).collect();
+        assert_eq!(lengths, [(image(7).image_prefix(), 88), (image(8).image_prefix(), 88), (DEVICE, 128)]);
+        assert_eq!(routes[1].hop, Hop::Host(peer.clone()));
+        assert!(matches!(routes[0].hop, Hop::Local { .. }));
+        for _ in 0..2 {
+            fabric.unroute_image(image(8)).unwrap();
+            fabric.unroute_device(DEVICE).unwrap();
+            fabric.delete_ap_bridge(&ap).unwrap();
+            fabric.remove_peer(&peer).unwrap();
+            fabric.delete_tap(&tap).unwrap();
+        }
+        assert_eq!(fabric.image_and_device_routes().unwrap(), []);
+        drop(held);
+    });
+    assert_eq!(a.namespace.ip("-o link show kage0"), before, "the tunnel was not made anew");
+    a.with(|fabric| {
+        fabric.teardown().unwrap();
+        fabric.teardown().unwrap();
+    });
+    assert_eq!(a.namespace.ip("-6 route show proto 75"), "");
+}
+
+#[test]
+fn a_narrow_underlay_is_refused_with_its_cure() {
+    let core = Core::new();
+    let (namespace, underlay) = core.attach(1, 1349);
+    let spec = spec(&"h1".parse().unwrap(), underlay);
+    let error = namespace.run(move || Fabric::open(spec).unwrap_err().to_string());
+    assert_eq!(
+        error,
+        "underlay eth0 has an MTU of 1349: 1279 for guests after 70 bytes of tunnel, less than IPv6's 1280; raise it \
+         to at least 1350 on every host"
+    );
+}
+
+#[test]
+fn a_missing_underlay_and_an_unknown_peer_are_named() {
+    let namespace = Namespace::new();
+    let spec = spec(&"h1".parse().unwrap(), Ipv6Addr::LOCALHOST);
+    let error = namespace.run(move || Fabric::open(spec).unwrap_err());
+    assert!(matches!(error, FabricError::NoUnderlay(name) if name == "eth0"));
+    let core = Core::new();
+    let hosts = hosts(&core, 1);
+    let error = hosts[0].with(|fabric| {
+        let error = fabric.route_image_to_host(image(1), &"h9".parse().unwrap()).unwrap_err();
+        assert!(matches!(error, FabricError::UnknownPeer(_)), "{error}");
+        fabric.route_image_to_tap(image(1), "kt1").unwrap_err()
+    });
+    assert!(matches!(error, FabricError::NoInterface(name) if name == "kt1"));
+}
+
+#[test]
+fn a_tap_lives_as_long_as_somebody_holds_it() {
+    let core = Core::new();
+    let hosts = hosts(&core, 1);
+    hosts[0].with(|fabric| {
+        let daemon = fabric.create_tap("kt1").unwrap();
+        let machine = daemon.try_clone().unwrap();
+        drop(daemon);
+        let busy = fabric.create_tap("kt1").unwrap_err();
+        assert!(matches!(busy, FabricError::Tap(TapError::Busy { .. })), "{busy}");
+        fabric.configure_tap("kt1").unwrap();
+        fabric.route_image_to_tap(image(1), "kt1").unwrap();
+        drop(machine);
+        let gone = fabric.tap_counters("kt1").unwrap_err();
+        assert!(matches!(gone, FabricError::NoInterface(_)), "{gone}");
+        // Another tap of the same name has another index, which the fabric must notice by itself.
+        let _again = fabric.create_tap("kt1").unwrap();
+        fabric.route_image_to_tap(image(1), "kt1").unwrap();
+    });
+}
+
+#[test]
+fn a_full_tap_drops_and_counts() {
+    let core = Core::new();
+    let hosts = hosts(&core, 1);
+    hosts[0].with(|fabric| {
+        let tap = fabric.create_tap("kt1").unwrap();
+        fabric.route_image_to_tap(image(1), "kt1").unwrap();
+        let socket = UdpSocket::bind("[::]:0").unwrap();
+        const FRAMES: u64 = 6000;
+        for _ in 0..FRAMES {
+            socket.send_to(&[0; 32], (image(1).address(), 7)).unwrap();
+        }
+        let dropped = fabric.tap_counters("kt1").unwrap().to_machine_dropped;
+        // The queue holds 4096; the kernel's own first frames (multicast reports) take a few of those places.
+        assert!((FRAMES - 4096..FRAMES - 4080).contains(&dropped), "{dropped} dropped");
+        fabric.unroute_image(image(1)).unwrap();
+        drain(&tap, u64::MAX).unwrap();
+        let counters = fabric.tap_counters("kt1").unwrap();
+        assert_eq!((counters.to_machine, counters.to_machine_dropped), (4096, dropped));
+    });
+}
+
+#[test]
+fn a_route_is_replaced_without_a_moment_of_none() {
+    let core = Core::new();
+    let hosts = hosts(&core, 2);
+    let peer = hosts[1].name.clone();
+    hosts[0].with(move |fabric| {
+        let tap = fabric.create_tap("kt1").unwrap();
+        let bridge = fabric.ensure_ap_bridge(&"ap-1".parse().unwrap()).unwrap();
+        fabric.route_image_to_tap(image(1), "kt1").unwrap();
+        fabric.route_device_local(DEVICE, &bridge).unwrap();
+        let stop = Arc::new(AtomicBool::new(false));
+        let senders = [image(1).address(), DEVICE].map(|to| {
+            let (stop, socket) = (Arc::clone(&stop), UdpSocket::bind("[::]:0").unwrap());
+            let sender = move || {
+                let mut sent = 0_u64;
+                while !stop.load(Ordering::Acquire) {
+                    // Without a route this fails: the site is unreachable by default, and there is no default route.
+                    if let Err(error) = socket.send_to(&[0; 8], (to, 7)) {
+                        panic!("{to}: {error} after {sent}");
+                    }
+                    sent += 1;
+                }
+                sent
+            };
+            thread::spawn(sender)
+        });
+        let mut times = Vec::new();
+        for _ in 0..3000 {
+            let start = Instant::now();
+            fabric.route_image_to_host(image(1), &peer).unwrap();
+            times.push(start.elapsed());
+            fabric.route_image_to_tap(image(1), "kt1").unwrap();
+            fabric.route_device_to_host(DEVICE, &peer).unwrap();
+            fabric.route_device_local(DEVICE, &bridge).unwrap();
+        }
+        stop.store(true, Ordering::Release);
+        let sent: u64 = senders.into_iter().map(|sender| sender.join().unwrap()).sum();
+        times.sort_unstable();
+        println!(
+            "{sent} datagrams over 12000 flips; a flip takes {:?} (median), {:?} (p99)",
+            times[1500], times[2970]
+        );
+        assert_eq!(fabric.image_and_device_routes().unwrap().len(), 2, "each flip replaced its route");
+        drop(tap);
+    });
+}
+
+#[test]
+fn a_flip_alone_is_fast() {
+    let core = Core::new();
+    let hosts = hosts(&core, 2);
+    let peer = hosts[1].name.clone();
+    let mut times = hosts[0].with(move |fabric| {
+        let _tap = fabric.create_tap("kt1").unwrap();
+        let mut times = Vec::new();
+        for _ in 0..1000 {
+            let start = Instant::now();
+            fabric.route_image_to_host(image(1), &peer).unwrap();
+            times.push(start.elapsed());
+            fabric.route_image_to_tap(image(1), "kt1").unwrap();
+        }
+        times
+    });
+    times.sort_unstable();
+    println!("a route flip: median {:?}, p99 {:?}, max {:?}", times[500], times[990], times[999]);
+    assert!(times[500] < Duration::from_millis(1), "median {:?}", times[500]);
+}
+
+#[test]
+fn no_frame_is_lost_when_the_old_host_drains() {
+    let core = Core::new();
+    let hosts = hosts(&core, 3);
+    let (access, owners) = (&hosts[2], [&hosts[0], &hosts[1]]);
+    let bridge = access.with(|fabric| {
+        let bridge = fabric.ensure_ap_bridge(&"ap-3".parse().unwrap()).unwrap();
+        fabric.route_device_local(DEVICE, &bridge).unwrap();
+        bridge
+    });
+    let device = device(access, &bridge, DEVICE);
+    let taps = owners.map(|owner| {
+        let access = access.name.clone();
+        owner.with(move |fabric| {
+            fabric.route_device_to_host(DEVICE, &access).unwrap();
+            fabric.create_tap("kt7").unwrap()
+        })
+    });
+    let owner = owners[0].name.clone();
+    owners[0].with(|fabric| fabric.route_image_to_tap(image(7), "kt7").unwrap());
+    for other in [owners[1], access] {
+        let owner = owner.clone();
+        other.with(move |fabric| fabric.route_image_to_host(image(7), &owner).unwrap());
+    }
+
+    let mut echo = Echo::start(&taps[0]);
+    let probe = Probe::start(&device, DEVICE, image(7).address());
+    let mut drained = Drained::default();
+    for step in 0..20 {
+        let (from, to) = (step % 2, (step + 1) % 2);
+        let answered = probe.answers.load(Ordering::Acquire);
+        while probe.answers.load(Ordering::Acquire) < answered + 30 {
+            thread::sleep(Duration::from_millis(1));
+        }
+        echo.pause();
+        // What a handover's blackout would be: frames gather in the old tap.
+        thread::sleep(Duration::from_millis(5));
+        echo = Echo::start(&taps[to]);
+        owners[to].with(|fabric| fabric.route_image_to_tap(image(7), "kt7").unwrap());
+        let name = owners[to].name.clone();
+        owners[from].with(move |fabric| fabric.route_image_to_host(image(7), &name).unwrap());
+        drained +=
+            drain_until_quiet(&taps[from], Duration::from_millis(2), Instant::now() + Duration::from_secs(1))
+                .unwrap();
+        let name = owners[to].name.clone();
+        access.with(move |fabric| fabric.route_image_to_host(image(7), &name).unwrap());
+        drained +=
+            drain_until_quiet(&taps[from], Duration::from_millis(2), Instant::now() + Duration::from_secs(1))
+                .unwrap();
+    }
+    let (sent, received, gap) = probe.finish();
+    println!("20 flips: {sent} sent, {received} answered, {drained:?}, longest gap {gap:?}");
+    assert_eq!(received, sent);
+    assert_eq!(drained.lost, 0);
+    assert!(drained.forwarded >= 20, "{drained:?}");
+    echo.pause();
+}
+
+#[test]
+fn a_device_keeps_its_address_at_another_access_point() {
+    let core = Core::new();
+    let hosts = hosts(&core, 2);
+    let bridges: Vec<String> = hosts
+        .iter()
+        .map(|host| {
+            let ap: ApName = format!("ap-{}", host.name).parse().unwrap();
+            host.with(move |fabric| fabric.ensure_ap_bridge(&ap).unwrap())
+        })
+        .collect();
+    let here = bridges[0].clone();
+    let tap = hosts[0].with(move |fabric| {
+        fabric.route_device_local(DEVICE, &here).unwrap();
+        let tap = fabric.create_tap("kt7").unwrap();
+        fabric.route_image_to_tap(image(7), "kt7").unwrap();
+        tap
+    });
+    let (first, there) = (hosts[0].name.clone(), bridges[1].clone());
+    hosts[1].with(move |fabric| fabric.route_image_to_host(image(7), &first).unwrap());
+    let device = device(&hosts[0], &bridges[0], DEVICE);
+    let echo = Echo::start(&tap);
+    let probe = Probe::start(&device, DEVICE, image(7).address());
+    let wait_for = |more: u64| {
+        let goal = probe.answers.load(Ordering::Acquire) + more;
+        let deadline = Instant::now() + Duration::from_secs(5);
+        while probe.answers.load(Ordering::Acquire) < goal {
+            assert!(Instant::now() < deadline, "no answers");
+            thread::sleep(Duration::from_millis(1));
+        }
+    };
+    wait_for(50);
+    attach_device(&device, &hosts[1], &bridges[1], DEVICE, "wlan1");
+    let second = hosts[1].name.clone();
+    hosts[1].with(move |fabric| fabric.route_device_local(DEVICE, &there).unwrap());
+    hosts[0].with(move |fabric| fabric.route_device_to_host(DEVICE, &second).unwrap());
+    wait_for(20);
+    device.ip("link del wlan0");
+    wait_for(50);
+    let (sent, received, gap) = probe.finish();
+    println!("a device's move: {sent} sent, {received} answered, longest gap {gap:?}");
+    assert_eq!(received, sent);
+    echo.pause();
+}
