@@ -43,7 +43,7 @@ pub enum GeometryError {
         bytes: u64,
     },
     /// Larger than a page index carries.
-    #[error("disk of {bytes} bytes is refused; choose a multiple of 4KiB up to 64GiB")]
+    #[error("disk of {bytes} bytes is refused; choose a multiple of 4KiB up to 2GiB")]
     Disk {
         /// The size asked for.
         bytes: u64,
@@ -56,7 +56,7 @@ impl Geometry {
     /// Largest memory in bytes.
     pub const MAX_MEMORY: u64 = 2 << 30;
     /// Largest disk in bytes.
-    pub const MAX_DISK: u64 = 64 << 30;
+    pub const MAX_DISK: u64 = 2 << 30;
 
     /// Checks sizes in bytes.
     ///

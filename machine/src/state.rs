@@ -56,10 +56,9 @@ pub struct VirtioState {
     pub selectors: [u32; 3],
     /// Interrupt status register.
     pub interrupt_status: u32,
-    /// The device's queues.
+    /// The device's queues. Requests taken and not completed are put back: the device serves each
+    /// queue in order, so `next_avail` minus their number re-issues exactly them.
     pub queues: Vec<QueueState>,
-    /// Heads of descriptor chains taken from queue 0 and not completed; re-issued after a restore.
-    pub in_flight: Vec<u16>,
 }
 
 /// One split virtqueue (virtio 1.2 §2.7).
@@ -148,7 +147,6 @@ mod tests {
             devices: vec![VirtioState {
                 device_id: 1,
                 queues: vec![QueueState { size: 256, ready: true, ..QueueState::default() }; 2],
-                in_flight: vec![7],
                 ..VirtioState::default()
             }],
             clock: ClockState { monotonic_ns: 5, wall_ns: 6, generation: 1 },

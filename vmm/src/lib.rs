@@ -1,1 +1,20 @@
-//! kage-vmm.
+//! One machine on KVM, in a process of its own.
+//!
+//! - [`process`]: what `kage vmm` runs: `KVM_RUN`, serve the door, repeat.
+//! - [`remote`]: the daemon's handle on such a process, an implementation of [`kage_machine::Machine`].
+//! - [`pool`]: shells and logins made ready before they are wanted.
+//!
+//! Deliberately not here: keys, peers, policy. The process that runs hostile code opens nothing;
+//! everything arrives as a descriptor.
+
+mod clock;
+mod cpu;
+mod dirty;
+mod jail;
+mod packet;
+pub mod pool;
+pub mod process;
+pub mod remote;
+mod sys;
+mod vcpu;
+mod virtio;

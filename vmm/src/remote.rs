@@ -1,0 +1,671 @@
+//! The daemon's handle on one VMM process.
+
+use std::{
+    fs::File,
+    io,
+    os::{
+        fd::{AsFd, BorrowedFd, OwnedFd},
+        unix::process::CommandExt,
+    },
+    path::{Path, PathBuf},
+    process::{Command, Stdio},
+    sync::{Arc, Mutex, PoisonError, RwLock},
+};
+
+use kage_abi::{self as abi, BootPage, FaultRecord, LogRing, offset};
+use kage_images::Symbols;
+use kage_machine::{
+    Geometry, Gone, HostInstant, Machine, MachineError, Memory, PAGE_SIZE, PageBytes, PageIndex, PageSet, PauseCause, Paused,
+    SavedState, Started,
+    control::{
+        CONTROL_VERSION, Identity, MAX_PACKET, NetCounters, Phase, Reply, Request, Setup, control_page, decode, encode,
+    },
+};
+use rustix::{
+    fs::{MemfdFlags, SealFlags, SeekFrom, fcntl_add_seals, ftruncate, memfd_create, seek},
+    net::{
+        AddressFamily, RecvFlags, SocketAddrUnix, SocketFlags, SocketType, bind, connect, listen, socket_with,
+        sockopt::{Timeout, socket_peercred, set_socket_timeout},
+    },
+    process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal},
+};
+
+use crate::{packet, sys::Mapping};
+
+/// How long a VMM may take to answer before it counts as gone.
+const ANSWER_TIMEOUT: std::time::Duration = std::time::Duration::from_secs(10);
+
+/// A base slot in a sealed file, shared by all machines of a host that have its kernel and size.
+#[derive(Debug)]
+pub struct BaseFile {
+    file: OwnedFd,
+    /// Its layout.
+    pub base: kage_images::Base,
+}
+
+impl BaseFile {
+    /// Writes and seals the file.
+    ///
+    /// # Errors
+    /// Those of `memfd_create(2)` and writing.
+    pub fn new(base: kage_images::Base) -> io::Result<Self> {
+        let file = File::from(memfd_create("kage-base", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?);
+        io::Write::write_all(&mut &file, &base.bytes)?;
+        let file = OwnedFd::from(file);
+        fcntl_add_seals(&file, SealFlags::WRITE | SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL)?;
+        Ok(Self { file, base })
+    }
+}
+
+/// How VMM processes are started.
+#[derive(Clone, Debug)]
+pub struct Spawn {
+    /// The program, normally this one.
+    pub program: PathBuf,
+    /// Arguments before the descriptor's number: `["vmm", "--fd"]`.
+    pub arguments: Vec<String>,
+    /// User to become; see [`Setup::jail`].
+    pub jail: Option<u32>,
+}
+
+/// Memory and disk as this process maps them.
+struct Pages {
+    geometry: Geometry,
+    memory: Mapping,
+    memory_file: OwnedFd,
+    disk: RwLock<Option<(Mapping, OwnedFd)>>,
+}
+
+impl Pages {
+    fn place(&self, page: PageIndex) -> Option<usize> {
+        page.0.checked_sub(self.geometry.memory_pages).map(|block| block as usize)
+    }
+
+    fn with_disk(&self, act: impl FnOnce(&Mapping)) {
+        if let Some((disk, _)) = self.disk.read().unwrap_or_else(PoisonError::into_inner).as_ref() {
+            act(disk);
+        }
+    }
+}
+
+impl Memory for Pages {
+    fn geometry(&self) -> Geometry {
+        self.geometry
+    }
+
+    fn read(&self, page: PageIndex, into: &mut PageBytes) {
+        match self.place(page) {
+            None => self.memory.read_page(page.0 as usize, into),
+            Some(block) => {
+                into.fill(0);
+                self.with_disk(|disk| disk.read_page(block, into));
+            }
+        }
+    }
+
+    fn write(&self, page: PageIndex, bytes: &PageBytes) {
+        match self.place(page) {
+            None => self.memory.write_page(page.0 as usize, bytes),
+            Some(block) => self.with_disk(|disk| disk.write_page(block, bytes)),
+        }
+    }
+
+    fn zero(&self, page: PageIndex) {
+        let clear = |mapping: &Mapping, index| {
+            if mapping.punch(index).is_err() {
+                mapping.write_page(index, &[0; PAGE_SIZE]);
+            }
+        };
+        match self.place(page) {
+            None => clear(&self.memory, page.0 as usize),
+            Some(block) => self.with_disk(|disk| clear(disk, block)),
+        }
+    }
+
+    fn populated(&self) -> PageSet {
+        let mut set = PageSet::empty(self.geometry.pages());
+        add_data(&self.memory_file, 0, &mut set);
+        if let Some((_, file)) = self.disk.read().unwrap_or_else(PoisonError::into_inner).as_ref() {
+            add_data(file, self.geometry.memory_pages, &mut set);
+        }
+        set
+    }
+}
+
+/// Adds the pages of `file` that are no holes, numbered from `first`.
+fn add_data(file: &OwnedFd, first: u32, set: &mut PageSet) {
+    let page = PAGE_SIZE as u64;
+    let mut at = 0;
+    while let Ok(data) = seek(file, SeekFrom::Data(at)) {
+        let end = seek(file, SeekFrom::Hole(data)).unwrap_or(u64::MAX);
+        for index in data / page..end.div_ceil(page) {
+            let Some(index) = u32::try_from(index).ok().and_then(|index| index.checked_add(first)) else { return };
+            if !set.insert(PageIndex(index)) && index >= set.pages() {
+                return;
+            }
+        }
+        at = end;
+    }
+}
+
+/// A VMM process and the machine in it.
+pub struct RemoteMachine {
+    socket: OwnedFd,
+    pid: OwnedFd,
+    path: PathBuf,
+    pages: Option<Arc<Pages>>,
+    control: Option<Mapping>,
+    label: Vec<u8>,
+    phase: Phase,
+    buffer: Mutex<Vec<u8>>,
+    ended: bool,
+}
+
+fn gone(reason: impl Into<String>) -> MachineError {
+    MachineError::Gone(Gone { reason: reason.into() })
+}
+
+fn seqpacket() -> rustix::io::Result<OwnedFd> {
+    socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)
+}
+
+impl RemoteMachine {
+    /// Starts a VMM process that listens at `path`, and makes it a shell of `geometry` without a disk.
+    ///
+    /// # Errors
+    /// [`MachineError`] with what failed.
+    pub fn spawn(
+        spawn: &Spawn,
+        path: &Path,
+        kvm: BorrowedFd<'_>,
+        base: &BaseFile,
+        geometry: Geometry,
+    ) -> Result<Self, MachineError> {
+        let failed = |what: &str, error: io::Error| MachineError::Refused { reason: format!("{what}: {error}") };
+        let listener = listen_at(path).map_err(|error| failed("control socket", error))?;
+        let pid = start_process(spawn, &listener).map_err(|error| failed(&spawn.program.display().to_string(), error))?;
+        drop(listener);
+        let mut machine = Self::connect(path, Some(pid))?;
+        let memory = memfd_create("kage-memory", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)
+            .and_then(|file| ftruncate(&file, geometry.memory_bytes()).map(|()| file))
+            .map_err(|error| failed("memory", error.into()))?;
+        let control = memfd_create("kage-control", MemfdFlags::CLOEXEC)
+            .and_then(|file| ftruncate(&file, PAGE_SIZE as u64).map(|()| file))
+            .map_err(|error| failed("control page", error.into()))?;
+        let setup = Setup {
+            geometry,
+            base_bytes: base.base.bytes.len() as u64,
+            entry: base.base.entry,
+            page_table_root: base.base.page_table_root,
+            jail: spawn.jail,
+        };
+        machine.map(geometry, memory.try_clone().map_err(|error| failed("memory", error))?, &control)?;
+        let pages = machine.pages.clone();
+        for segment in &base.base.data {
+            if let Some(pages) = &pages {
+                pages.memory.write(segment.offset as usize, &segment.bytes);
+            }
+        }
+        machine.done(&Request::Setup(setup), &[kvm, base.file.as_fd(), memory.as_fd(), control.as_fd()])?;
+        machine.phase = Phase::Shell;
+        Ok(machine)
+    }
+
+    /// Connects to a VMM process that is already there: a daemon that was restarted takes it over.
+    ///
+    /// # Errors
+    /// [`MachineError`] when nobody answers, or in another version.
+    pub fn adopt(path: &Path) -> Result<Self, MachineError> {
+        let mut machine = Self::connect(path, None)?;
+        let (reply, descriptors) = machine.call(&Request::Hello { version: CONTROL_VERSION }, &[])?;
+        let Reply::Hello { version, phase, geometry, label } = reply else {
+            return Err(MachineError::Refused { reason: format!("unexpected answer {reply:?}") });
+        };
+        if version != CONTROL_VERSION {
+            return Err(MachineError::Refused {
+                reason: format!("the machine speaks control version {version}, this daemon {CONTROL_VERSION}"),
+            });
+        }
+        (machine.phase, machine.label) = (phase, label);
+        let mut descriptors = descriptors.into_iter();
+        if let (Some(geometry), Some(memory), Some(control)) = (geometry, descriptors.next(), descriptors.next()) {
+            machine.map(geometry, memory, &control)?;
+            if let Some(disk) = descriptors.next() {
+                machine.map_disk(disk)?;
+            }
+        }
+        Ok(machine)
+    }
+
+    /// Connects; the process is `pid`, or whoever listens (it says so anew once it runs, so the
+    /// credentials of a listening socket are its own).
+    fn connect(path: &Path, pid: Option<Pid>) -> Result<Self, MachineError> {
+        let refused = |error: rustix::io::Errno| gone(format!("{}: {error}", path.display()));
+        let socket = seqpacket().map_err(refused)?;
+        connect(&socket, &SocketAddrUnix::new(path).map_err(refused)?).map_err(refused)?;
+        set_socket_timeout(&socket, Timeout::Recv, Some(ANSWER_TIMEOUT)).map_err(refused)?;
+        let pid = match pid {
+            Some(pid) => pid,
+            None => socket_peercred(&socket).map_err(refused)?.pid,
+        };
+        let pid = pidfd_open(pid, PidfdFlags::empty()).map_err(refused)?;
+        Ok(Self {
+            socket,
+            pid,
+            path: path.to_owned(),
+            pages: None,
+            control: None,
+            label: Vec::new(),
+            phase: Phase::Empty,
+            buffer: Mutex::new(vec![0; MAX_PACKET]),
+            ended: false,
+        })
+    }
+
+    fn map(&mut self, geometry: Geometry, memory: OwnedFd, control: &OwnedFd) -> Result<(), MachineError> {
+        let failed = |error: io::Error| MachineError::Refused { reason: format!("map memory: {error}") };
+        let mapping = Mapping::new(&memory, geometry.memory_bytes() as usize, true).map_err(failed)?;
+        self.control = Some(Mapping::new(control, PAGE_SIZE, true).map_err(failed)?);
+        let disk = RwLock::new(None);
+        self.pages = Some(Arc::new(Pages { geometry, memory: mapping, memory_file: memory, disk }));
+        Ok(())
+    }
+
+    fn map_disk(&self, disk: OwnedFd) -> Result<(), MachineError> {
+        let failed = |error: io::Error| MachineError::Refused { reason: format!("map disk: {error}") };
+        let Some(pages) = &self.pages else { return Ok(()) };
+        let mapping = Mapping::new(&disk, pages.geometry.disk_bytes() as usize, true).map_err(failed)?;
+        *pages.disk.write().unwrap_or_else(PoisonError::into_inner) = Some((mapping, disk));
+        Ok(())
+    }
+
+    fn call(&self, request: &Request, descriptors: &[BorrowedFd<'_>]) -> Result<(Reply, Vec<OwnedFd>), MachineError> {
+        let mut buffer = self.buffer.lock().unwrap_or_else(PoisonError::into_inner);
+        packet::send(self.socket.as_fd(), &encode(request), descriptors).map_err(|error| self.is_gone(&error.to_string()))?;
+        loop {
+            match packet::receive(self.socket.as_fd(), &mut buffer, RecvFlags::empty()) {
+                Ok(packet) if packet.bytes.is_empty() => return Err(self.is_gone("it closed its control socket")),
+                Ok(packet) => {
+                    let reply = decode(&packet.bytes).map_err(|error| self.is_gone(&error.to_string()))?;
+                    return Ok((reply, packet.descriptors));
+                }
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(self.is_gone(&error.to_string())),
+            }
+        }
+    }
+
+    fn is_gone(&self, seen: &str) -> MachineError {
+        match self.failure() {
+            Some(reason) => MachineError::GuestFailed { reason },
+            None => gone(seen),
+        }
+    }
+
+    fn ask(&self, request: &Request) -> Result<Reply, MachineError> {
+        match self.call(request, &[])?.0 {
+            Reply::Refused { reason } => Err(MachineError::Refused { reason }),
+            reply => Ok(reply),
+        }
+    }
+
+    fn done(&self, request: &Request, descriptors: &[BorrowedFd<'_>]) -> Result<(), MachineError> {
+        match self.call(request, descriptors)?.0 {
+            Reply::Done | Reply::Started { .. } => Ok(()),
+            Reply::Refused { reason } => Err(MachineError::Refused { reason }),
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    /// Where the machine stood when last asked.
+    #[must_use]
+    pub const fn phase(&self) -> Phase {
+        self.phase
+    }
+
+    /// What a daemon wrote last.
+    #[must_use]
+    pub fn label(&self) -> &[u8] {
+        &self.label
+    }
+
+    /// Keeps words for whoever adopts the machine; a machine without them ends with its daemon.
+    ///
+    /// # Errors
+    /// [`MachineError`].
+    pub fn set_label(&mut self, label: Vec<u8>) -> Result<(), MachineError> {
+        self.done(&Request::Label(label.clone()), &[])?;
+        self.label = label;
+        Ok(())
+    }
+
+    /// Moves the control socket to another path.
+    ///
+    /// # Errors
+    /// Those of `rename(2)`.
+    pub fn move_socket(&mut self, path: &Path) -> io::Result<()> {
+        std::fs::rename(&self.path, path)?;
+        path.clone_into(&mut self.path);
+        Ok(())
+    }
+
+    /// Uses a tap, which must have virtio-net headers of 12 bytes.
+    ///
+    /// # Errors
+    /// [`MachineError`].
+    pub fn attach_tap(&mut self, tap: BorrowedFd<'_>) -> Result<(), MachineError> {
+        self.done(&Request::AttachTap, &[tap])
+    }
+
+    /// Uses a disk file of the geometry's size.
+    ///
+    /// # Errors
+    /// [`MachineError`].
+    pub fn attach_disk(&mut self, disk: OwnedFd) -> Result<(), MachineError> {
+        self.done(&Request::AttachDisk, &[disk.as_fd()])?;
+        self.map_disk(disk)
+    }
+
+    /// Starts the kernel from its first instruction.
+    ///
+    /// # Errors
+    /// [`MachineError`].
+    pub fn boot(&mut self) -> Result<(), MachineError> {
+        self.done(&Request::Boot, &[])?;
+        self.phase = Phase::Running { gate_open: true };
+        Ok(())
+    }
+
+    /// Gives identity and a new generation.
+    ///
+    /// # Errors
+    /// [`MachineError`].
+    pub fn give_generation(&mut self, identity: Option<Identity>, seed: [u8; 32]) -> Result<(), MachineError> {
+        self.done(&Request::Generation { identity, seed }, &[])
+    }
+
+    /// Takes a saved state; `moved` when it comes from another host.
+    ///
+    /// # Errors
+    /// [`MachineError`].
+    pub fn restore_encoded(&mut self, state: &SavedState, paused_at: HostInstant, moved: bool) -> Result<(), MachineError> {
+        self.done(&Request::Restore { state: state.encode(), paused_at, moved }, &[])?;
+        self.phase = Phase::Restored;
+        Ok(())
+    }
+
+    /// Runs a restored machine.
+    ///
+    /// # Errors
+    /// [`MachineError`].
+    pub fn run(&mut self, gate_open: bool) -> Result<Started, MachineError> {
+        match self.ask(&Request::Run { gate_open })? {
+            Reply::Started { at } => {
+                self.phase = Phase::Running { gate_open };
+                Ok(Started { at })
+            }
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    /// Turns the heartbeat on or off and starts its figures anew.
+    ///
+    /// # Errors
+    /// [`MachineError`].
+    pub fn set_heartbeat(&mut self, on: bool) -> Result<(), MachineError> {
+        self.done(&Request::Heartbeat { on }, &[])
+    }
+
+    /// Network counters and number of doors.
+    ///
+    /// # Errors
+    /// [`MachineError`].
+    pub fn status(&mut self) -> Result<(Phase, NetCounters, u64), MachineError> {
+        match self.ask(&Request::Status)? {
+            Reply::Status { phase, net, doors } => {
+                self.phase = phase;
+                Ok((phase, net, doors))
+            }
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    /// A descriptor that becomes readable when the process ends.
+    ///
+    /// # Errors
+    /// When descriptors run out.
+    pub fn exit_descriptor(&self) -> io::Result<OwnedFd> {
+        self.pid.try_clone()
+    }
+
+    /// Whether the process still runs.
+    #[must_use]
+    pub fn is_alive(&self) -> bool {
+        let mut polled = [rustix::event::PollFd::new(&self.pid, rustix::event::PollFlags::IN)];
+        let now = rustix::event::Timespec { tv_sec: 0, tv_nsec: 0 };
+        matches!(rustix::event::poll(&mut polled, Some(&now)), Ok(0))
+    }
+
+    /// Whether the right to run was given away, as the control page says.
+    #[must_use]
+    pub fn is_released(&self) -> bool {
+        let mut byte = [0];
+        if let Some(control) = &self.control {
+            control.read(control_page::RELEASED, &mut byte);
+        }
+        byte[0] != 0
+    }
+
+    /// Why the machine failed, if it did.
+    #[must_use]
+    pub fn failure(&self) -> Option<String> {
+        let control = self.control.as_ref()?;
+        let mut length = [0; 2];
+        control.read(control_page::FAILURE_LENGTH, &mut length);
+        let length = usize::from(u16::from_le_bytes(length)).min(control_page::FAILURE_MAX);
+        let mut text = vec![0; length];
+        control.read(control_page::FAILURE, &mut text);
+        (length > 0).then(|| String::from_utf8_lossy(&text).into_owned())
+    }
+
+    fn word<const N: usize>(&self, at: u64) -> [u8; N] {
+        let mut bytes = [0; N];
+        if let Some(pages) = &self.pages {
+            pages.memory.read(at as usize, &mut bytes);
+        }
+        bytes
+    }
+
+    /// What the guest says it is doing: one of `kage_abi::status`.
+    #[must_use]
+    pub fn guest_status(&self) -> u32 {
+        u32::from_le_bytes(self.word(offset::BOOT + std::mem::offset_of!(BootPage, guest_status) as u64))
+    }
+
+    /// Figures of the heartbeat: (beats, longest gap, stall).
+    #[must_use]
+    pub fn heartbeat(&self) -> (u64, std::time::Duration, std::time::Duration) {
+        let base = offset::BOOT + std::mem::offset_of!(BootPage, heartbeat) as u64;
+        let at = |field: usize| u64::from_le_bytes(self.word(base + field as u64));
+        use kage_abi::Heartbeat;
+        (
+            at(std::mem::offset_of!(Heartbeat, beats)),
+            std::time::Duration::from_nanos(at(std::mem::offset_of!(Heartbeat, longest_ns))),
+            std::time::Duration::from_nanos(at(std::mem::offset_of!(Heartbeat, stall_ns))),
+        )
+    }
+
+    /// The last part of the guest's log, and its fault with a backtrace when it has one.
+    #[must_use]
+    pub fn logs(&self, symbols: &Symbols) -> String {
+        let written = u64::from_le_bytes(self.word(offset::LOG));
+        let size = abi::LOG_BYTES as u64;
+        let mut ring = vec![0; abi::LOG_BYTES];
+        if let Some(pages) = &self.pages {
+            pages.memory.read(offset::LOG as usize + std::mem::offset_of!(LogRing, text), &mut ring);
+        }
+        let kept = written.min(size);
+        let text: Vec<u8> = (written - kept..written).map(|at| ring[(at % size) as usize]).collect();
+        let mut text = String::from_utf8_lossy(&text).into_owned();
+        if self.guest_status() == abi::status::FAILED {
+            text.push_str(&self.fault(symbols));
+        }
+        if let Some(reason) = self.failure() {
+            text.push_str(&format!("machine ended: {reason}\n"));
+        }
+        text
+    }
+
+    /// The fault record in words, with the return addresses of the frame-pointer chain.
+    fn fault(&self, symbols: &Symbols) -> String {
+        let at = |field: usize| u64::from_le_bytes(self.word(offset::FAULT + field as u64));
+        let vector = at(std::mem::offset_of!(FaultRecord, vector));
+        let rip = at(std::mem::offset_of!(FaultRecord, rip));
+        let mut text = if vector == abi::VECTOR_PANIC {
+            let length = at(std::mem::offset_of!(FaultRecord, message_length)).min(abi::PANIC_MESSAGE_MAX as u64);
+            let mut message = vec![0; length as usize];
+            if let Some(pages) = &self.pages {
+                let from = offset::FAULT as usize + std::mem::offset_of!(FaultRecord, message);
+                pages.memory.read(from, &mut message);
+            }
+            format!("guest panic: {}\n", String::from_utf8_lossy(&message))
+        } else {
+            format!(
+                "guest fault: vector {vector} error {:#x} at {rip:#x} touching {:#x}\n",
+                at(std::mem::offset_of!(FaultRecord, error_code)),
+                at(std::mem::offset_of!(FaultRecord, address)),
+            )
+        };
+        let mut frame = at(std::mem::offset_of!(FaultRecord, rbp));
+        let mut address = rip;
+        for depth in 0..32 {
+            text.push_str(&format!("  #{depth:<2} {}\n", symbols.name(address)));
+            let (low, high) = (abi::MEMORY + offset::STACK, abi::MEMORY + offset::STACK_TOP);
+            if !(low..high - 16).contains(&frame) || !frame.is_multiple_of(8) {
+                break;
+            }
+            address = u64::from_le_bytes(self.word(frame + 8 - abi::MEMORY));
+            let next = u64::from_le_bytes(self.word(frame - abi::MEMORY));
+            if next <= frame {
+                break;
+            }
+            frame = next;
+        }
+        text
+    }
+}
+
+fn unexpected(reply: &Reply) -> MachineError {
+    MachineError::Refused { reason: format!("unexpected answer {reply:?}") }
+}
+
+impl Machine for RemoteMachine {
+    fn memory(&self) -> Arc<dyn Memory> {
+        match &self.pages {
+            Some(pages) => Arc::clone(pages) as Arc<dyn Memory>,
+            None => Arc::new(NoPages),
+        }
+    }
+
+    fn harvest(&mut self) -> Result<PageSet, MachineError> {
+        match self.ask(&Request::Harvest)? {
+            Reply::Dirty(set) if set.is_well_formed() => Ok(set),
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    fn pause(&mut self, _cause: PauseCause) -> Result<Paused, MachineError> {
+        match self.ask(&Request::Pause)? {
+            Reply::Paused { state, dirty, at } => {
+                self.phase = Phase::Paused;
+                let state = SavedState::decode(&state).map_err(|error| MachineError::Refused { reason: error.to_string() })?;
+                Ok(Paused { state, dirty, at })
+            }
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    fn resume(&mut self) -> Result<(), MachineError> {
+        self.done(&Request::Resume, &[])?;
+        self.phase = Phase::Running { gate_open: true };
+        Ok(())
+    }
+
+    fn restore(&mut self, state: &SavedState, paused_at: HostInstant) -> Result<(), MachineError> {
+        self.restore_encoded(state, paused_at, true)
+    }
+
+    fn run_gated(&mut self) -> Result<Started, MachineError> {
+        self.run(false)
+    }
+
+    fn open_gate(&mut self) -> Result<(), MachineError> {
+        self.done(&Request::OpenGate, &[])?;
+        self.phase = Phase::Running { gate_open: true };
+        Ok(())
+    }
+
+    fn release(&mut self) -> Result<(), MachineError> {
+        if let Some(control) = &self.control {
+            control.write(control_page::RELEASED, &[1]);
+        }
+        self.phase = Phase::Released;
+        self.done(&Request::Release, &[])
+    }
+
+    fn end(&mut self) {
+        if self.ended {
+            return;
+        }
+        self.ended = true;
+        let _ = pidfd_send_signal(&self.pid, Signal::KILL);
+        let _ = std::fs::remove_file(&self.path);
+    }
+}
+
+/// A shell whose memory is not mapped yet.
+struct NoPages;
+
+impl Memory for NoPages {
+    fn geometry(&self) -> Geometry {
+        Geometry { memory_pages: 0, disk_pages: 0 }
+    }
+    fn read(&self, _: PageIndex, into: &mut PageBytes) {
+        into.fill(0);
+    }
+    fn write(&self, _: PageIndex, _: &PageBytes) {}
+    fn zero(&self, _: PageIndex) {}
+    fn populated(&self) -> PageSet {
+        PageSet::empty(0)
+    }
+}
+
+fn listen_at(path: &Path) -> io::Result<OwnedFd> {
+    let _ = std::fs::remove_file(path);
+    let listener = seqpacket()?;
+    bind(&listener, &SocketAddrUnix::new(path)?)?;
+    listen(&listener, 4)?;
+    rustix::io::ioctl_fionbio(&listener, true)?;
+    Ok(listener)
+}
+
+/// Starts the program with the listener as its only inherited descriptor, in a session of its own, so that it
+/// outlives the daemon.
+#[expect(unsafe_code, reason = "hands a descriptor to a child between fork and exec")]
+fn start_process(spawn: &Spawn, listener: &OwnedFd) -> io::Result<Pid> {
+    use std::os::fd::AsRawFd;
+    let number = listener.as_raw_fd();
+    let mut command = Command::new(&spawn.program);
+    command.args(&spawn.arguments).arg(number.to_string()).stdin(Stdio::null()).stdout(Stdio::null());
+    // SAFETY: runs two async-signal-safe system calls, on a descriptor that is open in the child.
+    unsafe {
+        command.pre_exec(move || {
+            let listener = BorrowedFd::borrow_raw(number);
+            rustix::io::fcntl_setfd(listener, rustix::io::FdFlags::empty())?;
+            rustix::process::setsid()?;
+            Ok(())
+        })
+    };
+    let child = command.spawn()?;
+    Pid::from_raw(child.id() as i32).ok_or_else(|| io::Error::other("no process id"))
+}

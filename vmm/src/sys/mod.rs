@@ -1,0 +1,8 @@
+//! The unsafe part of the VMM: mappings, ioctls that have no wrapper, the watchdog's signal.
+#![expect(unsafe_code, reason = "maps memory, issues ioctls, installs a signal handler")]
+
+pub mod mapping;
+pub mod ring;
+pub mod watchdog;
+
+pub use mapping::Mapping;
