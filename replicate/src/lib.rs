@@ -1,3 +1,38 @@
-//! kage-replicate.
+//! Streaming a machine's pages from its owner to its followers.
+//!
+//! ```text
+//! owner:     harvest → tracker → planner → sender ──link──▶ receiver → store  :follower
+//!                                          codec, pace
+//! ```
+//! - [`tracker`]: which pages each follower lacks, and how hot pages are.
+//! - [`planner`]: what to send now; what a handover would cost now. Pure.
+//! - [`codec`]: how pages are written and which way pays. The choice is pure.
+//! - [`pace`]: rates, limited and measured. Pure.
+//! - [`sender`], [`receiver`]: the two ends of a page stream.
+//! - [`store`]: what a follower holds; [`digest`]: proof of it.
+//! - [`link`]: the transport.
+//!
+//! Invariants: what a replica claims to hold it holds, byte for byte (every epoch ends with a
+//! digest of everything held, computed at both ends); nothing a peer sends panics, or grows this
+//! host without bound.
+//!
+//! Deliberately not here: when to switch, and who owns (`kage-migrate`).
 
+pub mod codec;
+pub mod digest;
 pub mod link;
+pub mod pace;
+pub mod planner;
+pub mod receiver;
+pub mod sender;
+pub mod store;
+pub mod tracker;
+
+#[cfg(test)]
+mod testing;
+
+pub use link::{Link, LinkError, TlsIdentity, TlsLink};
+pub use pace::Rate;
+pub use receiver::{ReceiveError, Receiver};
+pub use sender::{EpochStats, LastEpoch, Progress, SendError, Sender};
+pub use tracker::Tracker;

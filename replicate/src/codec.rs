@@ -1,0 +1,321 @@
+//! How pages are written into batches, and which way pays at a link's speed.
+//!
+//! Three schemes: pages as they are; each page by LZ4; a batch of pages by zstd at level 1. The
+//! choice is [`choose`]: the scheme that needs the least time per byte of memory when encoding and
+//! sending follow each other. [`Chooser`] measures what the schemes cost and gain on this content.
+//!
+//! Measured here (release build, two busy cores, pages half text and half random words):
+//! see `examples/throughput.rs`, which prints the table again.
+
+use kage_machine::{PAGE_SIZE, PageBytes, PageIndex};
+use kage_wire::{
+    BatchError, BatchReader, BatchWriter, Encoding,
+    pages::{Batch, Compression, MAX_RECORDS_BYTES},
+};
+
+use crate::pace::{Meter, Rate};
+
+/// How non-zero pages are written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Scheme {
+    /// As they are.
+    Raw,
+    /// Each by LZ4.
+    Lz4,
+    /// The whole batch by zstd, level 1.
+    Zstd,
+}
+
+/// What a scheme costs and gains.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Cost {
+    /// Bytes of memory encoded per second.
+    pub encode: Rate,
+    /// Bytes on the wire per byte of memory.
+    pub ratio: f64,
+}
+
+impl Cost {
+    /// Seconds per byte of memory at a link's rate. Encoding and sending hardly overlap: the kernel
+    /// is allowed less unsent data than a batch has.
+    fn seconds(self, link: Rate) -> f64 {
+        1.0 / self.encode.as_bytes_per_s() + self.ratio / link.as_bytes_per_s()
+    }
+}
+
+/// The scheme that moves memory fastest over a link. Equal ones: the simpler.
+#[must_use]
+pub fn choose(link: Rate, lz4: Cost, zstd: Cost) -> Scheme {
+    let raw = 1.0 / link.as_bytes_per_s();
+    let (lz4, zstd) = (lz4.seconds(link), zstd.seconds(link));
+    if raw <= lz4 && raw <= zstd {
+        Scheme::Raw
+    } else if lz4 <= zstd {
+        Scheme::Lz4
+    } else {
+        Scheme::Zstd
+    }
+}
+
+/// What is assumed before anything was measured: see the table printed by the example.
+const LZ4_PRIOR: Cost = Cost { encode: Rate::bytes_per_s(500e6), ratio: 0.5 };
+const ZSTD_PRIOR: Cost = Cost { encode: Rate::bytes_per_s(200e6), ratio: 0.4 };
+
+/// Measurements fade over so many bytes: content changes from one part of memory to the next.
+const COST_WINDOW: u64 = 8 << 20;
+
+/// Every so many batches a compressing scheme is tried that was not chosen, since only trying
+/// tells what it would gain on this content. At 32 that costs below 3 % where it is a bad one.
+const TRY_EVERY: u32 = 32;
+
+/// Measures the schemes and chooses one per batch.
+#[derive(Clone, Debug)]
+pub struct Chooser {
+    lz4: Measured,
+    zstd: Measured,
+    batches: u32,
+}
+
+#[derive(Clone, Debug)]
+struct Measured {
+    prior: Cost,
+    speed: Meter,
+    /// Wire bytes over memory bytes.
+    gain: Option<f64>,
+}
+
+impl Measured {
+    fn new(prior: Cost) -> Self {
+        Self { prior, speed: Meter::new(COST_WINDOW), gain: None }
+    }
+
+    fn cost(&self) -> Cost {
+        Cost {
+            encode: self.speed.rate().unwrap_or(self.prior.encode),
+            ratio: self.gain.unwrap_or(self.prior.ratio),
+        }
+    }
+
+    fn record(&mut self, raw: u64, wire: u64, took: std::time::Duration) {
+        self.speed.record(raw, took);
+        let ratio = wire as f64 / raw as f64;
+        let fade = (-(raw as f64) / COST_WINDOW as f64).exp();
+        self.gain = Some(self.gain.map_or(ratio, |old| old * fade + ratio * (1.0 - fade)));
+    }
+}
+
+impl Default for Chooser {
+    fn default() -> Self {
+        Self { lz4: Measured::new(LZ4_PRIOR), zstd: Measured::new(ZSTD_PRIOR), batches: 0 }
+    }
+}
+
+impl Chooser {
+    /// The scheme for the next batch.
+    pub fn next(&mut self, link: Rate) -> Scheme {
+        self.batches = self.batches.wrapping_add(1);
+        let best = self.best(link);
+        if !self.batches.is_multiple_of(TRY_EVERY) {
+            return best;
+        }
+        match best {
+            Scheme::Raw | Scheme::Zstd => Scheme::Lz4,
+            Scheme::Lz4 => Scheme::Zstd,
+        }
+    }
+
+    /// The scheme that is best as far as is known.
+    #[must_use]
+    pub fn best(&self, link: Rate) -> Scheme {
+        choose(link, self.lz4.cost(), self.zstd.cost())
+    }
+
+    /// Counts a batch: bytes of non-zero pages, bytes on the wire, and the time encoding took.
+    pub fn record(&mut self, scheme: Scheme, raw: u64, wire: u64, took: std::time::Duration) {
+        if raw == 0 {
+            return;
+        }
+        match scheme {
+            Scheme::Raw => {}
+            Scheme::Lz4 => self.lz4.record(raw, wire, took),
+            Scheme::Zstd => self.zstd.record(raw, wire, took),
+        }
+    }
+
+    /// Bytes on the wire per byte of non-zero memory at a link's rate.
+    #[must_use]
+    pub fn ratio(&self, link: Rate) -> f64 {
+        match self.best(link) {
+            Scheme::Raw => 1.0,
+            Scheme::Lz4 => self.lz4.cost().ratio,
+            Scheme::Zstd => self.zstd.cost().ratio,
+        }
+    }
+}
+
+/// Writes pages into batches.
+pub struct Encoder {
+    lz4: Box<[u8]>,
+    // None where its memory could not be had: batches then go as they are.
+    zstd: Option<zstd::bulk::Compressor<'static>>,
+    packed: Vec<u8>,
+}
+
+impl std::fmt::Debug for Encoder {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Encoder")
+    }
+}
+
+impl Default for Encoder {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Encoder {
+    /// An encoder with its buffers.
+    #[must_use]
+    pub fn new() -> Self {
+        Self {
+            lz4: vec![0; lz4_flex::block::get_maximum_output_size(PAGE_SIZE)].into_boxed_slice(),
+            zstd: zstd::bulk::Compressor::new(1).ok(),
+            packed: Vec::new(),
+        }
+    }
+
+    /// Adds a page that is not zero.
+    pub fn push(&mut self, writer: &mut BatchWriter, scheme: Scheme, index: PageIndex, bytes: &PageBytes) {
+        if scheme == Scheme::Lz4
+            && let Ok(length) = lz4_flex::block::compress_into(bytes, &mut self.lz4)
+            && length < PAGE_SIZE
+        {
+            writer.push(index, Encoding::Lz4, &self.lz4[..length]);
+        } else {
+            writer.push(index, Encoding::Raw, bytes);
+        }
+    }
+
+    /// Ends the batch.
+    pub fn finish(&mut self, writer: &mut BatchWriter, scheme: Scheme) -> Vec<u8> {
+        let length = writer.record_bytes().len();
+        if scheme == Scheme::Zstd
+            && let Some(zstd) = &mut self.zstd
+        {
+            self.packed.resize(zstd::zstd_safe::compress_bound(length), 0);
+            if let Ok(packed) = zstd.compress_to_buffer(writer.record_bytes(), &mut self.packed[..])
+                && packed < length
+            {
+                return writer.finish(Some(&self.packed[..packed]));
+            }
+        }
+        writer.finish(None)
+    }
+}
+
+/// Why a batch cannot be applied.
+#[derive(Debug, thiserror::Error)]
+pub enum DecodeError {
+    /// It is no batch.
+    #[error(transparent)]
+    Batch(#[from] BatchError),
+    /// A page does not unpack to a page.
+    #[error("{index:?} does not unpack to a page")]
+    Page {
+        /// The page.
+        index: PageIndex,
+    },
+    /// The records do not unpack to their declared length.
+    #[error("page batch does not unpack to the {length} bytes it declares")]
+    Records {
+        /// Bytes declared.
+        length: usize,
+    },
+    /// No memory to unpack in.
+    #[error("no memory to unpack page batches")]
+    Memory,
+}
+
+/// A page as received.
+#[derive(Debug)]
+pub enum Content<'a> {
+    /// All zeros.
+    Zero,
+    /// These bytes.
+    Bytes(&'a PageBytes),
+}
+
+/// Reads pages out of batches.
+pub struct Decoder {
+    zstd: Option<zstd::bulk::Decompressor<'static>>,
+    records: Vec<u8>,
+    page: Box<PageBytes>,
+}
+
+impl std::fmt::Debug for Decoder {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Decoder")
+    }
+}
+
+impl Default for Decoder {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Decoder {
+    /// A decoder with its buffers.
+    #[must_use]
+    pub fn new() -> Self {
+        Self {
+            zstd: zstd::bulk::Decompressor::new().ok(),
+            records: Vec::new(),
+            page: Box::new([0; PAGE_SIZE]),
+        }
+    }
+
+    /// Gives every page of a checked batch to `each`, in order; stops at the first error.
+    ///
+    /// # Errors
+    /// [`DecodeError`] as `E`, or what `each` returned. Pages before it have been given.
+    pub fn decode<E: From<DecodeError>>(
+        &mut self,
+        batch: &Batch<'_>,
+        mut each: impl FnMut(PageIndex, Content<'_>) -> Result<(), E>,
+    ) -> Result<(), E> {
+        let records = match batch.compression {
+            Compression::None if batch.data.len() == batch.length => batch.data,
+            Compression::None => return Err(DecodeError::Records { length: batch.length }.into()),
+            Compression::Zstd => {
+                let zstd = self.zstd.as_mut().ok_or(DecodeError::Memory)?;
+                self.records.resize(MAX_RECORDS_BYTES, 0);
+                // Batch::parse has checked the length against MAX_RECORDS_BYTES.
+                let into = &mut self.records[..batch.length];
+                if !matches!(zstd.decompress_to_buffer(batch.data, into), Ok(got) if got == batch.length) {
+                    return Err(DecodeError::Records { length: batch.length }.into());
+                }
+                &self.records[..batch.length]
+            }
+        };
+        for record in BatchReader::new(batch.records, records) {
+            let record = record.map_err(DecodeError::from)?;
+            let damaged = DecodeError::Page { index: record.index };
+            match record.encoding {
+                Encoding::Zero => each(record.index, Content::Zero)?,
+                Encoding::Raw => {
+                    let bytes = record.data.try_into().map_err(|_| damaged)?;
+                    each(record.index, Content::Bytes(bytes))?;
+                }
+                Encoding::Lz4 => match lz4_flex::block::decompress_into(record.data, &mut self.page[..]) {
+                    Ok(PAGE_SIZE) => each(record.index, Content::Bytes(&self.page))?,
+                    _ => return Err(damaged.into()),
+                },
+            }
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,139 @@
+//! Digests of pages, and of all pages a replica holds.
+//!
+//! A page's digest is the first 16 bytes of BLAKE3 over its index and its bytes; a zero page's is 0.
+//! The digest of a whole replica is the sum of its pages' digests modulo 2^128, so it follows every
+//! write at the cost of one page and a fresh, all-zero replica has digest 0. Sender and receiver
+//! keep one table each, computed from the bytes they sent and the bytes they applied; the end of
+//! every epoch compares the sums, and so *everything* held, not only that epoch.
+//!
+//! It finds our own errors (a codec, a lost or misplaced page); peers are kept honest by TLS and
+//! the directory's record, so that a sum instead of a tree is enough.
+
+use kage_machine::{Geometry, PageBytes, PageIndex};
+
+/// Digest of one page.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct PageDigest(u128);
+
+impl PageDigest {
+    /// Of a page of zeros.
+    pub const ZERO: Self = Self(0);
+
+    /// Of a page.
+    #[must_use]
+    pub fn of(index: PageIndex, bytes: &PageBytes) -> Self {
+        if is_zero(bytes) { Self::ZERO } else { Self::of_non_zero(index, bytes) }
+    }
+
+    /// Of a page known not to be zero.
+    #[must_use]
+    pub fn of_non_zero(index: PageIndex, bytes: &PageBytes) -> Self {
+        // The page first, so that the hash takes it in whole chunks.
+        let mut hasher = blake3::Hasher::new();
+        hasher.update(bytes);
+        hasher.update(&index.0.to_le_bytes());
+        let mut first = [0; 16];
+        first.copy_from_slice(&hasher.finalize().as_bytes()[..16]);
+        // A digest of 0 means a page of zeros.
+        Self(u128::from_le_bytes(first).max(1))
+    }
+
+    /// Whether it is a page of zeros.
+    #[must_use]
+    pub fn is_zero(self) -> bool {
+        self == Self::ZERO
+    }
+}
+
+/// Whether a page is all zeros. About 60 ns for a zero page, a few for most others.
+#[must_use]
+pub fn is_zero(bytes: &PageBytes) -> bool {
+    // Blocks of 128 bytes without a branch within, which compilers turn into vector code.
+    bytes.chunks_exact(128).all(|block| block.iter().fold(0, |seen, byte| seen | byte) == 0)
+}
+
+/// Digests of all pages of one replica.
+#[derive(Clone)]
+pub struct DigestTable {
+    // Zeroed memory of the allocator: pages of a large disk that were never sent cost nothing.
+    pages: Vec<u128>,
+    sum: u128,
+}
+
+impl std::fmt::Debug for DigestTable {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "DigestTable({:032x} over {} pages)", self.sum, self.pages.len())
+    }
+}
+
+impl DigestTable {
+    /// Of a replica that is all zeros.
+    #[must_use]
+    pub fn new(geometry: Geometry) -> Self {
+        Self { pages: vec![0; geometry.pages() as usize], sum: 0 }
+    }
+
+    /// The page's digest; of one outside the geometry, that of zeros.
+    #[must_use]
+    pub fn get(&self, page: PageIndex) -> PageDigest {
+        PageDigest(self.pages.get(page.0 as usize).copied().unwrap_or(0))
+    }
+
+    /// Records what the page holds now; ignored outside the geometry.
+    pub fn set(&mut self, page: PageIndex, digest: PageDigest) {
+        if let Some(slot) = self.pages.get_mut(page.0 as usize) {
+            self.sum = self.sum.wrapping_sub(*slot).wrapping_add(digest.0);
+            *slot = digest.0;
+        }
+    }
+
+    /// Digest of everything held.
+    #[must_use]
+    pub const fn sum(&self) -> u128 {
+        self.sum
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use kage_machine::PAGE_SIZE;
+
+    use super::*;
+
+    const GEOMETRY: Geometry = Geometry { memory_pages: 8, disk_pages: 2 };
+
+    #[test]
+    fn equal_bytes_elsewhere_have_another_digest() {
+        let bytes = [7; PAGE_SIZE];
+        assert_ne!(PageDigest::of(PageIndex(1), &bytes), PageDigest::of(PageIndex(2), &bytes));
+        assert_eq!(PageDigest::of(PageIndex(1), &[0; PAGE_SIZE]), PageDigest::ZERO);
+    }
+
+    #[test]
+    fn one_bit_anywhere_is_not_zero() {
+        for byte in 0..PAGE_SIZE {
+            let mut bytes = [0; PAGE_SIZE];
+            bytes[byte] = 0x80;
+            assert!(!is_zero(&bytes));
+        }
+        assert!(is_zero(&[0; PAGE_SIZE]));
+    }
+
+    #[test]
+    fn the_sum_depends_on_what_is_held_not_on_how_it_came() {
+        let (mut one, mut other) = (DigestTable::new(GEOMETRY), DigestTable::new(GEOMETRY));
+        let digest = |page, byte| PageDigest::of(PageIndex(page), &[byte; PAGE_SIZE]);
+        one.set(PageIndex(1), digest(1, 3));
+        one.set(PageIndex(1), digest(1, 4));
+        one.set(PageIndex(9), digest(9, 5));
+        one.set(PageIndex(10), digest(10, 5));
+        other.set(PageIndex(9), digest(9, 5));
+        assert_ne!(one.sum(), other.sum());
+        other.set(PageIndex(1), digest(1, 4));
+        assert_eq!(one.sum(), other.sum());
+        for page in [1, 9] {
+            one.set(PageIndex(page), PageDigest::ZERO);
+        }
+        assert_eq!(one.sum(), 0);
+    }
+}

@@ -1,0 +1,189 @@
+//! Replicas on disk or in memory of this host.
+//!
+//! A [`Mirror`] is kept nearly fresh, page by page: every page has the epoch it was last written
+//! in, pages known to be older than their owner's are *stale*, and what is missing is known in
+//! bytes. A mirror has no consistency and is never promoted as it is; at a handover the last epoch
+//! makes it whole.
+//!
+//! Invariant: the digest table describes the mirror's memory byte for byte, as long as nothing else
+//! writes it. [`Mirror::scrub`] checks that.
+//!
+//! Deliberately not here: checkpoints (a copy of one whole epoch, applied atomically).
+
+use std::sync::Arc;
+
+use kage_machine::{Epoch, Geometry, Memory, PAGE_SIZE, PageBytes, PageIndex, PageSet};
+
+use crate::digest::{DigestTable, PageDigest};
+
+/// A copy of a machine's pages, each with its version.
+pub struct Mirror {
+    memory: Arc<dyn Memory>,
+    geometry: Geometry,
+    digests: DigestTable,
+    // Zeroed memory of the allocator: pages never written cost nothing.
+    versions: Vec<u64>,
+    stale: PageSet,
+    epoch: Epoch,
+}
+
+impl std::fmt::Debug for Mirror {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Mirror")
+            .field("epoch", &self.epoch)
+            .field("digests", &self.digests)
+            .field("missing_bytes", &self.missing_bytes())
+            .finish_non_exhaustive()
+    }
+}
+
+impl Mirror {
+    /// An empty mirror in `memory`, which is made all zeros: a shell from a pool may hold pages of
+    /// the template it was warmed with.
+    #[must_use]
+    pub fn new(memory: Arc<dyn Memory>) -> Self {
+        let geometry = memory.geometry();
+        for page in memory.populated().iter() {
+            memory.zero(page);
+        }
+        Self {
+            geometry,
+            digests: DigestTable::new(geometry),
+            versions: vec![0; geometry.pages() as usize],
+            stale: PageSet::empty(geometry.pages()),
+            epoch: Epoch(0),
+            memory,
+        }
+    }
+
+    /// Sizes of the page space.
+    #[must_use]
+    pub const fn geometry(&self) -> Geometry {
+        self.geometry
+    }
+
+    /// The epoch of the latest write.
+    #[must_use]
+    pub const fn epoch(&self) -> Epoch {
+        self.epoch
+    }
+
+    /// The epoch in which the page was last written; 0 for never.
+    #[must_use]
+    pub fn version(&self, page: PageIndex) -> Epoch {
+        Epoch(self.versions.get(page.0 as usize).copied().unwrap_or(0))
+    }
+
+    /// Digest of everything held.
+    #[must_use]
+    pub const fn digest(&self) -> u128 {
+        self.digests.sum()
+    }
+
+    /// Pages that are older than their owner's.
+    #[must_use]
+    pub const fn stale(&self) -> &PageSet {
+        &self.stale
+    }
+
+    /// Bytes to be sent before the mirror is fresh.
+    #[must_use]
+    pub fn missing_bytes(&self) -> u64 {
+        u64::from(self.stale.len()) * PAGE_SIZE as u64
+    }
+
+    /// The owner has written these pages since; as said by it at a switch or on the way.
+    pub fn mark_stale(&mut self, pages: &PageSet) {
+        self.stale.union(pages);
+    }
+
+    /// Writes a page of an epoch. Returns whether the page lies within the geometry; one that does
+    /// not changes nothing.
+    #[must_use]
+    pub fn write(&mut self, epoch: Epoch, page: PageIndex, bytes: &PageBytes) -> bool {
+        if !self.touch(epoch, page) {
+            return false;
+        }
+        self.digests.set(page, PageDigest::of(page, bytes));
+        self.memory.write(page, bytes);
+        true
+    }
+
+    /// Makes a page of an epoch zero; returns as [`Self::write`].
+    #[must_use]
+    pub fn zero(&mut self, epoch: Epoch, page: PageIndex) -> bool {
+        if !self.touch(epoch, page) {
+            return false;
+        }
+        self.digests.set(page, PageDigest::ZERO);
+        self.memory.zero(page);
+        true
+    }
+
+    fn touch(&mut self, epoch: Epoch, page: PageIndex) -> bool {
+        let Some(version) = self.versions.get_mut(page.0 as usize) else { return false };
+        *version = epoch.0;
+        self.epoch = self.epoch.max(epoch);
+        self.stale.remove(page);
+        true
+    }
+
+    /// Reads everything again and returns the pages that are not what the digests say.
+    #[must_use]
+    pub fn scrub(&self) -> PageSet {
+        let mut wrong = PageSet::empty(self.geometry.pages());
+        let mut bytes = [0; PAGE_SIZE];
+        for index in 0..self.geometry.pages() {
+            let page = PageIndex(index);
+            self.memory.read(page, &mut bytes);
+            if PageDigest::of(page, &bytes) != self.digests.get(page) {
+                wrong.insert(page);
+            }
+        }
+        wrong
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::TestMemory;
+
+    #[test]
+    fn a_mirror_starts_from_zeros_whatever_its_shell_held() {
+        let memory = Arc::new(TestMemory::new(16, 4));
+        memory.write(PageIndex(3), &[9; PAGE_SIZE]);
+        let mirror = Mirror::new(memory.clone());
+        assert!(memory.populated().is_empty());
+        assert_eq!(mirror.digest(), 0);
+        assert!(mirror.scrub().is_empty());
+    }
+
+    #[test]
+    fn versions_staleness_and_digest_follow_writes() {
+        let memory = Arc::new(TestMemory::new(16, 4));
+        let mut mirror = Mirror::new(memory.clone());
+        let mut stale = PageSet::empty(20);
+        stale.insert(PageIndex(3));
+        stale.insert(PageIndex(18));
+        mirror.mark_stale(&stale);
+        assert_eq!(mirror.missing_bytes(), 2 * 4096);
+        assert!(mirror.write(Epoch(4), PageIndex(3), &[1; PAGE_SIZE]));
+        assert!(mirror.zero(Epoch(5), PageIndex(18)));
+        assert_eq!(mirror.missing_bytes(), 0);
+        assert_eq!((mirror.version(PageIndex(3)), mirror.version(PageIndex(18))), (Epoch(4), Epoch(5)));
+        assert_eq!(mirror.epoch(), Epoch(5));
+        assert_ne!(mirror.digest(), 0);
+        assert!(!mirror.write(Epoch(6), PageIndex(20), &[1; PAGE_SIZE]));
+        assert_eq!(mirror.epoch(), Epoch(5));
+    }
+
+    #[test]
+    fn scrubbing_names_the_page_another_hand_wrote() {
+        let memory = Arc::new(TestMemory::new(16, 4));
+        let mut mirror = Mirror::new(memory.clone());
+        assert!(mirror.write(Epoch(1), PageIndex(3), &[1; PAGE_SIZE]));
+        memory.write(PageIndex(7), &[1; PAGE_SIZE]);
+        assert_eq!(mirror.scrub().iter().collect::<Vec<_>>(), [PageIndex(7)]);
+    }
+}
