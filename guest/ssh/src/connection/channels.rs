@@ -106,6 +106,10 @@ impl Connection {
         let kind = reader.string()?;
         let wants_reply = reader.boolean()?;
         let channel = ChannelId(id);
+        if let Some(asked) = asked_program(kind, reader)? {
+            self.start(id, asked.ok(), wants_reply);
+            return Ok(());
+        }
         let event = match kind {
             b"pty-req" => {
                 let term = reader.string()?;
@@ -121,16 +125,6 @@ impl Connection {
                 let (name, value) = (reader.string()?, reader.string()?);
                 let fits = name.len() <= MAX_NAME;
                 fits.then(|| Event::Env { channel, name: name.to_vec(), value: value.to_vec() })
-            }
-            b"shell" => return Ok(self.start(id, Some(Program::Shell), wants_reply)),
-            b"exec" => {
-                let command = reader.string()?.to_vec();
-                return Ok(self.start(id, Some(Program::Exec(command)), wants_reply));
-            }
-            b"subsystem" => {
-                let name = reader.string()?;
-                let program = (name.len() <= MAX_NAME).then(|| Program::Subsystem(text(name)));
-                return Ok(self.start(id, program, wants_reply));
             }
             b"window-change" => Some(Event::WindowChange { channel, size: window_size(reader)? }),
             b"signal" => {
@@ -325,6 +319,25 @@ impl Connection {
             self.transport.send(&adjust);
         }
     }
+}
+
+/// A program whose name is beyond all reason.
+struct Unreasonable;
+
+/// The program a request of that kind asks for; none for a request that asks for something else.
+fn asked_program(
+    kind: &[u8],
+    reader: &mut Reader<'_>,
+) -> Result<Option<Result<Program, Unreasonable>>, Truncated> {
+    Ok(Some(match kind {
+        b"shell" => Ok(Program::Shell),
+        b"exec" => Ok(Program::Exec(reader.string()?.to_vec())),
+        b"subsystem" => {
+            let name = reader.string()?;
+            if name.len() <= MAX_NAME { Ok(Program::Subsystem(text(name))) } else { Err(Unreasonable) }
+        }
+        _ => return Ok(None),
+    }))
 }
 
 fn window_size(reader: &mut Reader<'_>) -> Result<WindowSize, Truncated> {

@@ -138,15 +138,19 @@ impl Connection {
         }
     }
 
-    /// Asks the peer for a sign of life; the number of such questions it has not answered, with this one.
-    pub fn keepalive(&mut self) -> u32 {
+    /// Asks the peer for a sign of life; [`Connection::unanswered_keepalives`] tells whether there was one.
+    pub fn keepalive(&mut self) {
         if self.is_authenticated() && !self.is_closed() {
             let mut request = Vec::from([message::GLOBAL_REQUEST]);
             put_string(&mut request, b"keepalive@openssh.com");
             put_bool(&mut request, true);
             self.transport.send(&request);
-            self.keepalives += 1;
+            self.keepalives = self.keepalives.saturating_add(1);
         }
+    }
+
+    /// How many questions for a sign of life were asked since the last answer.
+    pub fn unanswered_keepalives(&self) -> u32 {
         self.keepalives
     }
 
