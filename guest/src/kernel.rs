@@ -1,12 +1,111 @@
-//! start.
+//! The machine's life: boot, wait for a generation, serve.
+
+use core::{fmt::Write, panic::PanicInfo, time::Duration};
+
+use kage_abi::{DOOR_INTERVAL_NS, HEARTBEAT_INTERVAL_NS, Heartbeat, status};
+
+use crate::{
+    arch::{self, Mail},
+    executor, log, net, random, service,
+    virtio::{block, entropy::Entropy, net::Net},
+};
+
+/// Tasks polled between two doors. Each poll is short (a task with long work yields), and guest time
+/// stands still between doors, so the number is what bounds the time.
+const ROUND: usize = 16;
+
+/// Boots and serves for ever.
 pub fn run() -> ! {
-    crate::arch::log_bytes(b"hello from ring 3\n");
-    crate::arch::set_status(kage_abi::status::AWAITING_GENERATION);
-    loop {
-        crate::arch::door(u64::MAX);
+    crate::heap::start();
+    executor::start();
+    let device = Net::start();
+    block::start();
+    let mut entropy = Entropy::start();
+    log!("ready: {} MiB, {} disk blocks", arch::memory_bytes() >> 20, block::blocks());
+
+    arch::set_status(status::AWAITING_GENERATION);
+    let mut mail = arch::mail();
+    while mail.generation == 0 {
+        mail = arch::door(u64::MAX);
+    }
+    random::reseed(arch::take_seed(), entropy.draw());
+    let config = arch::config();
+    net::open(device, config, Duration::from_nanos(mail.now_ns));
+    service::start(config, Duration::from_nanos(mail.now_ns));
+    arch::set_status(status::RUNNING);
+    log!("generation {}", mail.generation);
+    Kernel { generation: mail.generation, heartbeat: Heartbeat::default(), entropy }.serve(mail)
+}
+
+struct Kernel {
+    generation: u64,
+    heartbeat: Heartbeat,
+    entropy: Entropy,
+}
+
+impl Kernel {
+    fn serve(mut self, mut mail: Mail) -> ! {
+        loop {
+            let now = Duration::from_nanos(mail.now_ns);
+            if mail.generation != self.generation {
+                self.generation = mail.generation;
+                random::reseed(arch::take_seed(), self.entropy.draw());
+                net::reopen(arch::config(), now);
+                log!("generation {}", mail.generation);
+            }
+            block::poll();
+            net::poll(now);
+            executor::fire_timers(now);
+            executor::run_round(ROUND);
+            net::poll(now);
+            let next = executor::next_run().into_iter().chain(net::next_poll(now)).min();
+            let mut deadline = next.map_or(u64::MAX, |next| next.as_nanos() as u64);
+            if mail.heartbeat_on {
+                deadline = deadline.min(self.beat(&mail));
+            }
+            mail = arch::door(if deadline <= mail.now_ns { 0 } else { deadline });
+        }
+    }
+
+    /// Notes a beat when one is due; returns when the next one is.
+    fn beat(&mut self, mail: &Mail) -> u64 {
+        let figures = &mut self.heartbeat;
+        if figures.round != mail.heartbeat_round {
+            *figures = Heartbeat { round: mail.heartbeat_round, last_ns: mail.now_ns, ..Heartbeat::default() };
+        }
+        let gap = mail.now_ns.saturating_sub(figures.last_ns);
+        if gap >= HEARTBEAT_INTERVAL_NS {
+            figures.beats += 1;
+            figures.longest_ns = figures.longest_ns.max(gap);
+            if gap > DOOR_INTERVAL_NS {
+                figures.stall_ns += gap - HEARTBEAT_INTERVAL_NS;
+            }
+            figures.last_ns = mail.now_ns;
+            arch::publish_heartbeat(*figures);
+        }
+        figures.last_ns + HEARTBEAT_INTERVAL_NS
     }
 }
+
+/// Collects a panic's message without allocating.
+struct Message {
+    bytes: [u8; kage_abi::PANIC_MESSAGE_MAX],
+    length: usize,
+}
+
+impl Write for Message {
+    fn write_str(&mut self, text: &str) -> core::fmt::Result {
+        let room = self.bytes.len() - self.length;
+        let take = text.len().min(room);
+        self.bytes[self.length..self.length + take].copy_from_slice(&text.as_bytes()[..take]);
+        self.length += take;
+        Ok(())
+    }
+}
+
 #[panic_handler]
-fn panic(_: &core::panic::PanicInfo) -> ! {
-    crate::arch::fail(b"panic")
+fn panic(info: &PanicInfo<'_>) -> ! {
+    let mut message = Message { bytes: [0; kage_abi::PANIC_MESSAGE_MAX], length: 0 };
+    let _ = write!(message, "{info}");
+    arch::fail(&message.bytes[..message.length])
 }

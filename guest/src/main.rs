@@ -1,6 +1,23 @@
-//! The unikernel: one user's machine.
+//! The unikernel: one user's machine, in ring 3, with one door to everything outside.
+//!
+//! - [`arch`]: entry, fault stubs, the mailbox, the door.
+//! - [`kernel`]: the loop: knock, poll the network, run what is runnable.
+//! - [`executor`]: tasks and timers; [`local`]: state of the one thread.
+//! - [`virtio`]: drivers; [`net`]: TCP and UDP as async streams; [`random`]: randomness of a generation.
+//! - [`service`]: what listens.
 #![no_std]
 #![no_main]
 
+extern crate alloc;
+
 mod arch;
+mod executor;
+mod heap;
 mod kernel;
+mod local;
+mod log;
+mod net;
+mod random;
+mod service;
+mod time;
+mod virtio;

@@ -1,1 +1,279 @@
-//! x
+//! Machines made ready before they are wanted.
+//!
+//! A *template* is a machine booted once, up to where it waits for its first generation: it has no
+//! identity, no randomness, no open network. A *login* is a clone of it in a process of its own, warm
+//! and waiting; a *shell* is an empty machine for one that comes from another host.
+
+use std::{
+    collections::VecDeque,
+    fs::File,
+    io,
+    os::fd::AsFd,
+    path::PathBuf,
+    sync::{
+        Arc, Condvar, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
+    thread,
+    time::{Duration, Instant},
+};
+
+use kage_images::{Base, BaseError, ImageFile, Symbols};
+use kage_machine::{
+    Geometry, HostInstant, Machine, MachineError, PAGE_SIZE, PageBytes, PageIndex, PauseCause, SavedState,
+};
+
+use crate::remote::{BaseFile, RemoteMachine, Spawn};
+
+/// Longest boot of a template.
+const BOOT_LIMIT: Duration = Duration::from_secs(10);
+
+/// What a pool keeps ready.
+#[derive(Clone, Debug)]
+pub struct PoolSpec {
+    /// How VMM processes are started.
+    pub spawn: Spawn,
+    /// Where control sockets lie.
+    pub socket_dir: PathBuf,
+    /// Size of the machines.
+    pub geometry: Geometry,
+    /// Clones of the template kept waiting.
+    pub logins: usize,
+    /// Empty machines kept waiting.
+    pub shells: usize,
+}
+
+/// Why there is no pool or no machine from it.
+#[derive(Debug, thiserror::Error)]
+pub enum PoolError {
+    /// `/dev/kvm` cannot be used.
+    #[error("/dev/kvm: {0}; load the kvm module and let this user read and write the device")]
+    Kvm(#[source] io::Error),
+    /// The image's kernel does not fit.
+    #[error(transparent)]
+    Base(#[from] BaseError),
+    /// Files or directories.
+    #[error("{what}: {source}")]
+    Io {
+        /// What was tried.
+        what: String,
+        /// The cause.
+        source: io::Error,
+    },
+    /// A machine.
+    #[error(transparent)]
+    Machine(#[from] MachineError),
+    /// The template did not come up.
+    #[error("the image does not boot: {reason}\n{log}")]
+    Boot {
+        /// What was seen.
+        reason: String,
+        /// The guest's log.
+        log: String,
+    },
+}
+
+/// A machine booted up to its first generation.
+struct Template {
+    pages: Vec<(PageIndex, Box<PageBytes>)>,
+    state: SavedState,
+    paused_at: HostInstant,
+}
+
+struct Shared {
+    spec: PoolSpec,
+    kvm: File,
+    base: BaseFile,
+    template: Template,
+    ready: Mutex<Ready>,
+    wanted: Condvar,
+    next: AtomicU64,
+}
+
+#[derive(Default)]
+struct Ready {
+    logins: VecDeque<RemoteMachine>,
+    shells: VecDeque<RemoteMachine>,
+    closed: bool,
+}
+
+/// A pool and the thread that refills it.
+pub struct Pool {
+    shared: Arc<Shared>,
+}
+
+impl Pool {
+    /// Boots the template of an image and starts filling the pool.
+    ///
+    /// # Errors
+    /// [`PoolError`].
+    pub fn start(spec: PoolSpec, image: &ImageFile) -> Result<Self, PoolError> {
+        let kvm = File::options().read(true).write(true).open("/dev/kvm").map_err(PoolError::Kvm)?;
+        let io = |what: String| move |source| PoolError::Io { what, source };
+        std::fs::create_dir_all(&spec.socket_dir).map_err(io(spec.socket_dir.display().to_string()))?;
+        let base = BaseFile::new(Base::build(image.kernel(), spec.geometry)?).map_err(io("base slot".into()))?;
+        let path = spec.socket_dir.join("template.sock");
+        let mut machine = RemoteMachine::spawn(&spec.spawn, &path, kvm.as_fd(), &base, spec.geometry)?;
+        let template = boot_template(&mut machine, image);
+        machine.end();
+        let shared = Arc::new(Shared {
+            spec,
+            kvm,
+            base,
+            template: template?,
+            ready: Mutex::default(),
+            wanted: Condvar::new(),
+            next: AtomicU64::new(0),
+        });
+        let worker = Arc::clone(&shared);
+        thread::Builder::new()
+            .name("pool".into())
+            .spawn(move || refill(&worker))
+            .map_err(io("pool thread".into()))?;
+        Ok(Self { shared })
+    }
+
+    /// Size of the machines.
+    #[must_use]
+    pub fn geometry(&self) -> Geometry {
+        self.shared.spec.geometry
+    }
+
+    /// Pages of the template that are not zero: what each login copies.
+    #[must_use]
+    pub fn template_pages(&self) -> usize {
+        self.shared.template.pages.len()
+    }
+
+    /// A warm machine that waits for identity and generation; made on the spot when none is ready.
+    ///
+    /// # Errors
+    /// [`PoolError`].
+    pub fn take_login(&self) -> Result<RemoteMachine, PoolError> {
+        let ready = self.lock().logins.pop_front();
+        self.shared.wanted.notify_one();
+        ready.map_or_else(|| self.shared.make_login(), Ok)
+    }
+
+    /// A machine cloned from the template on the spot, ready or not: what a cold start costs.
+    ///
+    /// # Errors
+    /// [`PoolError`].
+    pub fn make_login(&self) -> Result<RemoteMachine, PoolError> {
+        self.shared.make_login()
+    }
+
+    /// An empty machine to restore into; made on the spot when none is ready.
+    ///
+    /// # Errors
+    /// [`PoolError`].
+    pub fn take_shell(&self) -> Result<RemoteMachine, PoolError> {
+        let ready = self.lock().shells.pop_front();
+        self.shared.wanted.notify_one();
+        ready.map_or_else(|| self.shared.make_shell(), Ok)
+    }
+
+    /// Waits until the pool is full.
+    pub fn wait_full(&self) {
+        let spec = &self.shared.spec;
+        let full = |ready: &mut Ready| ready.logins.len() < spec.logins || ready.shells.len() < spec.shells;
+        drop(self.shared.wanted.wait_while(self.lock(), full).unwrap_or_else(PoisonError::into_inner));
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Ready> {
+        self.shared.lock()
+    }
+}
+
+impl Drop for Pool {
+    fn drop(&mut self) {
+        let mut ready = self.lock();
+        ready.closed = true;
+        let Ready { logins, shells, .. } = &mut *ready;
+        logins.iter_mut().chain(shells).for_each(Machine::end);
+        self.shared.wanted.notify_all();
+    }
+}
+
+fn boot_template(machine: &mut RemoteMachine, image: &ImageFile) -> Result<Template, PoolError> {
+    machine.boot()?;
+    let limit = Instant::now() + BOOT_LIMIT;
+    // Each status is answered at a door, so this advances with the guest.
+    while machine.guest_status() != kage_abi::status::AWAITING_GENERATION {
+        let failed = match machine.status() {
+            Ok(_) if Instant::now() < limit => continue,
+            Ok(_) => "it did not get ready in time".to_owned(),
+            Err(error) => error.to_string(),
+        };
+        return Err(PoolError::Boot { reason: failed, log: machine.logs(&Symbols::of(image.kernel())) });
+    }
+    let paused = machine.pause(PauseCause::Hold)?;
+    let memory = machine.memory();
+    let mut pages = Vec::new();
+    for index in memory.populated().iter() {
+        let mut bytes = Box::new([0; PAGE_SIZE]);
+        memory.read(index, &mut bytes);
+        if bytes.iter().any(|&byte| byte != 0) {
+            pages.push((index, bytes));
+        }
+    }
+    Ok(Template { pages, state: paused.state, paused_at: paused.at })
+}
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, Ready> {
+        self.ready.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn make_shell(&self) -> Result<RemoteMachine, PoolError> {
+        let number = self.next.fetch_add(1, Ordering::Relaxed);
+        let path = self.spec.socket_dir.join(format!("pool-{}-{number}.sock", std::process::id()));
+        Ok(RemoteMachine::spawn(&self.spec.spawn, &path, self.kvm.as_fd(), &self.base, self.spec.geometry)?)
+    }
+
+    fn make_login(&self) -> Result<RemoteMachine, PoolError> {
+        let mut machine = self.make_shell()?;
+        let memory = machine.memory();
+        for (index, bytes) in &self.template.pages {
+            memory.write(*index, bytes);
+        }
+        machine.restore_encoded(&self.template.state, self.template.paused_at, false)?;
+        machine.run(true)?;
+        Ok(machine)
+    }
+}
+
+/// Keeps the pool full until it is dropped. A failure is told and ends refilling until the next demand.
+fn refill(shared: &Shared) {
+    loop {
+        let (login, shell) = {
+            let ready = shared.lock();
+            if ready.closed {
+                return;
+            }
+            (ready.logins.len() < shared.spec.logins, ready.shells.len() < shared.spec.shells)
+        };
+        let made = if shell {
+            shared.make_shell().map(|machine| shared.lock().shells.push_back(machine))
+        } else if login {
+            shared.make_login().map(|machine| shared.lock().logins.push_back(machine))
+        } else {
+            Ok(())
+        };
+        let pause = match made {
+            Ok(()) => !(login || shell),
+            Err(error) => {
+                eprintln!("kage: cannot fill the pool: {error}");
+                true
+            }
+        };
+        shared.wanted.notify_all();
+        if pause {
+            let ready = shared.lock();
+            if ready.closed {
+                return;
+            }
+            drop(shared.wanted.wait(ready).unwrap_or_else(PoisonError::into_inner));
+        }
+    }
+}

@@ -27,7 +27,7 @@ use rustix::{
         AddressFamily, RecvFlags, SocketAddrUnix, SocketFlags, SocketType, bind, connect, listen, socket_with,
         sockopt::{Timeout, socket_peercred, set_socket_timeout},
     },
-    process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal},
+    process::{Pid, PidfdFlags, Signal, WaitId, WaitIdOptions, pidfd_open, pidfd_send_signal, waitid},
 };
 
 use crate::{packet, sys::Mapping};
@@ -618,8 +618,29 @@ impl Machine for RemoteMachine {
             return;
         }
         self.ended = true;
+        self.reap();
         let _ = pidfd_send_signal(&self.pid, Signal::KILL);
         let _ = std::fs::remove_file(&self.path);
+    }
+}
+
+impl RemoteMachine {
+    /// Waits for the process in the background, so that no zombie stays; one that is no child needs none.
+    fn reap(&self) {
+        let Ok(pid) = self.pid.try_clone() else { return };
+        let wait = move || {
+            let _ = waitid(WaitId::PidFd(pid.as_fd()), WaitIdOptions::EXITED);
+        };
+        let _ = std::thread::Builder::new().name("reaper".into()).stack_size(64 << 10).spawn(wait);
+    }
+}
+
+impl Drop for RemoteMachine {
+    /// Lets go of the process without ending it: one that belongs to a user waits for the next daemon.
+    fn drop(&mut self) {
+        if !self.ended {
+            self.reap();
+        }
     }
 }
 

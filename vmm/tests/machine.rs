@@ -1,68 +1,68 @@
-//! A real machine on real KVM.
+//! Real machines on real KVM, each test in a network namespace of its own.
+
+mod lab;
 
 use std::{
-    fs::File,
-    os::fd::AsFd,
-    path::PathBuf,
-    sync::atomic::{AtomicU32, Ordering},
+    io::{Read, Write},
+    net::{TcpStream, UdpSocket},
+    time::{Duration, Instant},
 };
 
-use kage_images::{Base, ImageFile, Symbols};
-use kage_machine::{Geometry, Machine};
-use kage_vmm::remote::{BaseFile, RemoteMachine, Spawn};
+use kage_machine::{Machine, PauseCause};
+use lab::Lab;
 
-static NEXT: AtomicU32 = AtomicU32::new(0);
+#[test]
+fn a_login_answers_over_the_network() {
+    Lab::run(|lab| {
+        let mut machine = lab.login();
+        let mut stream = TcpStream::connect((lab.address(), 7)).expect("echo answers");
+        stream.write_all(b"hello over there").unwrap();
+        let mut answer = [0; 16];
+        stream.read_exact(&mut answer).unwrap();
+        assert_eq!(&answer, b"hello over there");
 
-struct Lab {
-    kvm: File,
-    base: BaseFile,
-    geometry: Geometry,
-    spawn: Spawn,
-    dir: PathBuf,
-}
-
-impl Lab {
-    fn new() -> Self {
-        let geometry = Geometry::from_bytes(64 << 20, 0).unwrap();
-        let base = Base::build(ImageFile::embedded().kernel(), geometry).unwrap();
-        let dir = std::env::temp_dir().join(format!("kage-vmm-{}-{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed)));
-        std::fs::create_dir_all(&dir).unwrap();
-        Self {
-            kvm: File::options().read(true).write(true).open("/dev/kvm").expect("this test needs /dev/kvm"),
-            base: BaseFile::new(base).unwrap(),
-            geometry,
-            spawn: Spawn {
-                program: env!("CARGO_BIN_EXE_kage-vmm").into(),
-                arguments: Vec::new(),
-                jail: None,
-            },
-            dir,
-        }
-    }
-
-    fn shell(&self) -> RemoteMachine {
-        let path = self.dir.join(format!("{}.sock", NEXT.fetch_add(1, Ordering::Relaxed)));
-        RemoteMachine::spawn(&self.spawn, &path, self.kvm.as_fd(), &self.base, self.geometry).unwrap()
-    }
-}
-
-impl Drop for Lab {
-    fn drop(&mut self) {
-        let _ = std::fs::remove_dir_all(&self.dir);
-    }
+        let socket = UdpSocket::bind("[::]:0").unwrap();
+        socket.set_read_timeout(Some(Duration::from_secs(2))).unwrap();
+        socket.send_to(b"datagram", (lab.address(), 7)).unwrap();
+        let (count, from) = socket.recv_from(&mut answer).expect("an echo");
+        assert_eq!((&answer[..count], from.ip()), (&b"datagram"[..], lab.address().into()));
+        machine.end();
+    });
 }
 
 #[test]
-fn a_guest_boots_in_ring_3() {
-    let lab = Lab::new();
-    let mut machine = lab.shell();
-    machine.boot().unwrap();
-    let end = std::time::Instant::now() + std::time::Duration::from_secs(2);
-    while machine.guest_status() != kage_abi::status::AWAITING_GENERATION && std::time::Instant::now() < end {
-        std::thread::yield_now();
-    }
-    println!("{}", machine.logs(&Symbols::of(ImageFile::embedded().kernel())));
-    println!("{:?} {:?}", machine.guest_status(), machine.status());
-    println!("{:?}", machine.harvest());
-    machine.end();
+fn connections_live_through_twenty_moves_between_processes() {
+    Lab::run(|lab| {
+        let mut machine = lab.login();
+        let mut stream = TcpStream::connect((lab.address(), 7)).expect("echo answers");
+        stream.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
+        let mut blackouts = Vec::new();
+        for turn in 0..20u32 {
+            let (next, blackout) = lab.move_machine(machine);
+            machine = next;
+            blackouts.push(blackout);
+            stream.write_all(&turn.to_le_bytes()).unwrap();
+            let mut answer = [0; 4];
+            let asked = Instant::now();
+            stream.read_exact(&mut answer).unwrap_or_else(|error| panic!("after move {turn}: {error}"));
+            assert_eq!(u32::from_le_bytes(answer), turn);
+            println!("move {turn}: blackout {blackout:?}, echo {:?}", asked.elapsed());
+        }
+        blackouts.sort();
+        println!("median blackout {:?}", blackouts[10]);
+        machine.end();
+    });
+}
+
+#[test]
+fn a_released_machine_never_runs_again() {
+    Lab::run(|lab| {
+        let mut machine = lab.login();
+        machine.pause(PauseCause::Switch).unwrap();
+        machine.release().unwrap();
+        assert!(machine.is_released());
+        assert!(machine.resume().is_err());
+        assert!(machine.run(true).is_err());
+        machine.end();
+    });
 }

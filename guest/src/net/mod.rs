@@ -1,0 +1,92 @@
+//! TCP and UDP of the machine: smoltcp behind async streams.
+//!
+//! The whole stack lives in guest memory, so its connections move with it. After a move the host has
+//! nothing to tell but that there was one.
+
+mod tcp;
+mod udp;
+
+pub use tcp::{Listener, Stream, connections};
+pub use udp::Socket as UdpSocket;
+
+use core::time::Duration;
+
+use kage_abi::{Config, GATEWAY, GUEST_LINK_LOCAL, GUEST_MAC};
+use smoltcp::{
+    iface::{Interface, SocketSet},
+    socket::AnySocket,
+    time::Instant,
+    wire::{EthernetAddress, HardwareAddress, IpCidr, Ipv6Address},
+};
+
+use crate::{local::Local, virtio::net::Net};
+
+struct Stack {
+    device: Net,
+    interface: Interface,
+    sockets: SocketSet<'static>,
+}
+
+static STACK: Local<Stack> = Local::new();
+
+fn instant(now: Duration) -> Instant {
+    Instant::from_micros(now.as_micros() as i64)
+}
+
+fn interface(device: &mut Net, config: &Config, now: Duration) -> Interface {
+    let mut settings = smoltcp::iface::Config::new(HardwareAddress::Ethernet(EthernetAddress(GUEST_MAC)));
+    settings.random_seed = crate::random::number();
+    device.set_mtu(usize::from(config.mtu));
+    let mut interface = Interface::new(settings, device, instant(now));
+    interface.update_ip_addrs(|addresses| {
+        let own = IpCidr::new(Ipv6Address::from(config.address).into(), 128);
+        let local = IpCidr::new(Ipv6Address::from(GUEST_LINK_LOCAL).into(), 64);
+        let _ = addresses.push(own);
+        let _ = addresses.push(local);
+    });
+    let _ = interface.routes_mut().add_default_ipv6_route(Ipv6Address::from(GATEWAY));
+    // Every address of the image's prefix is its own; the fabric routes only that prefix here.
+    interface.set_any_ip(true);
+    interface
+}
+
+/// Opens the network with the image's addresses and a fresh seed for sequence numbers.
+pub fn open(mut device: Net, config: &Config, now: Duration) {
+    let interface = interface(&mut device, config, now);
+    STACK.set(Stack { device, interface, sockets: SocketSet::new(alloc::vec::Vec::new()) });
+}
+
+/// Starts again after a change of generation: every connection is reset, and sequence numbers come from
+/// a new seed.
+pub fn reopen(config: &Config, now: Duration) {
+    let mut stack = STACK.get();
+    let stack = &mut *stack;
+    for (_, socket) in stack.sockets.iter_mut() {
+        if let Some(socket) = smoltcp::socket::tcp::Socket::downcast_mut(socket)
+            && socket.is_active()
+        {
+            socket.abort();
+        }
+    }
+    stack.interface.poll(instant(now), &mut stack.device, &mut stack.sockets);
+    stack.interface = interface(&mut stack.device, config, now);
+}
+
+/// Handles what arrived and queues what is to leave.
+pub fn poll(now: Duration) {
+    let mut stack = STACK.get();
+    let stack = &mut *stack;
+    stack.device.reclaim();
+    stack.interface.poll(instant(now), &mut stack.device, &mut stack.sockets);
+}
+
+/// When the stack is to be polled next, if nothing arrives before.
+pub fn next_poll(now: Duration) -> Option<Duration> {
+    let mut stack = STACK.get();
+    let stack = &mut *stack;
+    if stack.device.is_sending() {
+        return Some(Duration::ZERO);
+    }
+    let at = stack.interface.poll_at(instant(now), &stack.sockets)?;
+    Some(Duration::from_micros(at.total_micros().max(0) as u64))
+}

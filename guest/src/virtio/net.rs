@@ -1,0 +1,227 @@
+//! The network device as smoltcp sees one.
+//!
+//! Checksums of TCP are left to the device when sending, and checked here when receiving unless the
+//! host already vouches for them (virtio 1.2 §5.1.6).
+
+use alloc::vec::Vec;
+
+use kage_abi::device;
+use smoltcp::{
+    phy::{Checksum, ChecksumCapabilities, Device as PhyDevice, DeviceCapabilities, Medium, RxToken, TxToken},
+    time::Instant,
+};
+
+use super::{
+    Device, Queue,
+    queue::{Part, forever},
+};
+
+const HEADER: usize = 12;
+const CSUM: u64 = 1;
+const GUEST_CSUM: u64 = 1 << 1;
+const GUEST_TSO6: u64 = 1 << 8;
+const MRG_RXBUF: u64 = 1 << 15;
+const NEEDS_CSUM: u8 = 1;
+const DATA_VALID: u8 = 2;
+
+/// Bytes of a buffer. Two share a page, so that small traffic dirties few pages.
+const BUFFER: usize = 2048;
+/// Receive buffers: room for two large frames.
+const RECEIVE: u16 = 128;
+const TRANSMIT: u16 = 128;
+
+const ETHERNET: usize = 14;
+const IPV6: usize = 40;
+
+/// The network device.
+pub struct Net {
+    queues: [Queue; 2],
+    mtu: usize,
+    /// Receive buffer of each descriptor.
+    receive: Vec<*mut u8>,
+    transmit: Vec<*mut u8>,
+    free: Vec<usize>,
+    sending: Vec<Option<usize>>,
+    frame: Vec<u8>,
+}
+
+impl Net {
+    /// Starts the device.
+    pub fn start() -> Self {
+        let mut queues = [Queue::new(RECEIVE), Queue::new(TRANSMIT)];
+        Device::start(device::NET, 1, CSUM | GUEST_CSUM | GUEST_TSO6 | MRG_RXBUF, &mut queues);
+        let carve = |count: u16| {
+            let base = forever(BUFFER * usize::from(count));
+            // SAFETY: each offset lies in the allocation just made.
+            (0..usize::from(count)).map(move |index| unsafe { base.add(index * BUFFER) })
+        };
+        let mut net = Self {
+            queues,
+            mtu: 1280,
+            receive: alloc::vec![core::ptr::null_mut(); usize::from(RECEIVE)],
+            transmit: carve(TRANSMIT).collect(),
+            free: (0..usize::from(TRANSMIT)).rev().collect(),
+            sending: alloc::vec![None; usize::from(TRANSMIT)],
+            frame: Vec::new(),
+        };
+        for buffer in carve(RECEIVE) {
+            net.offer(buffer);
+        }
+        net
+    }
+
+    /// Sets the largest IP packet.
+    pub fn set_mtu(&mut self, mtu: usize) {
+        self.mtu = mtu.clamp(1280, BUFFER - HEADER - ETHERNET);
+    }
+
+    fn offer(&mut self, buffer: *mut u8) {
+        let part = Part { address: buffer as u64, length: BUFFER as u32, writable: true };
+        if let Some(index) = self.queues[0].push(&[part]) {
+            self.receive[usize::from(index)] = buffer;
+        }
+    }
+
+    /// Whether frames wait to be sent at the next door.
+    pub fn is_sending(&self) -> bool {
+        self.free.len() < usize::from(TRANSMIT)
+    }
+
+    /// Takes back buffers of frames that have left.
+    pub fn reclaim(&mut self) {
+        while let Some((head, _)) = self.queues[1].pop() {
+            if let Some(buffer) = self.sending[usize::from(head)].take() {
+                self.free.push(buffer);
+            }
+        }
+    }
+
+    /// The next received frame with its header in `frame`; false when there is none.
+    fn take_frame(&mut self) -> bool {
+        loop {
+            self.frame.clear();
+            let mut left = 1u16;
+            let mut first = true;
+            while left > 0 {
+                let Some((head, length)) = self.queues[0].pop() else { return false };
+                let buffer = self.receive[usize::from(head)];
+                let length = (length as usize).min(BUFFER);
+                // SAFETY: the buffer was offered for `head`, holds `BUFFER` bytes and is the driver's again.
+                let bytes = unsafe { core::slice::from_raw_parts(buffer, length) };
+                self.frame.extend_from_slice(bytes);
+                self.offer(buffer);
+                if first {
+                    left = if length >= HEADER { u16::from_le_bytes([bytes[10], bytes[11]]).max(1) } else { 1 };
+                    first = false;
+                }
+                left -= 1;
+            }
+            if self.frame.len() > HEADER && (self.frame[0] & (NEEDS_CSUM | DATA_VALID) != 0 || tcp_checksum_holds(&self.frame[HEADER..])) {
+                return true;
+            }
+        }
+    }
+}
+
+fn sum(bytes: &[u8], mut total: u64) -> u64 {
+    let mut chunks = bytes.chunks_exact(4);
+    for chunk in &mut chunks {
+        total += u64::from(u32::from_be_bytes([chunk[0], chunk[1], chunk[2], chunk[3]]));
+    }
+    let mut last = [0; 4];
+    last[..chunks.remainder().len()].copy_from_slice(chunks.remainder());
+    total + u64::from(u32::from_be_bytes(last))
+}
+
+fn fold(mut total: u64) -> u16 {
+    while total >> 16 != 0 {
+        total = (total & 0xffff) + (total >> 16);
+    }
+    total as u16
+}
+
+/// Sum of the TCP pseudo-header of an IPv6 frame (RFC 8200 §8.1), not folded.
+fn pseudo_header(frame: &[u8], length: usize) -> u64 {
+    sum(&frame[ETHERNET + 8..ETHERNET + IPV6], length as u64 + 6)
+}
+
+/// TCP's bytes when the frame is TCP directly over IPv6.
+fn tcp_of(frame: &[u8]) -> Option<&[u8]> {
+    let is_tcp = frame.len() >= ETHERNET + IPV6 + 20 && frame[12..14] == [0x86, 0xdd] && frame[ETHERNET + 6] == 6;
+    is_tcp.then(|| &frame[ETHERNET + IPV6..])
+}
+
+fn tcp_checksum_holds(frame: &[u8]) -> bool {
+    tcp_of(frame).is_none_or(|tcp| {
+        let length = usize::from(u16::from_be_bytes([frame[ETHERNET + 4], frame[ETHERNET + 5]]));
+        tcp.get(..length).is_some_and(|tcp| fold(sum(tcp, pseudo_header(frame, length))) == 0xffff)
+    })
+}
+
+/// A frame to read.
+pub struct Received(Vec<u8>);
+
+impl RxToken for Received {
+    fn consume<R, F: FnOnce(&[u8]) -> R>(self, f: F) -> R {
+        f(&self.0[HEADER..])
+    }
+}
+
+/// A place for a frame to send.
+pub struct Sending<'a>(&'a mut Net);
+
+impl TxToken for Sending<'_> {
+    fn consume<R, F: FnOnce(&mut [u8]) -> R>(self, length: usize, f: F) -> R {
+        let net = self.0;
+        let Some(index) = net.free.pop() else {
+            return f(&mut alloc::vec![0; length]);
+        };
+        let length = length.min(BUFFER - HEADER);
+        let buffer = net.transmit[index];
+        // SAFETY: the buffer is free, so the driver alone has it, and it holds `BUFFER` bytes.
+        let bytes = unsafe { core::slice::from_raw_parts_mut(buffer, HEADER + length) };
+        bytes[..HEADER].fill(0);
+        let result = f(&mut bytes[HEADER..]);
+        if tcp_of(&bytes[HEADER..]).is_some() {
+            let tcp = length - ETHERNET - IPV6;
+            let partial = fold(pseudo_header(&bytes[HEADER..], tcp)).to_be_bytes();
+            let at = HEADER + ETHERNET + IPV6;
+            bytes[at + 16..at + 18].copy_from_slice(&partial);
+            bytes[0] = NEEDS_CSUM;
+            bytes[6..8].copy_from_slice(&((ETHERNET + IPV6) as u16).to_le_bytes());
+            bytes[8..10].copy_from_slice(&16u16.to_le_bytes());
+        }
+        let part = Part { address: buffer as u64, length: (HEADER + length) as u32, writable: false };
+        match net.queues[1].push(&[part]) {
+            Some(head) => net.sending[usize::from(head)] = Some(index),
+            None => net.free.push(index),
+        }
+        result
+    }
+}
+
+impl PhyDevice for Net {
+    type RxToken<'a> = Received;
+    type TxToken<'a> = Sending<'a>;
+
+    fn receive(&mut self, _: Instant) -> Option<(Received, Sending<'_>)> {
+        if self.free.is_empty() || !self.take_frame() {
+            return None;
+        }
+        let frame = core::mem::take(&mut self.frame);
+        Some((Received(frame), Sending(self)))
+    }
+
+    fn transmit(&mut self, _: Instant) -> Option<Sending<'_>> {
+        (!self.free.is_empty()).then_some(Sending(self))
+    }
+
+    fn capabilities(&self) -> DeviceCapabilities {
+        let mut capabilities = DeviceCapabilities::default();
+        capabilities.medium = Medium::Ethernet;
+        capabilities.max_transmission_unit = self.mtu + ETHERNET;
+        capabilities.checksum = ChecksumCapabilities::default();
+        capabilities.checksum.tcp = Checksum::None;
+        capabilities
+    }
+}

@@ -1,0 +1,140 @@
+//! A namespace with a fabric, a pool, and one user's machine.
+
+use std::{
+    fs,
+    net::Ipv6Addr,
+    os::fd::{AsFd, OwnedFd},
+    path::PathBuf,
+    process::Command,
+    sync::atomic::{AtomicU32, Ordering},
+    time::Duration,
+};
+
+use kage_fabric::{Fabric, FabricSpec, names};
+use kage_images::{ImageFile, Symbols};
+use kage_machine::{Geometry, ImageNumber, Machine, PAGE_SIZE, PauseCause, Vid, control::Identity};
+use kage_vmm::{
+    pool::{Pool, PoolSpec},
+    remote::{RemoteMachine, Spawn},
+};
+
+static NEXT: AtomicU32 = AtomicU32::new(0);
+
+pub struct Lab {
+    fabric: Fabric,
+    pub pool: Pool,
+    vid: Vid,
+    tap: OwnedFd,
+    dir: PathBuf,
+}
+
+impl Lab {
+    /// Runs a test in a namespace of its own.
+    pub fn run(test: impl FnOnce(&Lab) + Send + 'static) {
+        let body = move || {
+            enter_namespace();
+            let lab = Lab::new();
+            test(&lab);
+        };
+        let result = std::thread::spawn(body).join();
+        if let Err(panic) = result {
+            std::panic::resume_unwind(panic);
+        }
+    }
+
+    fn new() -> Self {
+        for line in ["link set lo up", "link add under type veth peer name far", "link set far up", "addr add fd00:6b::1/64 dev under nodad", "link set under up"] {
+            assert!(Command::new("ip").args(line.split(' ')).status().expect("ip is installed").success(), "ip {line}");
+        }
+        let prefix = "fd4b:6167:6500::/48".parse().unwrap();
+        let fabric = Fabric::open(FabricSpec {
+            host: "h1".parse().unwrap(),
+            prefix,
+            underlay: "under".into(),
+            underlay_address: "fd00:6b::1".parse().unwrap(),
+            vxlan_id: 7,
+            vxlan_port: 4789,
+        })
+        .unwrap();
+        fabric.setup().unwrap();
+        let vid = Vid::of_image(prefix, ImageNumber(7));
+        let name = names::tap(ImageNumber(7));
+        let tap = fabric.create_tap(&name).unwrap();
+        fabric.route_image_to_tap(vid, &name).unwrap();
+        let dir = std::env::temp_dir().join(format!("kage-vmm-{}-{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed)));
+        fs::create_dir_all(&dir).unwrap();
+        let spec = PoolSpec {
+            spawn: Spawn { program: env!("CARGO_BIN_EXE_kage-vmm").into(), arguments: Vec::new(), jail: None },
+            socket_dir: dir.clone(),
+            geometry: Geometry::from_bytes(64 << 20, 0).unwrap(),
+            logins: 1,
+            shells: 1,
+        };
+        let pool = Pool::start(spec, &ImageFile::embedded()).unwrap_or_else(|error| panic!("{error}"));
+        Self { fabric, pool, vid, tap, dir }
+    }
+
+    pub fn address(&self) -> Ipv6Addr {
+        self.vid.address()
+    }
+
+    /// A machine with identity and network.
+    pub fn login(&self) -> RemoteMachine {
+        let mut machine = self.pool.take_login().unwrap();
+        machine.set_label(b"alice".to_vec()).unwrap();
+        machine.attach_tap(self.tap.as_fd()).unwrap();
+        let identity = Identity {
+            user: "alice".into(),
+            address: self.vid.address().octets(),
+            prefix_length: Vid::IMAGE_PREFIX_LENGTH,
+            mtu: self.fabric.guest_mtu() as u16,
+            host_key_seed: [7; 32],
+            authorized_keys: fs::read_to_string(std::env::var("KAGE_TEST_KEY").unwrap_or_default()).unwrap_or_default(),
+        };
+        machine.give_generation(Some(identity), [9; 32]).unwrap();
+        machine
+    }
+
+    /// Moves a machine to another process the plain way: everything that is not zero, then the state.
+    /// Returns the machine and how long it stood.
+    pub fn move_machine(&self, mut source: RemoteMachine) -> (RemoteMachine, Duration) {
+        let mut target = self.pool.take_shell().unwrap();
+        target.set_label(b"alice".to_vec()).unwrap();
+        target.attach_tap(self.tap.as_fd()).unwrap();
+        let (from, to) = (source.memory(), target.memory());
+        let mut bytes = [0; PAGE_SIZE];
+        let _ = source.harvest().unwrap();
+        for page in from.populated().iter() {
+            from.read(page, &mut bytes);
+            to.write(page, &bytes);
+        }
+        let paused = source.pause(PauseCause::Switch).unwrap();
+        for page in paused.dirty.iter() {
+            from.read(page, &mut bytes);
+            to.write(page, &bytes);
+        }
+        target.restore(&paused.state, paused.at).unwrap_or_else(|error| panic!("{error}"));
+        let started = target.run_gated().unwrap();
+        source.release().unwrap();
+        target.open_gate().unwrap();
+        source.end();
+        (target, started.at.since(paused.at))
+    }
+
+    #[allow(dead_code)]
+    pub fn logs(&self, machine: &RemoteMachine) -> String {
+        machine.logs(&Symbols::of(ImageFile::embedded().kernel()))
+    }
+}
+
+impl Drop for Lab {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.dir);
+    }
+}
+
+#[expect(unsafe_code, reason = "gives this thread a network namespace of its own")]
+fn enter_namespace() {
+    // SAFETY: only the network namespace of this one thread changes; no shared file table is unshared.
+    unsafe { rustix::thread::unshare_unsafe(rustix::thread::UnshareFlags::NEWNET) }.expect("tests run as root");
+}
