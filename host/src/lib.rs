@@ -2,11 +2,33 @@
 //!
 //! - [`config`], [`units`]: `host.toml`.
 //! - [`init`]: a site's keys and certificates.
+//! - [`lifecycle`]: login, start, stop, death, adoption; [`moves`]: handovers.
+//! - [`api`], [`http`], [`peers`]: the HTTP API, here and at other hosts.
+//! - [`roaming`]: where users are.
+//! - [`events`], [`operations`], [`metrics`], [`logs`]: what is seen of it.
+//! - [`machines`]: the traits behind which machines and the network are.
+//!
+//! Deliberately not here: KVM, netlink, page streams, the rules of a handover.
 
+pub mod api;
 pub mod config;
+pub mod events;
+#[cfg(test)]
+mod fake;
+pub mod http;
 pub mod init;
+pub mod lifecycle;
+pub mod links;
+pub mod logs;
+pub mod machines;
+pub mod metrics;
+pub mod moves;
+pub mod operations;
+pub mod peers;
 pub mod roaming;
+pub mod routes;
 #[cfg(test)]
 mod scratch;
+pub mod serve;
 pub mod tls;
 pub mod units;

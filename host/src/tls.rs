@@ -1,11 +1,11 @@
 //! Mutual TLS between daemons: who a peer is, is what its certificate from the site's authority says.
 //!
-//! A host's name is the certificate's first dNSName. Both ends of every connection check the other's
-//! chain; a caller that knows whom it wants also checks the name. ALPN tells what the connection is for:
-//! [`FRAMES`] or [`HTTP`].
+//! A host's name is its certificate's dNSName. Frames go over `kage-replicate`'s links; this module adds
+//! what the daemon's listener and the HTTP API between daemons need, on the same files. ALPN tells what a
+//! connection is for: [`kage_replicate::link::ALPN`] or [`HTTP`].
 
 use std::{
-    fs, io,
+    io,
     net::SocketAddr,
     path::{Path, PathBuf},
     sync::Arc,
@@ -13,39 +13,29 @@ use std::{
 };
 
 use kage_machine::HostName;
+use kage_replicate::link::{ALPN, TlsIdentity};
 use rustls::{
     ClientConfig, ClientConnection, DigitallySignedStruct, RootCertStore, ServerConfig, SignatureScheme,
     client::{
         WebPkiServerVerifier,
         danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier},
     },
-    pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime, pem::PemObject},
-    server::WebPkiClientVerifier,
+    pki_types::{CertificateDer, ServerName, UnixTime, pem::PemObject},
 };
 
-/// ALPN of frames between daemons.
-pub const FRAMES: &[u8] = b"kage/1";
 /// ALPN of the daemon's HTTP API.
 pub const HTTP: &[u8] = b"http/1.1";
 
 /// Why this host cannot show who it is, or does not believe a peer.
 #[derive(Debug, thiserror::Error)]
 pub enum TlsError {
-    /// A file of `tls_dir`.
-    #[error("{}: {cause}; `kage init` makes ca.pem, host.pem and host.key", path.display())]
-    File {
-        /// Which.
-        path: PathBuf,
-        /// What is wrong with it.
-        cause: String,
-    },
-    /// The files do not belong together.
-    #[error("certificates in {}: {source}", dir.display())]
-    Unusable {
+    /// The files cannot be used.
+    #[error("tls_dir {}: {cause}; `kage init` makes ca.pem, host.pem and host.key", dir.display())]
+    Files {
         /// The directory.
         dir: PathBuf,
-        /// What rustls says.
-        source: rustls::Error,
+        /// What is wrong.
+        cause: String,
     },
     /// The certificate is another host's.
     #[error("the certificate in {} is for {found}, and [host] name is {expected}; correct one of them", dir.display())]
@@ -79,8 +69,8 @@ pub enum TlsError {
 #[derive(Clone)]
 pub struct Identity {
     name: HostName,
+    links: TlsIdentity,
     server: Arc<ServerConfig>,
-    frames: Arc<ClientConfig>,
     http: Arc<ClientConfig>,
 }
 
@@ -90,54 +80,30 @@ impl Identity {
     /// # Errors
     /// [`TlsError`].
     pub fn load(dir: &Path, name: &HostName) -> Result<Self, TlsError> {
-        let unusable = |source| TlsError::Unusable { dir: dir.to_owned(), source };
-        let provider = Arc::new(rustls::crypto::ring::default_provider());
-        let mut roots = RootCertStore::empty();
-        for certificate in certificates(&dir.join("ca.pem"))? {
-            roots.add(certificate).map_err(unusable)?;
-        }
-        let roots = Arc::new(roots);
-        let chain = certificates(&dir.join("host.pem"))?;
-        let key_path = dir.join("host.key");
-        let key = || {
-            PrivateKeyDer::from_pem_slice(&bytes(&key_path)?)
-                .map_err(|error| TlsError::File { path: key_path.clone(), cause: error.to_string() })
-        };
-        let found = chain.first().and_then(|first| name_of(first));
+        let failed = |cause: String| TlsError::Files { dir: dir.to_owned(), cause };
+        let links = TlsIdentity::load(dir).map_err(|error| failed(error.to_string()))?;
+        let chain = certificates(&dir.join("host.pem")).map_err(failed)?;
+        let found = chain.first().and_then(name_of);
         if found.as_ref() != Some(name) {
             let found = found.map_or_else(|| "no host".to_owned(), |found| found.to_string());
             return Err(TlsError::OtherName { dir: dir.to_owned(), expected: name.clone(), found });
         }
-        let failed =
-            |error: rustls::server::VerifierBuilderError| unusable(rustls::Error::General(error.to_string()));
-        let clients = WebPkiClientVerifier::builder_with_provider(roots.clone(), provider.clone())
+        let mut roots = RootCertStore::empty();
+        for certificate in certificates(&dir.join("ca.pem")).map_err(failed)? {
+            roots.add(certificate).map_err(|error| failed(error.to_string()))?;
+        }
+        let provider = Arc::new(rustls::crypto::ring::default_provider());
+        let inner = WebPkiServerVerifier::builder_with_provider(Arc::new(roots), provider)
             .build()
-            .map_err(failed)?;
-        let mut server = ServerConfig::builder_with_provider(provider.clone())
-            .with_protocol_versions(&[&rustls::version::TLS13])
-            .map_err(unusable)?
-            .with_client_cert_verifier(clients)
-            .with_single_cert(chain.clone(), key()?)
-            .map_err(unusable)?;
-        server.alpn_protocols = vec![FRAMES.to_vec(), HTTP.to_vec()];
-        let servers =
-            WebPkiServerVerifier::builder_with_provider(roots, provider.clone()).build().map_err(failed)?;
-        let client = |alpn: &[u8]| -> Result<Arc<ClientConfig>, TlsError> {
-            let mut config = ClientConfig::builder_with_provider(provider.clone())
-                .with_protocol_versions(&[&rustls::version::TLS13])
-                .map_err(unusable)?
-                .dangerous()
-                .with_custom_certificate_verifier(Arc::new(AnyHost { inner: servers.clone() }))
-                .with_client_auth_cert(chain.clone(), key()?)
-                .map_err(unusable)?;
-            config.alpn_protocols = vec![alpn.to_vec()];
-            Ok(Arc::new(config))
-        };
+            .map_err(|error| failed(error.to_string()))?;
+        let mut http = ClientConfig::clone(&links.client_config());
+        http.alpn_protocols = vec![HTTP.to_vec()];
+        http.dangerous().set_certificate_verifier(Arc::new(AnyHost { inner }));
         Ok(Self {
             name: name.clone(),
-            server: Arc::new(server),
-            frames: client(FRAMES)?,
-            http: client(HTTP)?,
+            server: links.server_config(&[ALPN, HTTP]),
+            links,
+            http: Arc::new(http),
         })
     }
 
@@ -147,58 +113,47 @@ impl Identity {
         &self.name
     }
 
+    /// For links of frames.
+    #[must_use]
+    pub const fn links(&self) -> &TlsIdentity {
+        &self.links
+    }
+
     /// For accepting peers.
     #[must_use]
     pub fn server(&self) -> Arc<ServerConfig> {
         self.server.clone()
     }
 
-    /// For calling a peer's HTTP API.
+    /// For calling a peer's HTTP API; accepts any host of the site, so compare [`peer_name`].
     #[must_use]
     pub fn http(&self) -> Arc<ClientConfig> {
         self.http.clone()
     }
 
-    /// Connects to a peer for frames and finishes the handshake; blocks at most about `patience`.
-    /// Returns whom it reached, which is `expected` where that is given.
+    /// Asks who listens at an address: connects, checks the certificate, reads its name. Blocks.
     ///
     /// # Errors
     /// [`TlsError::Connect`], [`TlsError::Handshake`].
-    pub fn connect(
-        &self,
-        address: SocketAddr,
-        expected: Option<&HostName>,
-        patience: Duration,
-    ) -> Result<(std::net::TcpStream, ClientConnection, HostName), TlsError> {
+    pub fn who_is(&self, address: SocketAddr, patience: Duration) -> Result<HostName, TlsError> {
         let refused = |source| TlsError::Connect { address, source };
         let handshake = |cause: String| TlsError::Handshake { address, cause };
         let mut stream = std::net::TcpStream::connect_timeout(&address, patience).map_err(refused)?;
-        stream.set_nodelay(true).map_err(refused)?;
         stream.set_read_timeout(Some(patience)).map_err(refused)?;
         stream.set_write_timeout(Some(patience)).map_err(refused)?;
-        let mut tls = ClientConnection::new(self.frames.clone(), server_name(expected))
-            .map_err(|error| handshake(error.to_string()))?;
+        let mut tls =
+            ClientConnection::new(self.http(), any_name()).map_err(|error| handshake(error.to_string()))?;
         while tls.is_handshaking() {
             tls.complete_io(&mut stream).map_err(|error| handshake(error.to_string()))?;
         }
-        // TLS 1.3: the server judges our certificate after our Finished; its verdict comes with its first byte.
-        let peer = peer_name(tls.peer_certificates())
-            .ok_or_else(|| handshake("its certificate names no host".into()))?;
-        if expected.is_some_and(|expected| *expected != peer) {
-            return Err(handshake(format!("its certificate is for {peer}")));
-        }
-        stream.set_read_timeout(None).map_err(refused)?;
-        stream.set_write_timeout(None).map_err(refused)?;
-        Ok((stream, tls, peer))
+        peer_name(tls.peer_certificates()).ok_or_else(|| handshake("its certificate names no host".into()))
     }
 }
 
-/// The name sent to a server; it matters to nobody, since certificates are compared by what they hold.
+/// A server name to send where the name is judged by what the certificate holds.
 #[must_use]
-pub fn server_name(expected: Option<&HostName>) -> ServerName<'static> {
-    expected
-        .and_then(|name| ServerName::try_from(name.to_string()).ok())
-        .unwrap_or_else(|| ServerName::IpAddress(std::net::Ipv6Addr::LOCALHOST.into()))
+pub fn any_name() -> ServerName<'static> {
+    ServerName::IpAddress(std::net::Ipv6Addr::LOCALHOST.into())
 }
 
 /// The host that a peer's certificates name.
@@ -212,19 +167,13 @@ fn name_of(certificate: &CertificateDer<'_>) -> Option<HostName> {
     certificate.valid_dns_names().next()?.parse().ok()
 }
 
-fn bytes(path: &Path) -> Result<Vec<u8>, TlsError> {
-    fs::read(path).map_err(|error| TlsError::File { path: path.to_owned(), cause: error.to_string() })
+fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, String> {
+    CertificateDer::pem_file_iter(path)
+        .and_then(Iterator::collect)
+        .map_err(|error| format!("{}: {error}", path.display()))
 }
 
-fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, TlsError> {
-    let failed = |cause: String| TlsError::File { path: path.to_owned(), cause };
-    let all: Vec<_> = CertificateDer::pem_slice_iter(&bytes(path)?)
-        .collect::<Result<_, _>>()
-        .map_err(|error| failed(error.to_string()))?;
-    if all.is_empty() { Err(failed("holds no certificate".into())) } else { Ok(all) }
-}
-
-/// Accepts the certificate of any host of the site; [`Identity::connect`] then compares the name.
+/// Accepts the certificate of any host of the site.
 #[derive(Debug)]
 struct AnyHost {
     inner: Arc<WebPkiServerVerifier>,
@@ -305,15 +254,9 @@ mod tests {
         let (a, b) = (&"a".parse().unwrap(), &"b".parse().unwrap());
         let server = Identity::load(&site.tls_dir(a), a).unwrap();
         let client = Identity::load(&site.tls_dir(b), b).unwrap();
-        for expected in [None, Some(a)] {
-            let (address, thread) = accept_one(&server);
-            let (_stream, tls, peer) = client.connect(address, expected, Duration::from_secs(5)).unwrap();
-            assert_eq!((&peer, tls.alpn_protocol()), (a, Some(FRAMES)));
-            assert_eq!(thread.join().unwrap().as_ref(), Some(b));
-        }
-        let (address, _thread) = accept_one(&server);
-        let error = client.connect(address, Some(b), Duration::from_secs(5)).unwrap_err();
-        assert!(error.to_string().contains("its certificate is for a"), "{error}");
+        let (address, thread) = accept_one(&server);
+        assert_eq!(client.who_is(address, Duration::from_secs(5)).unwrap(), *a);
+        assert_eq!(thread.join().unwrap().as_ref(), Some(b));
     }
 
     #[test]
@@ -323,7 +266,7 @@ mod tests {
         let server = Identity::load(&site(ours.path(), &[host("a")]).unwrap().tls_dir(a), a).unwrap();
         let client = Identity::load(&site(theirs.path(), &[host("a")]).unwrap().tls_dir(a), a).unwrap();
         let (address, thread) = accept_one(&server);
-        let error = client.connect(address, None, Duration::from_secs(5)).unwrap_err();
+        let error = client.who_is(address, Duration::from_secs(5)).unwrap_err();
         assert!(matches!(error, TlsError::Handshake { .. }), "{error}");
         assert_eq!(thread.join().unwrap(), None);
     }

@@ -1,0 +1,159 @@
+//! Hosts, access points, and where users are.
+
+use std::{collections::BTreeMap, time::Duration};
+
+use axum::{
+    Json,
+    body::Bytes,
+    extract::State,
+    http::StatusCode,
+    response::{IntoResponse, Response},
+    routing::{get, post},
+};
+use http::Method;
+use kage_directory::{ApRecord, Records as _};
+
+use super::{
+    App, Reply, Route, body, openapi,
+    types::{ApView, HostView, Ready, RoamReply, RoamRequest},
+};
+use crate::{
+    http::Call,
+    lifecycle::{Daemon, blocking},
+};
+
+/// How long a host may take to say that it is up.
+const LOOK: Duration = Duration::from_secs(2);
+
+pub(super) fn routes() -> Vec<Route> {
+    let route = |method, path, summary, body, answer, handler| Route {
+        method,
+        path,
+        summary,
+        body,
+        answer,
+        query: &[],
+        handler,
+    };
+    vec![
+        route(Method::GET, "/v1/hosts", "All hosts.", None, "HostView[]", get(hosts)),
+        route(Method::GET, "/v1/aps", "All access points.", None, "ApView[]", get(aps)),
+        route(
+            Method::POST,
+            "/v1/roam",
+            "Says that a user is at an access point now, as an Accounting-Start would.",
+            Some("RoamRequest"),
+            "RoamReply",
+            post(roam),
+        ),
+        route(Method::GET, "/healthz", "Whether the daemon answers.", None, "text", get(async || "ok\n")),
+        route(Method::GET, "/readyz", "Whether the daemon can do everything.", None, "Ready", get(ready)),
+        route(Method::GET, "/metrics", "Figures for Prometheus.", None, "text", get(metrics)),
+        route(
+            Method::GET,
+            "/openapi.json",
+            "This description.",
+            None,
+            "OpenApi",
+            get(async || Json(openapi::document())),
+        ),
+    ]
+}
+
+async fn hosts(State(app): State<App>) -> Reply<Vec<HostView>> {
+    let seen = app.seen.borrow().clone();
+    let daemon = app.clone();
+    let aps = blocking(move || Ok(daemon.directory.read_all::<ApRecord>()?.0)).await?;
+    let mut views = Vec::new();
+    let mut asked = BTreeMap::new();
+    for (name, record) in &seen.hosts {
+        if *name != app.me {
+            let (app, host, address) = (app.clone(), name.clone(), record.advertise);
+            let call = Call::new(Method::GET, "/healthz").patience(LOOK);
+            asked.insert(
+                name.clone(),
+                tokio::spawn(async move { app.peers.call(&host, address, &call).await.is_ok() }),
+            );
+        }
+        views.push(HostView {
+            name: name.clone(),
+            advertise: record.advertise,
+            up: true,
+            cordoned: record.cordoned,
+            images: seen.images.values().filter(|image| image.owner == *name).count() as u64,
+            aps: aps.iter().filter(|(_, ap)| ap.record.host == *name).map(|(id, _)| id.clone()).collect(),
+        });
+    }
+    for view in &mut views {
+        if let Some(answer) = asked.remove(&view.name) {
+            view.up = answer.await.unwrap_or(false);
+        }
+    }
+    Ok(Json(views))
+}
+
+async fn aps(State(app): State<App>) -> Reply<Vec<ApView>> {
+    let records = blocking(move || Ok(app.directory.read_all::<ApRecord>()?.0)).await?;
+    let view = |(id, found): (_, kage_directory::Versioned<ApRecord>)| ApView {
+        id,
+        nas: found.record.nas,
+        host: found.record.host,
+        position_m: found.record.position_m,
+        mobility: match found.record.mobility {
+            kage_directory::Mobility::L2 => "l2".to_owned(),
+            kage_directory::Mobility::Route => "route".to_owned(),
+        },
+    };
+    Ok(Json(records.into_iter().map(view).collect()))
+}
+
+async fn roam(State(app): State<App>, bytes: Bytes) -> Reply<RoamReply> {
+    let request: RoamRequest = body(&bytes)?;
+    Ok(Json(app.roam(&request).await?))
+}
+
+async fn ready(State(app): State<App>) -> Response {
+    let lacks = app.lacks().await;
+    let ready = Ready { host: app.me.clone(), ready: lacks.is_empty(), lacks };
+    let status = if ready.ready { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
+    (status, Json(ready)).into_response()
+}
+
+async fn metrics(State(app): State<App>) -> impl IntoResponse {
+    app.count_images();
+    ([(http::header::CONTENT_TYPE, "text/plain; version=0.0.4")], app.metrics.text())
+}
+
+impl Daemon {
+    /// What keeps this daemon from doing everything.
+    async fn lacks(self: &std::sync::Arc<Self>) -> Vec<String> {
+        let daemon = self.clone();
+        let found = blocking(move || {
+            let mut lacks = Vec::new();
+            if let Err(error) = daemon.directory.get("host/") {
+                lacks.push(error.to_string());
+            }
+            lacks.extend(daemon.machines.check(&daemon.config.image.default).err());
+            Ok(lacks)
+        })
+        .await;
+        found.unwrap_or_else(|error| vec![error.message])
+    }
+
+    /// Sets the gauge of images by state.
+    fn count_images(&self) {
+        let local = self.local();
+        for state in super::types::State::ALL {
+            #[expect(clippy::cast_precision_loss, reason = "a count of machines")]
+            let count = local
+                .iter()
+                .map(|image| image.status())
+                .filter(|status| {
+                    status.state == state
+                        && (status.memory.is_some() || state != super::types::State::Stopped)
+                })
+                .count() as f64;
+            self.metrics.set("kage_images", &[("state", state.name())], count);
+        }
+    }
+}

@@ -1,0 +1,344 @@
+//! Images: list, log in, start, stop, move, logs.
+
+use std::{sync::Arc, time::Duration};
+
+use axum::{
+    Json,
+    body::Bytes,
+    extract::{Path, Query, State},
+    response::{IntoResponse, Response},
+    routing::{delete, get, post, put},
+};
+use http::{Method, StatusCode};
+use kage_directory::{ImageRecord, Records as _};
+use kage_machine::{HostName, UserName};
+use serde::Deserialize;
+use serde_json::json;
+
+use super::{
+    App, Hops, Reply, Route, Wait, body,
+    error::{Code, ErrorBody},
+    name,
+    types::{ImageView, LogView, LoginRequest, MigrateRequest, Operation, State as MachineState},
+};
+use crate::{
+    http::Call,
+    lifecycle::{Daemon, Login, blocking},
+    operations::Operations,
+    units::Span,
+};
+
+/// How long a login or start at another host may take.
+const START: Duration = Duration::from_secs(30);
+
+/// How long the owner may take to say how an image is.
+const LOOK: Duration = Duration::from_secs(3);
+
+pub(super) fn routes() -> Vec<Route> {
+    let route = |method, path, summary, body, answer, query, handler| Route {
+        method,
+        path,
+        summary,
+        body,
+        answer,
+        query,
+        handler,
+    };
+    vec![
+        route(Method::GET, "/v1/images", "All images.", None, "ImageView[]", &[], get(list)),
+        route(
+            Method::GET,
+            "/v1/images/{user}",
+            "One image; waits for a state or a host.",
+            None,
+            "ImageView",
+            &["state", "at", "timeout"],
+            get(show),
+        ),
+        route(
+            Method::PUT,
+            "/v1/images/{user}",
+            "Starts or finds the user's machine.",
+            Some("LoginRequest"),
+            "LoginReply",
+            &[],
+            put(login),
+        ),
+        route(
+            Method::DELETE,
+            "/v1/images/{user}",
+            "Logs the user out: stops the machine, keeps disk and identity.",
+            None,
+            "ImageView",
+            &[],
+            delete(stop),
+        ),
+        route(
+            Method::POST,
+            "/v1/images/{user}/start",
+            "Starts a stopped machine.",
+            None,
+            "LoginReply",
+            &[],
+            post(start),
+        ),
+        route(Method::POST, "/v1/images/{user}/stop", "Stops a machine.", None, "ImageView", &[], post(stop)),
+        route(
+            Method::POST,
+            "/v1/images/{user}/migrate",
+            "Moves a machine to another host.",
+            Some("MigrateRequest"),
+            "Operation",
+            &[],
+            post(migrate),
+        ),
+        route(
+            Method::GET,
+            "/v1/images/{user}/logs",
+            "What the guest wrote to its log.",
+            None,
+            "LogView",
+            &["after"],
+            get(logs),
+        ),
+        route(
+            Method::GET,
+            "/v1/operations/{id}",
+            "An operation; waits for its next change.",
+            None,
+            "Operation",
+            &["wait"],
+            get(operation),
+        ),
+        route(
+            Method::DELETE,
+            "/v1/operations/{id}",
+            "Cancels an operation.",
+            None,
+            "Operation",
+            &[],
+            delete(cancel),
+        ),
+    ]
+}
+
+async fn list(State(app): State<App>) -> Reply<Vec<ImageView>> {
+    let daemon = app.clone();
+    let records = blocking(move || Ok(daemon.directory.read_all::<ImageRecord>()?.0)).await?;
+    let mut views = Vec::with_capacity(records.len());
+    let mut asked = Vec::new();
+    for (user, found) in records {
+        let view = app.view(&user, &found.record);
+        if found.record.owner == app.me {
+            views.push(view);
+        } else {
+            let app = app.clone();
+            asked.push(tokio::spawn(async move { app.ask_owner(view, LOOK).await }));
+        }
+    }
+    for answer in asked {
+        views.extend(answer.await.ok());
+    }
+    views.sort_by(|a, b| a.user.cmp(&b.user));
+    Ok(Json(views))
+}
+
+#[derive(Debug, Default, Deserialize)]
+struct Until {
+    state: Option<String>,
+    at: Option<HostName>,
+    timeout: Option<Span>,
+}
+
+async fn show(
+    State(app): State<App>,
+    Path(user): Path<String>,
+    Query(until): Query<Until>,
+) -> Reply<ImageView> {
+    let user: UserName = name(&user)?;
+    let wanted: Option<MachineState> = until.state.as_deref().map(name).transpose()?;
+    let timeout = until.timeout.map_or(Duration::ZERO, Span::duration).min(Wait::MOST);
+    let deadline = tokio::time::Instant::now() + timeout;
+    let mut seen = app.seen.subscribe();
+    loop {
+        seen.borrow_and_update();
+        let image = app.image(&user);
+        let mut changed = image.changed.subscribe();
+        let (daemon, name) = (app.clone(), user.clone());
+        let record = blocking(move || daemon.record(&name)).await?;
+        let view = match record {
+            Some(found) if found.record.owner == app.me => Some(app.view(&user, &found.record)),
+            Some(found) => Some(app.ask_owner(app.view(&user, &found.record), LOOK).await),
+            None if timeout.is_zero() => return Err(ErrorBody::no_user(&user)),
+            None => None,
+        };
+        let fits = |view: &ImageView| {
+            wanted.is_none_or(|state| view.state == state)
+                && until.at.as_ref().is_none_or(|at| view.host == *at)
+        };
+        match view {
+            Some(view) if fits(&view) || timeout.is_zero() => return Ok(Json(view)),
+            view if tokio::time::Instant::now() >= deadline => {
+                let is = view.map_or_else(
+                    || "has no image".to_owned(),
+                    |view| format!("is {} at {}", view.state.name(), view.host),
+                );
+                return Err(ErrorBody::new(Code::TimedOut, format!("after {timeout:?} {user} still {is}")));
+            }
+            _ => {}
+        }
+        // Changes here and in the directory are heard at once; those of a state elsewhere are looked for.
+        let again = (tokio::time::Instant::now() + Duration::from_millis(50)).min(deadline);
+        tokio::select! {
+            _ = seen.changed() => {}
+            _ = changed.changed() => {}
+            () = tokio::time::sleep_until(again) => {}
+        }
+    }
+}
+
+async fn login(
+    State(app): State<App>,
+    Path(user): Path<String>,
+    hops: Hops,
+    bytes: Bytes,
+) -> Result<Response, ErrorBody> {
+    let user: UserName = name(&user)?;
+    let mut request: LoginRequest = body(&bytes)?;
+    // Whoever is asked first knows what "here" means.
+    let at = match &request.at {
+        Some(at) => Some(app.place(at)?),
+        None => None,
+    };
+    request.at = at.as_ref().map(ToString::to_string);
+    match app.login(&user, &request).await? {
+        Login::Done(reply) => {
+            if let Some(at) = at
+                && at != reply.host
+                && !reply.found
+            {
+                return Ok(Json(app.bring_near(reply, at).await).into_response());
+            }
+            Ok(Json(reply).into_response())
+        }
+        Login::Ask(host) => {
+            let path = format!("/v1/images/{user}");
+            app.pass_on(&host, hops, Call::new(Method::PUT, path).json(&request).patience(START)).await
+        }
+    }
+}
+
+async fn start(State(app): State<App>, Path(user): Path<String>, hops: Hops) -> Result<Response, ErrorBody> {
+    let user: UserName = name(&user)?;
+    if let Some(owner) = app.elsewhere(&user).await? {
+        let path = format!("/v1/images/{user}/start");
+        return app.pass_on(&owner, hops, Call::new(Method::POST, path).patience(START)).await;
+    }
+    Ok(Json(app.start(&user, std::time::Instant::now(), false).await?).into_response())
+}
+
+async fn stop(State(app): State<App>, Path(user): Path<String>, hops: Hops) -> Result<Response, ErrorBody> {
+    let user: UserName = name(&user)?;
+    if let Some(owner) = app.elsewhere(&user).await? {
+        let path = format!("/v1/images/{user}/stop");
+        return app.pass_on(&owner, hops, Call::new(Method::POST, path).patience(START)).await;
+    }
+    app.stop(&user).await?;
+    let daemon = app.clone();
+    let view = blocking(move || Ok(daemon.view(&user, &daemon.existing(&user)?.record))).await?;
+    Ok(Json(view).into_response())
+}
+
+async fn migrate(
+    State(app): State<App>,
+    Path(user): Path<String>,
+    hops: Hops,
+    bytes: Bytes,
+) -> Result<Response, ErrorBody> {
+    let user: UserName = name(&user)?;
+    let request: MigrateRequest = body(&bytes)?;
+    if let Some(owner) = app.elsewhere(&user).await? {
+        let path = format!("/v1/images/{user}/migrate");
+        return app.pass_on(&owner, hops, Call::new(Method::POST, path).json(&request)).await;
+    }
+    if request.dry_run {
+        return Ok(Json(app.plan_move(&user, &request).await?).into_response());
+    }
+    let operation = app.begin_move(&user, &request).await?;
+    let location = [(http::header::LOCATION, format!("/v1/operations/{}", operation.id))];
+    Ok((StatusCode::ACCEPTED, location, Json(operation)).into_response())
+}
+
+#[derive(Debug, Default, Deserialize)]
+struct After {
+    after: Option<u64>,
+}
+
+async fn logs(
+    State(app): State<App>,
+    Path(user): Path<String>,
+    Query(after): Query<After>,
+    hops: Hops,
+) -> Result<Response, ErrorBody> {
+    let user: UserName = name(&user)?;
+    let after = after.after.unwrap_or(0);
+    if let Some(owner) = app.elsewhere(&user).await? {
+        let path = format!("/v1/images/{user}/logs?after={after}");
+        return app.pass_on(&owner, hops, Call::new(Method::GET, path)).await;
+    }
+    let view: LogView = blocking(move || app.logs(&user, after)).await?;
+    Ok(Json(view).into_response())
+}
+
+/// The host an operation is at, when it is not this one.
+fn operation_elsewhere(app: &Daemon, id: &str) -> Option<HostName> {
+    Operations::host_of(id).filter(|host| *host != app.me)
+}
+
+async fn operation(
+    State(app): State<App>,
+    Path(id): Path<String>,
+    Query(wait): Query<Wait>,
+    hops: Hops,
+) -> Result<Response, ErrorBody> {
+    if let Some(host) = operation_elsewhere(&app, &id) {
+        let path = format!("/v1/operations/{id}?wait={}ms", wait.duration().as_millis());
+        return app.pass_on(&host, hops, Call::new(Method::GET, path).patience(Wait::MOST + LOOK)).await;
+    }
+    let operation: Operation = app.operations.get(&id, wait.duration()).await?;
+    Ok(Json(operation).into_response())
+}
+
+async fn cancel(State(app): State<App>, Path(id): Path<String>, hops: Hops) -> Result<Response, ErrorBody> {
+    if let Some(host) = operation_elsewhere(&app, &id) {
+        let path = format!("/v1/operations/{id}");
+        return app.pass_on(&host, hops, Call::new(Method::DELETE, path)).await;
+    }
+    let operation = app.operations.cancel(&id)?;
+    app.events.emit("cancel", Some(&operation.user), json!({ "operation": id }));
+    Ok(Json(operation).into_response())
+}
+
+impl Daemon {
+    /// Completes a view with what the owner knows; an owner that does not answer leaves it in doubt.
+    async fn ask_owner(self: &Arc<Self>, mut view: ImageView, patience: Duration) -> ImageView {
+        let call = Call::new(Method::GET, format!("/v1/images/{}", view.user)).patience(patience);
+        let call = Call { hops: 1, ..call };
+        let answer = match self.address(&view.host) {
+            Ok(address) => {
+                self.peers.call(&view.host, address, &call).await.and_then(|answer| answer.into_value())
+            }
+            Err(error) => Err(error),
+        };
+        match answer {
+            Ok(answer) => answer,
+            Err(error) => {
+                if view.state != MachineState::Stopped {
+                    view.state = MachineState::InDoubt;
+                }
+                view.note = Some(error.message);
+                view
+            }
+        }
+    }
+}

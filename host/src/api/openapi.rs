@@ -1,0 +1,271 @@
+//! `/openapi.json` (OpenAPI 3.0.3), made from the table of routes and from sample values of the types.
+
+use serde_json::{Map, Value, json};
+
+use super::{
+    error::{Code, ErrorBody},
+    routes,
+    types::{
+        ApView, HostView, ImageView, LogView, LoginReply, LoginRequest, MigrateRequest, MoveOutcome,
+        MovePlan, MoveReport, Operation, OperationState, PhaseView, Ready, Replica, ReplicaHit, ReplicaKind,
+        RoamAction, RoamReply, RoamRequest, State,
+    },
+};
+use crate::events::Event;
+
+/// The description of the API.
+pub fn document() -> Value {
+    let mut paths = Map::new();
+    for route in routes() {
+        let mut parameters: Vec<Value> = route
+            .path
+            .split(['{', '}'])
+            .skip(1)
+            .step_by(2)
+            .map(|name| json!({ "name": name, "in": "path", "required": true, "schema": { "type": "string" } }))
+            .collect();
+        for name in route.query {
+            parameters.push(
+                json!({ "name": name, "in": "query", "required": false, "schema": { "type": "string" } }),
+            );
+        }
+        let mut operation = json!({
+            "summary": route.summary,
+            "operationId": operation_id(route.method.as_str(), route.path),
+            "parameters": parameters,
+            "responses": {
+                "200": { "description": route.answer, "content": content(route.answer) },
+                "default": { "description": "An error.", "content": content("ErrorBody") },
+            },
+        });
+        if let Some(body) = route.body {
+            operation["requestBody"] = json!({ "required": false, "content": content(body) });
+        }
+        let entry = paths.entry(route.path).or_insert_with(|| json!({}));
+        entry[route.method.as_str().to_lowercase()] = operation;
+    }
+    json!({
+        "openapi": "3.0.3",
+        "info": { "title": "Kage host API", "version": env!("CARGO_PKG_VERSION"), "license": { "name": "Apache-2.0 OR MIT" } },
+        "servers": [{ "url": "/", "description": "unix socket of the daemon, or its peer port with mutual TLS" }],
+        "paths": paths,
+        "components": { "schemas": schemas() },
+    })
+}
+
+fn operation_id(method: &str, path: &str) -> String {
+    let words =
+        path.split(|c: char| !c.is_ascii_alphanumeric()).filter(|word| !word.is_empty() && *word != "v1");
+    std::iter::once(method.to_lowercase().as_str()).chain(words).collect::<Vec<_>>().join("_")
+}
+
+fn content(answer: &str) -> Value {
+    let reference = |name: &str| json!({ "$ref": format!("#/components/schemas/{name}") });
+    match answer {
+        "text" => json!({ "text/plain": { "schema": { "type": "string" } } }),
+        "Event" => json!({ "text/event-stream": { "schema": reference("Event") } }),
+        "OpenApi" => json!({ "application/json": { "schema": { "type": "object" } } }),
+        _ => match answer.strip_suffix("[]") {
+            Some(item) => {
+                json!({ "application/json": { "schema": { "type": "array", "items": reference(item) } } })
+            }
+            None => json!({ "application/json": { "schema": reference(answer) } }),
+        },
+    }
+}
+
+/// The schema of what a sample looks like. `null` stands for an optional text.
+fn schema_of(sample: &Value) -> Value {
+    match sample {
+        Value::Null => json!({ "type": "string", "nullable": true }),
+        Value::Bool(_) => json!({ "type": "boolean" }),
+        Value::Number(number) if number.is_f64() => json!({ "type": "number" }),
+        Value::Number(_) => json!({ "type": "integer" }),
+        Value::String(_) => json!({ "type": "string" }),
+        Value::Array(items) => {
+            json!({ "type": "array", "items": items.first().map_or_else(|| json!({}), schema_of) })
+        }
+        Value::Object(fields) => {
+            let properties: Map<_, _> =
+                fields.iter().map(|(name, value)| (name.clone(), schema_of(value))).collect();
+            let required: Vec<_> =
+                fields.iter().filter(|(_, value)| !value.is_null()).map(|(name, _)| name).collect();
+            json!({ "type": "object", "properties": properties, "required": required })
+        }
+    }
+}
+
+fn schemas() -> Value {
+    let mut all = Map::new();
+    let mut add = |name: &str, sample: Result<Value, serde_json::Error>| {
+        let sample = sample.unwrap_or_default();
+        let mut schema = schema_of(&sample);
+        schema["example"] = sample;
+        all.insert(name.to_owned(), schema);
+    };
+    let samples = Samples::new();
+    add("ErrorBody", serde_json::to_value(ErrorBody::new(Code::NotFound, "user bob has no image")));
+    add("ImageView", serde_json::to_value(&samples.image));
+    add(
+        "LoginRequest",
+        serde_json::to_value(LoginRequest { at: Some("ap-1".into()), ..LoginRequest::default() }),
+    );
+    add("LoginReply", serde_json::to_value(&samples.login));
+    add("MigrateRequest", serde_json::to_value(MigrateRequest::default()));
+    add("MovePlan", serde_json::to_value(&samples.plan));
+    add("MoveReport", serde_json::to_value(&samples.report));
+    add("Operation", serde_json::to_value(&samples.operation));
+    add("LogView", serde_json::to_value(LogView { text: "ready\n".into(), next: 6, truncated: false }));
+    add("HostView", serde_json::to_value(&samples.host));
+    add("ApView", serde_json::to_value(&samples.ap));
+    add("RoamRequest", serde_json::to_value(&samples.roam));
+    add("RoamReply", serde_json::to_value(&samples.roamed));
+    add("Ready", serde_json::to_value(&samples.ready));
+    add("Event", serde_json::to_value(&samples.event));
+    // What a Duration or a rate looks like is text with a unit; the defaults above do not show it.
+    for (name, fields) in [("MigrateRequest", ["blackout", "timeout", "bandwidth"])] {
+        for field in fields {
+            all[name]["properties"][field]["description"] = json!("with a unit: 10ms, 30s, 50mbit");
+        }
+    }
+    Value::Object(all)
+}
+
+struct Samples {
+    image: ImageView,
+    login: LoginReply,
+    plan: MovePlan,
+    report: MoveReport,
+    operation: Operation,
+    host: HostView,
+    ap: ApView,
+    roam: RoamRequest,
+    roamed: RoamReply,
+    ready: Ready,
+    event: Event,
+}
+
+impl Samples {
+    fn new() -> Self {
+        // Names and addresses that are known to be well-formed.
+        fn host(name: &str) -> kage_machine::HostName {
+            name.parse().unwrap_or_else(|_| unreachable!("a constant"))
+        }
+        let user: kage_machine::UserName = "alice".parse().unwrap_or_else(|_| unreachable!("a constant"));
+        let ap: kage_machine::identity::ApName =
+            "ap-1".parse().unwrap_or_else(|_| unreachable!("a constant"));
+        let address = std::net::Ipv6Addr::new(0xfd4b, 0x6167, 0x6500, 0, 0, 0x700, 0, 1);
+        let advertise = std::net::SocketAddr::from(([0x2001, 0xdb8, 0, 0, 0, 0, 0, 0xa], 7701));
+        let term = kage_machine::Term(4);
+        let report = MoveReport {
+            user: user.clone(),
+            from: host("h1"),
+            to: host("h2"),
+            mode: "precopy".into(),
+            outcome: MoveOutcome::HandedOver,
+            reason: None,
+            term,
+            total_ms: 180.5,
+            blackout_ms: 1.9,
+            gap_ms: 2.2,
+            stall_ms: 1.9,
+            clock_error_us: 60,
+            rounds: 3,
+            pages_sent: 5000,
+            pages_at_switch: 40,
+            bytes_wire: 7_000_000,
+            bytes_raw: 20_480_000,
+            faults: 0,
+            fault_wait_ms: 0.5,
+            forwarded_frames: 0,
+            reordered_frames: 0,
+            lost_frames: 0,
+            lost_pages: 0,
+            replica_hit: ReplicaHit::None,
+            phases: vec![PhaseView { name: "converging".into(), ms: 170.5, bytes: 6_900_000 }],
+        };
+        Self {
+            image: ImageView {
+                user: user.clone(),
+                vid: address,
+                address,
+                host: host("h1"),
+                term,
+                state: State::Running,
+                memory_bytes: 64 << 20,
+                dirty_bytes: 0,
+                replicas: vec![Replica {
+                    host: host("h2"),
+                    kind: ReplicaKind::Mirror,
+                    watermark: None,
+                    lag_ms: 12.5,
+                    missing_bytes: 4096,
+                }],
+                operation: None,
+                note: None,
+            },
+            login: LoginReply {
+                user: user.clone(),
+                vid: address,
+                address,
+                host: host("h1"),
+                state: State::Running,
+                started_ms: 7.5,
+                found: false,
+                note: None,
+            },
+            plan: MovePlan {
+                user: user.clone(),
+                from: host("h1"),
+                to: host("h2"),
+                mode: "precopy".into(),
+                pages: 5000,
+                bytes_raw: 20_480_000,
+                dry_run: true,
+            },
+            operation: Operation {
+                id: "h1:7".into(),
+                kind: "migrate".into(),
+                user: user.clone(),
+                state: OperationState::Running,
+                progress: json!({ "phase": "converging", "rounds": 1 }),
+                result: None,
+                error: None,
+            },
+            report,
+            host: HostView {
+                name: host("h1"),
+                advertise,
+                up: true,
+                cordoned: false,
+                images: 1,
+                aps: vec![ap.clone()],
+            },
+            ap: ApView {
+                id: ap.clone(),
+                nas: "ap-1".into(),
+                host: host("h1"),
+                position_m: [40.5, 12.5],
+                mobility: "route".into(),
+            },
+            roam: RoamRequest { user: user.clone(), ap: ap.clone(), device: None, wait: false },
+            roamed: RoamReply {
+                user: user.clone(),
+                ap,
+                host: host("h2"),
+                action: RoamAction::Moves,
+                operation: Some("h1:7".into()),
+                report: None,
+            },
+            ready: Ready { host: host("h1"), ready: true, lacks: vec!["directory unreachable".into()] },
+            event: Event {
+                id: 12,
+                at_ms: 1_700_000_000_000,
+                host: host("h1"),
+                kind: "handed_over".into(),
+                user: Some(user),
+                details: Map::new(),
+            },
+        }
+    }
+}

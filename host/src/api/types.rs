@@ -1,0 +1,436 @@
+//! What the API speaks, as JSON. Field names are the contract of `kage … -o json`.
+
+use std::net::{Ipv6Addr, SocketAddr};
+
+use kage_machine::{HostName, Term, UserName, identity::ApName};
+use serde::{Deserialize, Serialize};
+
+use crate::{
+    config::Mode,
+    units::{Rate, Span},
+};
+
+/// What a machine is doing.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum State {
+    /// Being started.
+    Starting,
+    /// Serving.
+    Running,
+    /// Serving while its state goes to another host.
+    Moving,
+    /// Held.
+    Paused,
+    /// Whether this copy may go on is not known yet; see `note`.
+    InDoubt,
+    /// Its disk and identity are kept.
+    #[default]
+    Stopped,
+    /// The guest has failed; see `note` and the logs.
+    Failed,
+}
+
+impl State {
+    /// Every state.
+    pub const ALL: [Self; 7] = [
+        Self::Starting,
+        Self::Running,
+        Self::Moving,
+        Self::Paused,
+        Self::InDoubt,
+        Self::Stopped,
+        Self::Failed,
+    ];
+
+    /// The name in JSON.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Starting => "starting",
+            Self::Running => "running",
+            Self::Moving => "moving",
+            Self::Paused => "paused",
+            Self::InDoubt => "in_doubt",
+            Self::Stopped => "stopped",
+            Self::Failed => "failed",
+        }
+    }
+}
+
+impl std::str::FromStr for State {
+    type Err = String;
+    fn from_str(text: &str) -> Result<Self, String> {
+        Self::ALL.into_iter().find(|state| state.name() == text).ok_or_else(|| {
+            let names: Vec<_> = Self::ALL.iter().map(|state| state.name()).collect();
+            format!("{text:?} is no state; choose one of {}", names.join(", "))
+        })
+    }
+}
+
+/// What a copy of an image is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ReplicaKind {
+    /// Kept nearly fresh, page by page.
+    Mirror,
+    /// One whole epoch.
+    Checkpoint,
+}
+
+/// A copy of an image at another host.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Replica {
+    /// Where.
+    pub host: HostName,
+    /// What it is.
+    pub kind: ReplicaKind,
+    /// `term.epoch` of a checkpoint.
+    pub watermark: Option<String>,
+    /// Age of its oldest difference.
+    pub lag_ms: f64,
+    /// Bytes it lacks.
+    pub missing_bytes: u64,
+}
+
+/// One image, in `kage ls` and `kage show`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ImageView {
+    /// Its user.
+    pub user: UserName,
+    /// Its identity.
+    pub vid: Ipv6Addr,
+    /// Its address: the same as the VID.
+    pub address: Ipv6Addr,
+    /// Its owner.
+    pub host: HostName,
+    /// The owner's term.
+    pub term: Term,
+    /// What it is doing.
+    pub state: State,
+    /// Size of its memory.
+    pub memory_bytes: u64,
+    /// Bytes that no copy elsewhere has.
+    pub dirty_bytes: u64,
+    /// Copies elsewhere.
+    pub replicas: Vec<Replica>,
+    /// Operation under way.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub operation: Option<String>,
+    /// Why it is as it is, where that is not plain.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub note: Option<String>,
+}
+
+/// Body of `PUT /v1/images/{user}`.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct LoginRequest {
+    /// An access point or a host to start near; absent: the host asked.
+    pub at: Option<String>,
+    /// A line as in OpenSSH's `authorized_keys`.
+    pub key: Option<String>,
+    /// Name of the image file.
+    pub image: Option<String>,
+}
+
+/// Answer to a login or a start.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct LoginReply {
+    /// The user.
+    pub user: UserName,
+    /// The image's identity.
+    pub vid: Ipv6Addr,
+    /// Its address.
+    pub address: Ipv6Addr,
+    /// Where it runs.
+    pub host: HostName,
+    /// What it is doing.
+    pub state: State,
+    /// From the request to the machine's first answer to a packet.
+    pub started_ms: f64,
+    /// Whether it was running before.
+    pub found: bool,
+    /// What else to know.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub note: Option<String>,
+}
+
+/// Body of `POST /v1/images/{user}/migrate`.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct MigrateRequest {
+    /// The target; absent: any other host.
+    pub to: Option<HostName>,
+    /// How.
+    pub mode: Option<Mode>,
+    /// Longest pause aimed at.
+    pub blackout: Option<Span>,
+    /// Longest move.
+    pub timeout: Option<Span>,
+    /// Most it may take of the link.
+    pub bandwidth: Option<Rate>,
+    /// Only say what would be done.
+    pub dry_run: bool,
+    /// After a switch with pages missing: do not stream back to the source.
+    pub no_reverse: bool,
+}
+
+/// How a move ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum MoveOutcome {
+    /// It runs at the target.
+    HandedOver,
+    /// It runs on at the source.
+    Kept,
+    /// Paused on both sides until the directory answers.
+    InDoubt,
+    /// Its process ended; it was started again.
+    Restarted,
+}
+
+impl MoveOutcome {
+    /// The name in JSON.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::HandedOver => "handed_over",
+            Self::Kept => "kept",
+            Self::InDoubt => "in_doubt",
+            Self::Restarted => "restarted",
+        }
+    }
+}
+
+/// How much of the image the target held before the move.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ReplicaHit {
+    /// All but what changed since.
+    Full,
+    /// Some.
+    Partial,
+    /// Nothing.
+    #[default]
+    None,
+}
+
+/// A part of a move.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct PhaseView {
+    /// Its name.
+    pub name: String,
+    /// How long.
+    pub ms: f64,
+    /// Bytes on the wire.
+    pub bytes: u64,
+}
+
+/// What `kage migrate` reports.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct MoveReport {
+    /// Whose image.
+    pub user: UserName,
+    /// The source.
+    pub from: HostName,
+    /// The target.
+    pub to: HostName,
+    /// How: `precopy`.
+    pub mode: String,
+    /// How it ended.
+    pub outcome: MoveOutcome,
+    /// Why, unless handed over.
+    pub reason: Option<String>,
+    /// The owner's term now.
+    pub term: Term,
+    /// The request … the last page at the target.
+    pub total_ms: f64,
+    /// Last exit at the source … first entry at the target.
+    pub blackout_ms: f64,
+    /// Longest heartbeat gap, request … last page + 1 s.
+    pub gap_ms: f64,
+    /// Sum of (gap − interval) over gaps above 1 ms in that time.
+    pub stall_ms: f64,
+    /// Error of the exchanged clock offset.
+    pub clock_error_us: u64,
+    /// Epochs sent before the switch.
+    pub rounds: u32,
+    /// Pages sent in all.
+    pub pages_sent: u64,
+    /// Pages in the switch message.
+    pub pages_at_switch: u64,
+    /// Bytes on the wire.
+    pub bytes_wire: u64,
+    /// The same pages unencoded.
+    pub bytes_raw: u64,
+    /// Pages asked for after the switch.
+    pub faults: u64,
+    /// Time spent waiting for them.
+    pub fault_wait_ms: f64,
+    /// Frames that the source's tap queue still held.
+    pub forwarded_frames: u64,
+    /// Frames that may have arrived out of order.
+    pub reordered_frames: u64,
+    /// Frames dropped at taps and by full queues.
+    pub lost_frames: u64,
+    /// Pages that could not be brought over.
+    pub lost_pages: u64,
+    /// What the target held before.
+    pub replica_hit: ReplicaHit,
+    /// Its parts.
+    pub phases: Vec<PhaseView>,
+}
+
+/// Answer to a dry run.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct MovePlan {
+    /// Whose image.
+    pub user: UserName,
+    /// The source.
+    pub from: HostName,
+    /// The target.
+    pub to: HostName,
+    /// How.
+    pub mode: String,
+    /// Pages that may hold something.
+    pub pages: u64,
+    /// Bytes of them.
+    pub bytes_raw: u64,
+    /// Always set, so that nobody takes a plan for a report.
+    pub dry_run: bool,
+}
+
+/// Where an operation stands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum OperationState {
+    /// Under way.
+    Running,
+    /// Ended; `result` says how.
+    Done,
+    /// Ended with an error.
+    Failed,
+    /// Ended because somebody asked.
+    Cancelled,
+}
+
+/// A long operation.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Operation {
+    /// `HOST:NUMBER`.
+    pub id: String,
+    /// What it does.
+    pub kind: String,
+    /// For whom.
+    pub user: UserName,
+    /// Where it stands.
+    pub state: OperationState,
+    /// How far it is, as its kind tells.
+    pub progress: serde_json::Value,
+    /// What came of it.
+    pub result: Option<serde_json::Value>,
+    /// What went wrong.
+    pub error: Option<super::error::ErrorBody>,
+}
+
+/// A host, in `kage hosts`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct HostView {
+    /// Its name.
+    pub name: HostName,
+    /// Where its peers connect.
+    pub advertise: SocketAddr,
+    /// Whether its daemon answers.
+    pub up: bool,
+    /// Whether new images are kept away.
+    pub cordoned: bool,
+    /// Images it owns.
+    pub images: u64,
+    /// Access points that belong to it.
+    pub aps: Vec<ApName>,
+}
+
+/// An access point.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ApView {
+    /// Its name.
+    pub id: ApName,
+    /// NAS identifier.
+    pub nas: String,
+    /// Its host.
+    pub host: HostName,
+    /// Where it stands.
+    pub position_m: [f64; 2],
+    /// `l2` or `route`.
+    pub mobility: String,
+}
+
+/// Body of `POST /v1/roam`: what an Accounting-Start would report.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RoamRequest {
+    /// Who.
+    pub user: UserName,
+    /// Where to.
+    pub ap: ApName,
+    /// The device's address, where it has a route of its own.
+    #[serde(default)]
+    pub device: Option<Ipv6Addr>,
+    /// The caller wants the move it starts to be over when it is answered.
+    #[serde(default)]
+    pub wait: bool,
+}
+
+/// Answer to a roam.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct RoamReply {
+    /// Who.
+    pub user: UserName,
+    /// Where to.
+    pub ap: ApName,
+    /// The host that belongs to it.
+    pub host: HostName,
+    /// What follows.
+    pub action: RoamAction,
+    /// The move that was started.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub operation: Option<String>,
+    /// The move's report, where the caller waited.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub report: Option<MoveReport>,
+}
+
+/// What a roam leads to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum RoamAction {
+    /// The machine is there already.
+    Stays,
+    /// It moves.
+    Moves,
+    /// It is stopped and stays so.
+    Stopped,
+}
+
+/// The log of a machine.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LogView {
+    /// The text.
+    pub text: String,
+    /// Where the next read goes on.
+    pub next: u64,
+    /// Whether text before this is lost.
+    pub truncated: bool,
+}
+
+/// Answer of `/readyz`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Ready {
+    /// This host.
+    pub host: HostName,
+    /// Whether it can do everything.
+    pub ready: bool,
+    /// What it lacks.
+    pub lacks: Vec<String>,
+}

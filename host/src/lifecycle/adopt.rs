@@ -1,0 +1,272 @@
+//! Machines that were here before this daemon, and machines whose process ended.
+//!
+//! What is found is judged by `kage-migrate`'s recovery rules; this module carries the verdict out.
+
+use std::{sync::Arc, time::Instant};
+
+use kage_directory::{ImageRecord, Records as _, Versioned, Wanted};
+use kage_machine::UserName;
+use kage_migrate::recover::{Found, Recovery, Scene, recover};
+use serde_json::json;
+use tokio::sync::OwnedMutexGuard;
+
+use super::{Daemon, Image, Slot, blocking};
+use crate::{
+    api::{error::ErrorBody, types::State},
+    machines::{Adopted, Mishap, Via},
+    moves::Resumed,
+};
+
+impl Daemon {
+    /// Takes over what an earlier daemon left, and starts what should run and does not.
+    ///
+    /// # Errors
+    /// When the directory does not answer: machines run on, and the call is made again later.
+    pub async fn adopt_all(self: &Arc<Self>) -> Result<(), ErrorBody> {
+        let daemon = self.clone();
+        let users = blocking(move || {
+            let mut users = Vec::new();
+            for Adopted { label, found, machine } in daemon.machines.adopt() {
+                let image = daemon.image(&label.user);
+                let Ok(mut slot) = image.slot.clone().try_lock_owned() else { continue };
+                if slot.machine.is_some() {
+                    continue;
+                }
+                let details = json!({ "found": format!("{found:?}").to_lowercase(), "pid": machine.pid() });
+                daemon.events.emit("adopted", Some(&label.user), details);
+                image.update(|status| {
+                    status.state = if found == Found::Running { State::Running } else { State::InDoubt };
+                    status.term = label.term;
+                    status.memory = Some(machine.memory());
+                    status.pid = machine.pid();
+                });
+                slot.machine = Some(machine);
+                slot.ticket = label.ticket;
+                users.push(label.user);
+            }
+            let (records, _) = daemon.directory.read_all::<ImageRecord>()?;
+            users.extend(
+                records
+                    .into_iter()
+                    .filter(|(_, found)| found.record.owner == daemon.me)
+                    .map(|(user, _)| user),
+            );
+            users.sort();
+            users.dedup();
+            Ok(users)
+        })
+        .await?;
+        for user in users {
+            let daemon = self.clone();
+            self.runtime.spawn(async move {
+                daemon.settle(user, "this host's daemon found no process of it".to_owned()).await;
+            });
+        }
+        Ok(())
+    }
+
+    /// Acts on a machine's end or failure.
+    pub(super) async fn after_mishap(self: &Arc<Self>, user: UserName, incarnation: u64, mishap: Mishap) {
+        let Some(image) = self.known(&user) else { return };
+        let reason = {
+            // While a move holds the slot the handover sees the same end and decides.
+            let mut slot = image.slot.lock().await;
+            if slot.incarnation != incarnation || slot.machine.is_none() {
+                return;
+            }
+            match mishap {
+                Mishap::GuestFailed { reason } => {
+                    image.set(State::Failed, Some(reason.clone()));
+                    self.events.emit("guest_failed", Some(&user), json!({ "reason": reason }));
+                    return;
+                }
+                Mishap::Gone { reason } => {
+                    if let Some(mut machine) = slot.machine.take() {
+                        machine.end();
+                    }
+                    slot.incarnation += 1;
+                    reason
+                }
+            }
+        };
+        self.events.emit("died", Some(&user), json!({ "reason": reason }));
+        self.settle(user, reason).await;
+    }
+
+    /// Brings an image here to where the directory and what is found say it belongs.
+    pub(crate) async fn settle(self: &Arc<Self>, user: UserName, reason: String) {
+        let image = self.image(&user);
+        let mut slot = image.slot.clone().lock_owned().await;
+        let begun = Instant::now();
+        loop {
+            let (daemon, holder, why) = (self.clone(), image.clone(), reason.clone());
+            let next = blocking(move || Ok(daemon.settle_held(&holder, slot, &why, begun))).await;
+            match next {
+                Ok(Next::Settled) => return,
+                Ok(Next::Again(guard)) => slot = guard,
+                Ok(Next::Resume(guard, resumed)) => {
+                    slot = self.resume(&image, guard, *resumed).await;
+                    // What a resumed handover ended with is judged once more.
+                }
+                Ok(Next::Wait(guard)) => {
+                    tokio::time::sleep(super::AGAIN).await;
+                    slot = guard;
+                }
+                Err(error) => {
+                    image.set(State::Failed, Some(error.message));
+                    return;
+                }
+            }
+        }
+    }
+
+    fn settle_held(
+        self: &Arc<Self>,
+        image: &Arc<Image>,
+        mut slot: OwnedMutexGuard<Slot>,
+        reason: &str,
+        begun: Instant,
+    ) -> Next {
+        let found = slot.machine.as_mut().map_or(Found::None, |machine| machine.found());
+        let record = self.record(&image.user);
+        let scene = Scene {
+            me: &self.me,
+            user: &image.user,
+            found,
+            label: slot.ticket.as_ref(),
+            record: record.as_ref().map(|found| found.as_ref().map(|found| &found.record)).map_err(|_| ()),
+        };
+        let verdict = recover(&scene);
+        let record = record.ok().flatten();
+        let wanted = record.as_ref().map_or(Wanted::Stopped, |found| found.record.wanted);
+        match verdict {
+            Recovery::Nothing => {
+                image.update(|status| *status = super::Status::default());
+                Next::Settled
+            }
+            Recovery::End => {
+                self.end_here(image, &mut slot);
+                // The record may still want this host to start it.
+                match record {
+                    Some(found) if found.record.owner == self.me => Next::Again(slot),
+                    _ => Next::Settled,
+                }
+            }
+            Recovery::Keep | Recovery::Run if wanted == Wanted::Stopped && record.is_some() => {
+                if let Some(found) = &record {
+                    self.take_down(image, &mut slot, &found.record);
+                }
+                Next::Settled
+            }
+            Recovery::Keep | Recovery::Run => match record {
+                Some(found) => {
+                    if let Err(error) = self.keep(image, &mut slot, &found.record) {
+                        image.set(State::Failed, Some(error.message));
+                    }
+                    Next::Settled
+                }
+                // It runs, and the directory is away: judged again once it answers.
+                None => Next::Wait(slot),
+            },
+            Recovery::Start => {
+                let Some(Versioned { revision, record }) = record else { return Next::Wait(slot) };
+                if record.wanted == Wanted::Stopped {
+                    self.take_down(image, &mut slot, &record);
+                    return Next::Settled;
+                }
+                if !slot.restarts.allow(Instant::now()) {
+                    let note = format!(
+                        "its process ended too often ({reason}); `kage start {}` tries again",
+                        image.user
+                    );
+                    self.end_here(image, &mut slot);
+                    image.set(State::Failed, Some(note.clone()));
+                    self.events.emit("gave_up", Some(&image.user), json!({ "reason": note }));
+                    return Next::Settled;
+                }
+                match self.start_anew(image, &mut slot, revision, record) {
+                    Ok(record) => {
+                        self.metrics.add("kage_restarts_total", &[], 1);
+                        let details = json!({
+                            "outcome": "restarted", "reason": reason, "term": record.term,
+                            "ms": begun.elapsed().as_secs_f64() * 1e3,
+                        });
+                        self.events.emit("restarted", Some(&image.user), details);
+                    }
+                    Err(error) => {
+                        tracing::error!(user = %image.user, %error, "a machine was not started again")
+                    }
+                }
+                Next::Settled
+            }
+            Recovery::Wait => {
+                image.set(State::InDoubt, Some("waiting for the directory to say who owns it".to_owned()));
+                Next::Wait(slot)
+            }
+            Recovery::Source(ticket, source, actions) => {
+                let note = format!("a handover to {} stood open; asking it", ticket.target);
+                image.set(State::InDoubt, Some(note));
+                Next::Resume(slot, Box::new(Resumed::Source(ticket, source, actions)))
+            }
+            Recovery::Target(ticket, target, actions) => {
+                let note = format!("a handover from {} stood open; settling it", ticket.source);
+                image.set(State::InDoubt, Some(note));
+                Next::Resume(slot, Box::new(Resumed::Target(ticket, target, actions)))
+            }
+        }
+    }
+
+    /// Goes on with a machine that is this host's: gate open, route set, listened to.
+    fn keep(
+        self: &Arc<Self>,
+        image: &Arc<Image>,
+        slot: &mut Slot,
+        record: &ImageRecord,
+    ) -> Result<(), ErrorBody> {
+        let Some(mut machine) = slot.machine.take() else { return Ok(()) };
+        let result = self.spec(&image.user, record).and_then(|spec| {
+            match machine.found() {
+                Found::Paused => machine.resume()?,
+                Found::Gated => machine.open_gate()?,
+                Found::None | Found::Shell | Found::Running | Found::Released => {}
+            }
+            machine.relabel(&spec.label())?;
+            self.routes.image(spec.vid, &Via::Tap).map_err(ErrorBody::failed)?;
+            Ok(spec)
+        });
+        match result {
+            Ok(spec) => {
+                slot.ticket = None;
+                self.install(image, slot, spec, machine);
+                Ok(())
+            }
+            Err(error) => {
+                slot.machine = Some(machine);
+                Err(error)
+            }
+        }
+    }
+
+    /// Ends the process here; the image is another host's, or starts anew.
+    pub(crate) fn end_here(&self, image: &Image, slot: &mut Slot) {
+        slot.incarnation += 1;
+        slot.spec = None;
+        slot.ticket = None;
+        if let Some(mut machine) = slot.machine.take() {
+            machine.end();
+        }
+        image.update(|status| *status = super::Status::default());
+    }
+}
+
+/// What follows a look at an image.
+enum Next {
+    /// Nothing.
+    Settled,
+    /// Another look.
+    Again(OwnedMutexGuard<Slot>),
+    /// Another look after a while.
+    Wait(OwnedMutexGuard<Slot>),
+    /// An open handover goes on.
+    Resume(OwnedMutexGuard<Slot>, Box<Resumed>),
+}

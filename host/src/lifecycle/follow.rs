@@ -1,0 +1,186 @@
+//! Follows the directory: routes, access points, this host's own record.
+
+use std::{collections::BTreeMap, net::Ipv6Addr, sync::Arc, time::Duration};
+
+use kage_directory::{
+    ApRecord, DeviceRecord, DirectoryError, HostRecord, ImageRecord, Mobility, Record, Records as _,
+    Revision,
+    records::{decode, parse_key},
+};
+use kage_machine::{HostName, UserName, identity::ApName};
+
+use super::Daemon;
+use crate::{
+    api::error::ErrorBody,
+    config,
+    routes::{Records, desired},
+};
+
+/// How long one watch is held.
+const WATCH: Duration = Duration::from_secs(20);
+
+impl Daemon {
+    /// Publishes this host and its access points; blocks.
+    ///
+    /// # Errors
+    /// When the directory does not answer.
+    pub fn publish(&self) -> Result<(), ErrorBody> {
+        let mut incarnation = [0; 8];
+        crate::init::random(&mut incarnation);
+        let record = HostRecord {
+            advertise: self.config.peer.advertise,
+            underlay: self.config.peer.advertise.ip(),
+            api: self.config.api.listen,
+            incarnation: u64::from_le_bytes(incarnation),
+            cordoned: false,
+        };
+        self.directory.publish(&self.me, &record)?;
+        for ap in self.config.aps.iter().filter(|ap| ap.host == self.me) {
+            let record = ApRecord {
+                host: self.me.clone(),
+                nas: ap.nas().to_owned(),
+                position_m: ap.position_m.unwrap_or_default(),
+                mobility: match ap.mobility {
+                    config::Mobility::L2 => Mobility::L2,
+                    config::Mobility::Route => Mobility::Route,
+                },
+            };
+            self.directory.publish(&ap.id, &record)?;
+        }
+        Ok(())
+    }
+
+    /// Follows the directory until the daemon is gone; runs on its own thread.
+    pub fn follow(self: Arc<Self>) {
+        let daemon = Arc::downgrade(&self);
+        drop(self);
+        let mut state: Option<(Records, Revision)> = None;
+        while let Some(daemon) = daemon.upgrade() {
+            let step = match state.take() {
+                None => daemon.read_everything(),
+                Some((records, after)) => daemon.watch_once(records, after),
+            };
+            match step {
+                Ok((records, revision)) => {
+                    daemon.routes.follow(&desired(&records, &daemon.me, daemon.config.network.prefix));
+                    daemon.seen.send_replace(Arc::new(records.clone()));
+                    state = Some((records, revision));
+                }
+                Err(DirectoryError::Forgotten { .. }) => {}
+                Err(error) => {
+                    tracing::warn!(%error, "the directory is not followed for now");
+                    drop(daemon);
+                    std::thread::sleep(super::AGAIN);
+                }
+            }
+        }
+    }
+
+    fn read_everything(&self) -> Result<(Records, Revision), DirectoryError> {
+        let (hosts, first) = self.directory.read_all::<HostRecord>()?;
+        let (images, _) = self.directory.read_all::<ImageRecord>()?;
+        let (devices, _) = self.directory.read_all::<DeviceRecord>()?;
+        fn plain<R: Record>(all: Vec<(R::Key, kage_directory::Versioned<R>)>) -> BTreeMap<R::Key, R>
+        where
+            R::Key: Ord,
+        {
+            all.into_iter().map(|(key, found)| (key, found.record)).collect()
+        }
+        Ok((
+            Records {
+                hosts: plain::<HostRecord>(hosts),
+                images: plain::<ImageRecord>(images),
+                devices: plain::<DeviceRecord>(devices),
+            },
+            first,
+        ))
+    }
+
+    fn watch_once(
+        &self,
+        mut records: Records,
+        after: Revision,
+    ) -> Result<(Records, Revision), DirectoryError> {
+        let changes = self.directory.watch("", after, WATCH)?;
+        for change in &changes.changes {
+            let (key, value) = (change.key.as_str(), change.value.as_deref());
+            let known = if key.starts_with(HostRecord::PREFIX) {
+                merge::<HostRecord>(&mut records.hosts, key, value)
+            } else if key.starts_with(ImageRecord::PREFIX) {
+                merge::<ImageRecord>(&mut records.images, key, value)
+            } else if key.starts_with(DeviceRecord::PREFIX) {
+                merge::<DeviceRecord>(&mut records.devices, key, value)
+            } else {
+                Ok(())
+            };
+            // A record of a newer build is no reason to lose all others.
+            if let Err(error) = known {
+                tracing::warn!(%error, "a record is not understood");
+            }
+        }
+        Ok((records, changes.revision))
+    }
+
+    /// The hosts the directory knows.
+    #[must_use]
+    pub fn hosts(&self) -> BTreeMap<HostName, HostRecord> {
+        self.seen.borrow().hosts.clone()
+    }
+
+    /// Publishes where a device is, unless something later is known; blocks. Its route is set here at once.
+    ///
+    /// # Errors
+    /// When the directory does not answer.
+    pub fn attach_device(
+        &self,
+        address: Ipv6Addr,
+        user: &UserName,
+        ap: &ApName,
+        since_ms: u64,
+    ) -> Result<bool, ErrorBody> {
+        if address.is_unspecified()
+            || address.is_multicast()
+            || address.is_loopback()
+            || address.is_unicast_link_local()
+        {
+            return Err(ErrorBody::bad_request(format!("{address} is no address of a device")));
+        }
+        let record = DeviceRecord { user: user.clone(), host: self.me.clone(), ap: ap.clone(), since_ms };
+        loop {
+            let found = self.directory.read::<DeviceRecord>(&address)?;
+            let expected = match &found {
+                Some(found) if found.record.since_ms > since_ms => return Ok(false),
+                Some(found) if found.record == record => break,
+                Some(found) => found.revision,
+                None => Revision::ABSENT,
+            };
+            match self.directory.swap(&address, expected, Some(&record)) {
+                Ok(_) => break,
+                Err(DirectoryError::Conflict { .. }) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+        self.routes.device(address, &crate::machines::Via::Ap(ap.clone())).map_err(ErrorBody::failed)?;
+        Ok(true)
+    }
+}
+
+fn merge<R: Record>(
+    into: &mut BTreeMap<R::Key, R>,
+    key: &str,
+    value: Option<&[u8]>,
+) -> Result<(), DirectoryError>
+where
+    R::Key: Ord,
+{
+    let name = parse_key::<R>(key)?;
+    match value {
+        Some(value) => {
+            into.insert(name, decode(key, value)?);
+        }
+        None => {
+            into.remove(&name);
+        }
+    }
+    Ok(())
+}

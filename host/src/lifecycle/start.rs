@@ -1,0 +1,365 @@
+//! Login, start, stop.
+
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use kage_directory::{
+    DirectoryError, ImageRecord, Profile, Records as _, Revision, Versioned, Wanted, allocate_image_number,
+};
+use kage_machine::{Term, UserName};
+use serde_json::json;
+use tokio::sync::OwnedMutexGuard;
+
+use super::{Daemon, Image, Slot, blocking, check_key, decide};
+use crate::{
+    api::{
+        error::{Code, ErrorBody},
+        types::{LoginReply, LoginRequest, State},
+    },
+    machines::{MachineSpec, Via},
+};
+
+/// How long a started machine may take to answer its first packet.
+const FIRST_ANSWER: Duration = Duration::from_secs(10);
+
+/// Room for one user's keys, as the machine's configuration page has it.
+const KEYS_MAX: usize = 12 << 10;
+
+/// Where a login has to be done.
+#[derive(Debug)]
+pub enum Login {
+    /// Here, and it is done.
+    Done(LoginReply),
+    /// By another host.
+    Ask(kage_machine::HostName),
+}
+
+impl Daemon {
+    /// Starts or finds a user's machine, when that is this host's to do.
+    ///
+    /// # Errors
+    /// [`ErrorBody`]; nothing is lost.
+    pub async fn login(
+        self: &Arc<Self>,
+        user: &UserName,
+        request: &LoginRequest,
+    ) -> Result<Login, ErrorBody> {
+        let key = request.key.as_deref().map(check_key).transpose()?;
+        let begun = Instant::now();
+        let (daemon, name, wish) = (self.clone(), user.clone(), request.clone());
+        let place = blocking(move || daemon.claim(&name, &wish, key)).await?;
+        if let Some(host) = place {
+            return Ok(Login::Ask(host));
+        }
+        let reply = self.start(user, begun, request.key.is_some()).await?;
+        self.metrics.add("kage_logins_total", &[], 1);
+        if !reply.found {
+            self.metrics.observe("kage_login_start_seconds", &[], begun.elapsed());
+        }
+        Ok(Login::Done(reply))
+    }
+
+    /// Makes the image's record, or adds the key to it; `Some` names the host that has to do it instead.
+    fn claim(
+        &self,
+        user: &UserName,
+        request: &LoginRequest,
+        key: Option<String>,
+    ) -> Result<Option<kage_machine::HostName>, ErrorBody> {
+        loop {
+            let found = self.record(user)?;
+            let outcome = match decide::login(found.as_ref().map(|found| &found.record), &self.me) {
+                decide::Login::Ask(owner) => return Ok(Some(owner)),
+                decide::Login::Create => {
+                    if let Some(at) = &request.at {
+                        let host = self.place(at)?;
+                        if host != self.me {
+                            return Ok(Some(host));
+                        }
+                    }
+                    let record = self.new_record(request, key.clone())?;
+                    self.swap(user, Revision::ABSENT, &record)
+                }
+                decide::Login::Here => {
+                    let Some(Versioned { revision, mut record }) = found else { continue };
+                    if let Some(image) = &request.image
+                        && *image != record.profile.image
+                    {
+                        return Err(ErrorBody::bad_request(format!(
+                            "{user}'s machine is made from image {:?}, not {image:?}; leave --image away",
+                            record.profile.image
+                        )));
+                    }
+                    match &key {
+                        Some(key) if !record.profile.authorized_keys.contains(key) => {
+                            record.profile.authorized_keys.push(key.clone());
+                            check_room(&record.profile)?;
+                            self.swap(user, revision, &record)
+                        }
+                        _ => return Ok(None),
+                    }
+                }
+            };
+            match outcome {
+                Ok(_) => return Ok(None),
+                // Somebody else was faster: what is there now decides.
+                Err(DirectoryError::Conflict { .. }) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+    }
+
+    fn new_record(&self, request: &LoginRequest, key: Option<String>) -> Result<ImageRecord, ErrorBody> {
+        let image = request.image.clone().unwrap_or_else(|| self.config.image.default.clone());
+        self.machines.check(&image).map_err(ErrorBody::failed)?;
+        let mut seed = [0; 32];
+        crate::init::random(&mut seed);
+        let profile = Profile {
+            image,
+            memory_bytes: self.config.image.memory.0,
+            disk_bytes: self.config.image.disk.0,
+            host_key_seed: seed,
+            authorized_keys: self.operator_keys.iter().cloned().chain(key).collect(),
+        };
+        check_room(&profile)?;
+        Ok(ImageRecord {
+            term: Term(0),
+            owner: self.me.clone(),
+            intent: None,
+            backup: None,
+            wanted: Wanted::Stopped,
+            number: allocate_image_number(&*self.directory)?,
+            profile,
+        })
+    }
+
+    /// Starts a machine whose owner is this host, or finds it running.
+    ///
+    /// # Errors
+    /// [`ErrorBody`].
+    pub async fn start(
+        self: &Arc<Self>,
+        user: &UserName,
+        begun: Instant,
+        with_key: bool,
+    ) -> Result<LoginReply, ErrorBody> {
+        let image = self.image(user);
+        // A machine that serves is found without waiting for a move that may hold the slot.
+        let status = image.status();
+        let serving = matches!(status.state, State::Running | State::Moving);
+        let found = if serving {
+            let (daemon, name) = (self.clone(), user.clone());
+            let record = blocking(move || daemon.existing(&name)).await?.record;
+            (record.owner == self.me).then_some((record, true))
+        } else {
+            None
+        };
+        let (record, found) = match found {
+            Some(found) => found,
+            None => {
+                let guard = image.slot.clone().lock_owned().await;
+                let (daemon, image) = (self.clone(), image.clone());
+                let (record, found, guard) = blocking(move || daemon.start_held(&image, guard)).await?;
+                if !found {
+                    let (net, vid) = (self.net.clone(), self.vid(&record));
+                    blocking(move || {
+                        net.first_answer(vid.address(), FIRST_ANSWER)
+                            .map_err(|reason| ErrorBody::new(Code::TimedOut, reason))
+                    })
+                    .await?;
+                }
+                drop(guard);
+                (record, found)
+            }
+        };
+        let vid = self.vid(&record).address();
+        let started_ms = begun.elapsed().as_secs_f64() * 1e3;
+        let kind = if found { "found" } else { "login" };
+        self.events.emit(kind, Some(user), json!({ "address": vid, "started_ms": started_ms }));
+        let note = (found && with_key)
+            .then(|| "it was running: a key it did not have opens it from its next start on".to_owned());
+        Ok(LoginReply {
+            user: user.clone(),
+            vid,
+            address: vid,
+            host: self.me.clone(),
+            state: image.status().state,
+            started_ms,
+            found,
+            note,
+        })
+    }
+
+    /// With the slot held: finds the machine, or starts it under a new term.
+    fn start_held(
+        self: &Arc<Self>,
+        image: &Arc<Image>,
+        mut slot: OwnedMutexGuard<Slot>,
+    ) -> Result<(ImageRecord, bool, OwnedMutexGuard<Slot>), ErrorBody> {
+        let Versioned { revision, record } = self.existing(&image.user)?;
+        if record.owner != self.me {
+            return Err(ErrorBody::new(
+                Code::OwnershipLost,
+                format!("{}'s machine went to host {} meanwhile; try again", image.user, record.owner),
+            ));
+        }
+        let failed = image.status().state == State::Failed;
+        if slot.machine.is_some() && !failed {
+            return Ok((record, true, slot));
+        }
+        if record.intent.is_some() {
+            return Err(ErrorBody::new(
+                Code::Busy,
+                format!(
+                    "a move of {}'s machine is not settled yet; try again, or see `kage show {0}`",
+                    image.user
+                ),
+            ));
+        }
+        let record = self.start_anew(image, &mut slot, revision, record)?;
+        Ok((record, false, slot))
+    }
+
+    /// Starts a machine of which nothing runs: first the swap, then the process.
+    pub(crate) fn start_anew(
+        self: &Arc<Self>,
+        image: &Arc<Image>,
+        slot: &mut Slot,
+        revision: Revision,
+        mut record: ImageRecord,
+    ) -> Result<ImageRecord, ErrorBody> {
+        if let Some(mut old) = slot.machine.take() {
+            old.end();
+        }
+        image.update(|status| *status = super::Status { state: State::Starting, ..Default::default() });
+        record.term = record.term.next();
+        record.wanted = Wanted::Running;
+        let result = self
+            .swap(&image.user, revision, &record)
+            .map_err(ErrorBody::from)
+            .and_then(|_| self.bring_up(image, slot, &record));
+        match result {
+            Ok(()) => Ok(record),
+            Err(error) => {
+                image.set(State::Failed, Some(error.message.clone()));
+                self.events.emit("start_failed", Some(&image.user), json!({ "reason": error.message }));
+                Err(error)
+            }
+        }
+    }
+
+    fn bring_up(
+        self: &Arc<Self>,
+        image: &Arc<Image>,
+        slot: &mut Slot,
+        record: &ImageRecord,
+    ) -> Result<(), ErrorBody> {
+        let spec = self.spec(&image.user, record)?;
+        let vid = spec.vid;
+        let tap = self.net.tap(spec.number).map_err(ErrorBody::failed)?;
+        self.routes.hold(vid);
+        let machine = self.routes.image(vid, &Via::Tap).and_then(|()| self.machines.start(&spec, tap));
+        self.routes.let_go(vid);
+        self.install(image, slot, spec, machine.map_err(ErrorBody::failed)?);
+        Ok(())
+    }
+
+    /// What a machine of this record is made of here.
+    ///
+    /// # Errors
+    /// When this host cannot carry it.
+    pub fn spec(&self, user: &UserName, record: &ImageRecord) -> Result<MachineSpec, ErrorBody> {
+        let disks = self.config.host.state_dir.join("disks");
+        std::fs::create_dir_all(&disks)
+            .map_err(|error| ErrorBody::failed(format!("{}: {error}", disks.display())))?;
+        MachineSpec::of(user, record, self.config.network.prefix, self.net.mtu(), &disks)
+            .map_err(ErrorBody::bad_request)
+    }
+
+    /// Takes a running machine into its slot and listens to it.
+    pub fn install(
+        self: &Arc<Self>,
+        image: &Arc<Image>,
+        slot: &mut Slot,
+        spec: MachineSpec,
+        mut machine: Box<dyn crate::machines::Hosted>,
+    ) {
+        slot.incarnation += 1;
+        let (daemon, user, incarnation) = (Arc::downgrade(self), image.user.clone(), slot.incarnation);
+        image.update(|status| {
+            *status = super::Status {
+                state: State::Running,
+                term: spec.term,
+                memory: Some(machine.memory()),
+                pid: machine.pid(),
+                ..Default::default()
+            };
+        });
+        machine.watch(Box::new(move |mishap| {
+            if let Some(daemon) = daemon.upgrade() {
+                daemon.mishap(user.clone(), incarnation, mishap);
+            }
+        }));
+        slot.spec = Some(spec);
+        slot.machine = Some(machine);
+    }
+
+    /// Stops a machine whose owner is this host; keeps disk and identity. Idempotent.
+    ///
+    /// # Errors
+    /// [`ErrorBody`].
+    pub async fn stop(self: &Arc<Self>, user: &UserName) -> Result<(), ErrorBody> {
+        let image = self.image(user);
+        // A move under way would hold the slot to its end.
+        if let Some(operation) = image.status().operation {
+            let _ = self.operations.cancel(&operation);
+        }
+        let mut slot = image.slot.clone().lock_owned().await;
+        let daemon = self.clone();
+        blocking(move || {
+            let Versioned { revision, mut record } = daemon.existing(&image.user)?;
+            if record.owner != daemon.me {
+                let message =
+                    format!("{}'s machine went to host {} meanwhile; try again", image.user, record.owner);
+                return Err(ErrorBody::new(Code::OwnershipLost, message));
+            }
+            if record.intent.is_some() {
+                let message = format!("a move of {}'s machine is not settled yet; try again", image.user);
+                return Err(ErrorBody::new(Code::Busy, message));
+            }
+            if record.wanted != Wanted::Stopped {
+                record.wanted = Wanted::Stopped;
+                daemon.directory.swap(&image.user, revision, Some(&record))?;
+            }
+            daemon.take_down(&image, &mut slot, &record);
+            daemon.events.emit("stopped", Some(&image.user), json!({}));
+            Ok(())
+        })
+        .await
+    }
+
+    /// Ends the process here, if there is one, and removes its tap.
+    pub(crate) fn take_down(&self, image: &Image, slot: &mut Slot, record: &ImageRecord) {
+        slot.incarnation += 1;
+        if let Some(mut machine) = slot.machine.take() {
+            machine.end();
+        }
+        slot.spec = None;
+        if let Err(reason) = self.net.remove_tap(record.number) {
+            tracing::warn!(reason, "a tap was not removed");
+        }
+        image.update(|status| *status = super::Status::default());
+    }
+}
+
+fn check_room(profile: &Profile) -> Result<(), ErrorBody> {
+    let bytes: usize = profile.authorized_keys.iter().map(|key| key.len() + 1).sum();
+    if bytes > KEYS_MAX {
+        return Err(ErrorBody::bad_request(format!(
+            "the user's keys take {bytes} bytes, at most {KEYS_MAX} fit"
+        )));
+    }
+    Ok(())
+}

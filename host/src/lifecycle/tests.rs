@@ -1,0 +1,357 @@
+//! Daemons on loopback with simulated machines: real API, real TLS, real directory.
+
+use std::{net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
+
+use kage_directory::{Directory, Embedded, Records as _};
+use kage_machine::{HostName, UserName};
+use serde_json::{Value, json};
+use tokio::{net::TcpListener, task::JoinHandle};
+
+use super::*;
+use crate::{
+    api::types::{ImageView, LoginReply},
+    fake::{FakeMachines, FakeNet},
+    http::{Call, Connection, unix},
+    init::{HostSpec, site},
+    scratch::Scratch,
+    serve,
+    tls::Identity,
+};
+use http::Method;
+
+pub(crate) const KEY: &str =
+    "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIOMqqnkVzrm0SdG6UOoqKLsabgH5C9okWi0dh2l9GKJl alice@laptop";
+
+/// One daemon and what would outlive it.
+pub(crate) struct TestHost {
+    pub daemon: Arc<Daemon>,
+    pub machines: Arc<FakeMachines>,
+    pub net: Arc<FakeNet>,
+    pub socket: PathBuf,
+    tasks: Vec<JoinHandle<()>>,
+    embedded: Option<Arc<dyn Directory>>,
+}
+
+impl TestHost {
+    /// Ends the daemon as SIGKILL would; machines live on.
+    pub fn kill(self) -> (Arc<FakeMachines>, Arc<FakeNet>, Option<Arc<dyn Directory>>) {
+        for task in self.tasks {
+            task.abort();
+        }
+        (self.machines, self.net, self.embedded)
+    }
+
+    pub async fn call(&self, call: &Call) -> (u16, Value) {
+        let mut connection: Connection = unix(&self.socket).await.unwrap();
+        let answer = connection.call(call).await.unwrap();
+        let body = serde_json::from_slice(&answer.body).unwrap_or(Value::Null);
+        (answer.status.as_u16(), body)
+    }
+
+    pub async fn login(&self, user: &str, body: Value) -> LoginReply {
+        let (status, reply) =
+            self.call(&Call::new(Method::PUT, format!("/v1/images/{user}")).json(&body)).await;
+        assert_eq!(status, 200, "{reply}");
+        serde_json::from_value(reply).unwrap()
+    }
+
+    pub async fn show(&self, query: &str) -> ImageView {
+        let (status, reply) = self.call(&Call::new(Method::GET, format!("/v1/images/{query}"))).await;
+        assert_eq!(status, 200, "{reply}");
+        serde_json::from_value(reply).unwrap()
+    }
+}
+
+/// Hosts h1 (which serves the directory), h2, …
+pub(crate) struct TestSite {
+    dir: Scratch,
+    addresses: Vec<SocketAddr>,
+}
+
+fn host_name(index: usize) -> HostName {
+    format!("h{}", index + 1).parse().unwrap()
+}
+
+impl TestSite {
+    pub async fn new(name: &str, hosts: usize) -> (Self, Vec<TestHost>) {
+        let dir = Scratch::new(name);
+        let specs: Vec<_> =
+            (0..hosts).map(|index| HostSpec { name: host_name(index), advertise: None }).collect();
+        site(dir.path(), &specs).unwrap();
+        let mut listeners = Vec::new();
+        for _ in 0..hosts {
+            listeners.push(TcpListener::bind("[::1]:0").await.unwrap());
+        }
+        let addresses = listeners.iter().map(|listener| listener.local_addr().unwrap()).collect();
+        let site = Self { dir, addresses };
+        let embedded = Embedded::open(&site.dir.path().join("directory.redb")).unwrap();
+        let mut embedded: Option<Arc<dyn Directory>> = Some(Arc::new(embedded));
+        let mut all = Vec::new();
+        for (index, listener) in listeners.into_iter().enumerate() {
+            let parts = (Arc::default(), Arc::default(), embedded.take());
+            all.push(site.start(index, listener, parts).await);
+        }
+        for host in &all {
+            let mut seen = host.daemon.seen.subscribe();
+            let all_seen = seen.wait_for(|seen| seen.hosts.len() == hosts);
+            tokio::time::timeout(Duration::from_secs(10), all_seen).await.unwrap().unwrap();
+        }
+        (site, all)
+    }
+
+    pub async fn start(
+        &self,
+        index: usize,
+        listener: TcpListener,
+        parts: (Arc<FakeMachines>, Arc<FakeNet>, Option<Arc<dyn Directory>>),
+    ) -> TestHost {
+        let (machines, net, embedded) = parts;
+        let name = host_name(index);
+        let dir = self.dir.path().join(name.as_str());
+        let text = format!(
+            "[host]\nname = {name:?}\nstate_dir = {state:?}\nrun_dir = {run:?}\n\
+             [peer]\nadvertise = \"{address}\"\ntls_dir = {tls:?}\n\
+             [cluster]\nendpoints = [\"{first}\"]\n\
+             [network]\nprefix = \"fd4b:6167:6500::/48\"\nunderlay = \"lo\"\n\
+             [image]\nmemory = \"16MiB\"\ndisk = \"0B\"\n\
+             [[ap]]\nid = \"ap-{n}\"\nhost = {name:?}\nmobility = \"route\"\n",
+            name = name.as_str(),
+            state = dir.join("state").to_str().unwrap(),
+            run = dir.join("run").to_str().unwrap(),
+            tls = dir.join("tls").to_str().unwrap(),
+            address = self.addresses[index],
+            first = self.addresses[0],
+            n = index + 1,
+        );
+        let config = Config::parse(std::path::Path::new("host.toml"), &text).unwrap();
+        let socket = config.socket();
+        let identity = Identity::load(&config.peer.tls_dir, &name).unwrap();
+        let directory = match &embedded {
+            Some(embedded) => embedded.clone(),
+            None => crate::links::open_directory(&config, &identity).unwrap(),
+        };
+        let parts = Parts {
+            config,
+            directory,
+            machines: machines.clone(),
+            net: net.clone(),
+            peers: Peers::new(identity),
+        };
+        let daemon = Daemon::new(parts).unwrap();
+        let unix = serve::open_unix(&socket).await.unwrap();
+        let mut tasks = Vec::new();
+        let (api, peers, served) = (daemon.clone(), daemon.clone(), embedded.clone());
+        tasks.push(tokio::spawn(async move { serve::serve_unix(api, unix).await.unwrap() }));
+        tasks.push(tokio::spawn(serve::serve_peers(peers, listener, served)));
+        let publisher = daemon.clone();
+        blocking(move || publisher.publish()).await.unwrap();
+        let follower = daemon.clone();
+        std::thread::spawn(move || follower.follow());
+        daemon.adopt_all().await.unwrap();
+        TestHost { daemon, machines, net, socket, tasks, embedded }
+    }
+
+    /// Starts a daemon again that was killed.
+    pub async fn restart(
+        &self,
+        index: usize,
+        parts: (Arc<FakeMachines>, Arc<FakeNet>, Option<Arc<dyn Directory>>),
+    ) -> TestHost {
+        let socket = tokio::net::TcpSocket::new_v6().unwrap();
+        socket.set_reuseaddr(true).unwrap();
+        socket.bind(self.addresses[index]).unwrap();
+        self.start(index, socket.listen(64).unwrap(), parts).await
+    }
+}
+
+async fn until(what: &str, mut is: impl AsyncFnMut() -> bool) {
+    let deadline = tokio::time::Instant::now() + Duration::from_secs(10);
+    while !is().await {
+        assert!(tokio::time::Instant::now() < deadline, "{what}: not within 10 s");
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_login_starts_a_machine_and_a_second_one_elsewhere_finds_it() {
+    let (_site, hosts) = TestSite::new("life-login", 2).await;
+    let first = hosts[0].login("alice", json!({ "key": KEY })).await;
+    assert_eq!((first.host.as_str(), first.found, first.state), ("h1", false, State::Running));
+    let second = hosts[1].login("alice", json!({ "at": "h2" })).await;
+    assert_eq!((second.host.as_str(), second.found, second.vid), ("h1", true, first.vid));
+    assert_eq!(*hosts[0].machines.started.lock().unwrap() + *hosts[1].machines.started.lock().unwrap(), 1);
+    let view = hosts[1].show("alice").await;
+    assert_eq!((view.state, view.term.0, view.memory_bytes), (State::Running, 1, 16 << 20));
+    until("the route through the tunnel", async || {
+        hosts[1].net.calls().iter().any(|call| call.contains(&first.vid.to_string()) && call.contains("Host"))
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn logins_at_the_same_time_start_one_machine() {
+    let (_site, hosts) = TestSite::new("life-race", 2).await;
+    let (a, b, c) = tokio::join!(
+        hosts[0].login("alice", json!({})),
+        hosts[1].login("alice", json!({})),
+        hosts[1].login("alice", json!({ "at": "ap-1" }))
+    );
+    assert_eq!((a.vid, &a.host), (b.vid, &b.host));
+    assert_eq!((a.vid, &a.host), (c.vid, &c.host));
+    assert_eq!(*hosts[0].machines.started.lock().unwrap() + *hosts[1].machines.started.lock().unwrap(), 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_login_at_an_access_point_starts_at_its_host() {
+    let (_site, hosts) = TestSite::new("life-place", 2).await;
+    let reply = hosts[0].login("bob", json!({ "at": "ap-2" })).await;
+    assert_eq!(reply.host.as_str(), "h2");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn logout_keeps_the_identity_for_the_next_login() {
+    let (_site, hosts) = TestSite::new("life-logout", 2).await;
+    let first = hosts[0].login("alice", json!({ "key": KEY })).await;
+    let (status, view) = hosts[1].call(&Call::new(Method::DELETE, "/v1/images/alice")).await;
+    assert_eq!((status, &view["state"]), (200, &json!("stopped")), "{view}");
+    assert!(hosts[0].machines.process("alice").is_none());
+    let (status, _) = hosts[0].call(&Call::new(Method::POST, "/v1/images/alice/stop")).await;
+    assert_eq!(status, 200, "stopping twice is stopping once");
+    let again = hosts[0].login("alice", json!({})).await;
+    assert_eq!((again.vid, again.found), (first.vid, false));
+    let record = hosts[0].daemon.existing(&"alice".parse().unwrap()).unwrap().record;
+    assert_eq!((record.term.0, record.profile.authorized_keys), (2, vec![KEY.to_owned()]));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_machine_whose_process_dies_is_started_again_under_a_new_term() {
+    let (_site, hosts) = TestSite::new("life-death", 1).await;
+    hosts[0].login("alice", json!({})).await;
+    hosts[0].machines.process("alice").unwrap().kill("killed by signal 9");
+    until("the restart", async || {
+        let events = hosts[0].daemon.events.since(0).events;
+        events.iter().any(|event| event.kind == "restarted" && event.details["outcome"] == "restarted")
+    })
+    .await;
+    let view = hosts[0].show("alice?state=running&timeout=5s").await;
+    assert_eq!(view.term.0, 2);
+    for _ in 0..decide::Restarts::MOST {
+        until("a process", async || hosts[0].machines.process("alice").is_some()).await;
+        until("running", async || hosts[0].show("alice").await.state == State::Running).await;
+        hosts[0].machines.process("alice").unwrap().kill("again");
+    }
+    let view = hosts[0].show("alice?state=failed&timeout=5s").await;
+    assert!(view.note.unwrap().contains("too often"));
+    let (status, _) = hosts[0].call(&Call::new(Method::POST, "/v1/images/alice/start")).await;
+    assert_eq!(status, 200);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_guest_that_fails_is_shown_with_its_log_and_can_be_started_again() {
+    let (_site, hosts) = TestSite::new("life-panic", 1).await;
+    hosts[0].login("alice", json!({})).await;
+    hosts[0].machines.process("alice").unwrap().fail("panicked at shell.rs:7");
+    let view = hosts[0].show("alice?state=failed&timeout=5s").await;
+    assert!(view.note.unwrap().contains("shell.rs:7"));
+    let (status, log) = hosts[0].call(&Call::new(Method::GET, "/v1/images/alice/logs")).await;
+    assert_eq!((status, &log["text"]), (200, &json!("fake\n")));
+    let (status, reply) = hosts[0].call(&Call::new(Method::POST, "/v1/images/alice/start")).await;
+    assert_eq!((status, &reply["state"]), (200, &json!("running")));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_restarted_daemon_adopts_its_machines_and_starts_what_is_missing() {
+    let (site, mut hosts) = TestSite::new("life-adopt", 2).await;
+    hosts[1].login("alice", json!({})).await;
+    hosts[1].login("bob", json!({})).await;
+    let alice = hosts[1].machines.process("alice").unwrap();
+    let (machines, net, embedded) = hosts.remove(1).kill();
+    machines.process("bob").unwrap().kill("while nobody looked");
+    let view = hosts[0].show("alice").await;
+    assert_eq!(view.state, State::InDoubt, "{view:?}");
+    assert!(view.note.unwrap().contains("host h2 does not answer"));
+    let host = site.restart(1, (machines, net, embedded)).await;
+    let view = host.show("alice?state=running&timeout=5s").await;
+    assert_eq!(view.term.0, 1, "adopted, not started anew");
+    assert!(Arc::ptr_eq(&alice, &host.machines.process("alice").unwrap()));
+    let view = host.show("bob?state=running&timeout=5s").await;
+    assert_eq!(view.term.0, 2);
+    assert_eq!(hosts[0].show("alice?state=running&timeout=5s").await.host.as_str(), "h2");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn bad_input_gets_a_clear_error() {
+    let (_site, hosts) = TestSite::new("life-bad", 2).await;
+    hosts[0].login("alice", json!({})).await;
+    let put = |user: &str, body: Value| Call::new(Method::PUT, format!("/v1/images/{user}")).json(&body);
+    let post = |path: &str, body: Value| Call::new(Method::POST, path).json(&body);
+    for (call, status, says) in [
+        (Call::new(Method::GET, "/v1/images/nobody"), 404, "kage login nobody"),
+        (Call::new(Method::GET, "/v1/images/-x"), 400, "refused"),
+        (Call::new(Method::GET, "/v1/images/alice?state=sleeping"), 400, "choose one of"),
+        (
+            Call::new(Method::GET, "/v1/images/alice?state=stopped&timeout=100ms"),
+            504,
+            "still is running at h1",
+        ),
+        (put("bob", json!({ "key": "nonsense" })), 400, "ssh-keygen"),
+        (put("bob", json!({ "at": "ap-99" })), 404, "neither a host nor an access point"),
+        (put("bob", json!({ "image": "windows" })), 500, "no image"),
+        (put("bob", json!({ "kee": "x" })), 400, "unknown field"),
+        (put("alice", json!({ "image": "other" })), 400, "leave --image away"),
+        (post("/v1/images/nobody/start", json!({})), 404, "no image"),
+        (post("/v1/images/nobody/stop", json!({})), 404, "no image"),
+        (post("/v1/images/alice/migrate", json!({ "to": "h9" })), 404, "host h9 is unknown"),
+        (post("/v1/images/alice/migrate", json!({ "to": "h1" })), 400, "already"),
+        (post("/v1/images/alice/migrate", json!({ "mode": "postcopy" })), 501, "postcopy"),
+        (post("/v1/images/alice/migrate", json!({ "blackout": "10" })), 400, "write it as 10ms"),
+        (post("/v1/roam", json!({ "user": "alice", "ap": "ap-99" })), 404, "ap-99 is unknown"),
+        (post("/v1/roam", json!({ "user": "nobody", "ap": "ap-1" })), 404, "no image"),
+        (Call::new(Method::GET, "/v1/operations/h1:77"), 404, "unknown"),
+        (Call::new(Method::GET, "/v1/operations/h9:1"), 404, "host h9 is unknown"),
+        (Call::new(Method::GET, "/nowhere"), 404, "openapi"),
+        (Call::new(Method::DELETE, "/v1/hosts"), 405, "not offered"),
+    ] {
+        let (found, body) = hosts[0].call(&call).await;
+        let message = body["message"].as_str().unwrap_or_default();
+        assert_eq!(found, status, "{} {}: {body}", call.method, call.path);
+        assert!(message.contains(says), "{} {}: {message}", call.method, call.path);
+        assert!(body["code"].is_string());
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_host_that_is_down_is_named() {
+    let (_site, mut hosts) = TestSite::new("life-down", 2).await;
+    hosts[1].login("alice", json!({})).await;
+    hosts.remove(1).kill();
+    let started = std::time::Instant::now();
+    let (status, body) = hosts[0].call(&Call::new(Method::PUT, "/v1/images/alice").json(&json!({}))).await;
+    assert_eq!(status, 502, "{body}");
+    assert!(body["message"].as_str().unwrap().contains("host h2 does not answer"), "{body}");
+    assert!(started.elapsed() < Duration::from_secs(5));
+    let (_, list) = hosts[0].call(&Call::new(Method::GET, "/v1/hosts")).await;
+    let up: Vec<_> = list.as_array().unwrap().iter().map(|host| host["up"].as_bool()).collect();
+    assert_eq!(up, [Some(true), Some(false)]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_device_is_published_and_the_latest_word_wins() {
+    let (_site, hosts) = TestSite::new("life-device", 2).await;
+    let address = "fd0d::1".parse().unwrap();
+    let (user, ap): (UserName, _) = ("alice".parse().unwrap(), "ap-1".parse().unwrap());
+    assert!(hosts[0].daemon.attach_device(address, &user, &ap, 20).unwrap());
+    assert!(!hosts[1].daemon.attach_device(address, &user, &"ap-2".parse().unwrap(), 10).unwrap());
+    until("the route at the other host", async || {
+        hosts[1].net.calls().iter().any(|call| call.starts_with("device fd0d::1") && call.contains("h1"))
+    })
+    .await;
+    assert!(hosts[1].daemon.attach_device(address, &user, &"ap-2".parse().unwrap(), 30).unwrap());
+    until("the route at the first host", async || {
+        hosts[0].net.calls().iter().any(|call| call.starts_with("device fd0d::1") && call.contains("h2"))
+    })
+    .await;
+    let found = hosts[0].daemon.directory.read::<kage_directory::DeviceRecord>(&address).unwrap().unwrap();
+    assert_eq!(found.record.host.as_str(), "h2");
+    assert!(hosts[0].daemon.attach_device("fe80::1".parse().unwrap(), &user, &ap, 1).is_err());
+}

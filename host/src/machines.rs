@@ -1,0 +1,218 @@
+//! What the daemon asks of machines and of the network, as traits: the real ones are `kage-vmm` and
+//! `kage-fabric` ([`crate::real`]), the tests' ones are simulated.
+
+use std::{
+    net::{IpAddr, Ipv6Addr},
+    os::fd::OwnedFd,
+    path::PathBuf,
+};
+
+use kage_directory::{ImageRecord, Profile};
+use kage_machine::{
+    Geometry, HostName, ImageNumber, Machine, SitePrefix, Term, UserName, Vid, identity::ApName,
+    page::GeometryError,
+};
+use kage_migrate::{Ticket, recover::Found};
+use serde::{Deserialize, Serialize};
+
+/// All that is needed to make a user's machine on any host.
+#[derive(Clone, Debug, PartialEq)]
+pub struct MachineSpec {
+    /// Whose it is.
+    pub user: UserName,
+    /// Its number.
+    pub number: ImageNumber,
+    /// Its identity and address.
+    pub vid: Vid,
+    /// Under which it is started here.
+    pub term: Term,
+    /// Its page space.
+    pub geometry: Geometry,
+    /// What it starts from, its keys.
+    pub profile: Profile,
+    /// Largest IP packet of the fabric.
+    pub mtu: u16,
+    /// Where its disk is kept on this host.
+    pub disk: PathBuf,
+}
+
+impl MachineSpec {
+    /// From the directory's record.
+    ///
+    /// # Errors
+    /// When the record's sizes are outside what this host carries.
+    pub fn of(
+        user: &UserName,
+        record: &ImageRecord,
+        prefix: SitePrefix,
+        mtu: u16,
+        disks: &std::path::Path,
+    ) -> Result<Self, GeometryError> {
+        Ok(Self {
+            user: user.clone(),
+            number: record.number,
+            vid: Vid::of_image(prefix, record.number),
+            term: record.term,
+            geometry: Geometry::from_bytes(record.profile.memory_bytes, record.profile.disk_bytes)?,
+            profile: record.profile.clone(),
+            mtu,
+            disk: disks.join(format!("{}.disk", record.number.0)),
+        })
+    }
+
+    /// What is kept with the machine's process for a daemon that adopts it.
+    #[must_use]
+    pub fn label(&self) -> Label {
+        Label { user: self.user.clone(), number: self.number, term: self.term, ticket: None }
+    }
+}
+
+/// A daemon's words about a machine, kept by the machine's process.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Label {
+    /// Whose it is.
+    pub user: UserName,
+    /// Its number.
+    pub number: ImageNumber,
+    /// Under which it ran here.
+    pub term: Term,
+    /// The handover it came by, until its right is settled.
+    pub ticket: Option<Ticket>,
+}
+
+/// What happened to a machine by itself.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Mishap {
+    /// Its process ended.
+    Gone {
+        /// What was seen of its end.
+        reason: String,
+    },
+    /// The guest failed; its process stands still, its log can be read.
+    GuestFailed {
+        /// What the guest or its watchdog reported.
+        reason: String,
+    },
+}
+
+/// Called from any thread, at most once per mishap.
+pub type OnMishap = Box<dyn Fn(Mishap) + Send + Sync>;
+
+/// A machine on this host.
+pub trait Hosted: Machine {
+    /// Where it stands.
+    fn found(&mut self) -> Found;
+    /// Its process.
+    fn pid(&self) -> Option<u32>;
+    /// From now on tells what happens to it; also what has happened already.
+    fn watch(&mut self, on_mishap: OnMishap);
+    /// Counts the bytes and frames it moved and dropped so far.
+    fn dropped_frames(&mut self) -> u64;
+    /// Turns the heartbeat on or off and starts its figures anew.
+    ///
+    /// # Errors
+    /// As any call to a machine.
+    fn heartbeat(&mut self, on: bool) -> Result<(), kage_machine::MachineError>;
+    /// The guest's log, with a symbolised backtrace when it has failed.
+    fn logs(&self) -> String;
+    /// The machine as handover and replication see it.
+    fn as_machine(&mut self) -> &mut dyn Machine;
+    /// Renames its label: it now runs under another term.
+    ///
+    /// # Errors
+    /// As any call to a machine.
+    fn relabel(&mut self, label: &Label) -> Result<(), kage_machine::MachineError>;
+}
+
+/// A machine found at the daemon's start.
+pub struct Adopted {
+    /// What the daemon before said of it.
+    pub label: Label,
+    /// Where it stands.
+    pub found: Found,
+    /// The machine.
+    pub machine: Box<dyn Hosted>,
+}
+
+/// Makes machines.
+pub trait Machines: Send + Sync {
+    /// Starts a machine from its template with identity, keys and a new generation; its output leaves.
+    ///
+    /// # Errors
+    /// In words, with the cure.
+    fn start(&self, spec: &MachineSpec, tap: OwnedFd) -> Result<Box<dyn Hosted>, String>;
+    /// Makes a shell for a machine that comes from another host.
+    ///
+    /// # Errors
+    /// In words, with the cure.
+    fn shell(&self, spec: &MachineSpec, tap: OwnedFd) -> Result<Box<dyn Hosted>, String>;
+    /// The machines that an earlier daemon left running.
+    fn adopt(&self) -> Vec<Adopted>;
+    /// Whether it is able to make machines at all, and if not, why.
+    ///
+    /// # Errors
+    /// In words, with the cure.
+    fn check(&self, image: &str) -> Result<(), String>;
+}
+
+/// Where packets to an address go from this host.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Via {
+    /// To the image's tap here.
+    Tap,
+    /// To the access point's bridge here.
+    Ap(ApName),
+    /// Through the tunnel to a host.
+    Host(HostName),
+}
+
+/// Makes taps and routes. All calls are idempotent.
+pub trait Net: Send + Sync {
+    /// Largest IP packet of a guest.
+    fn mtu(&self) -> u16;
+    /// Opens the image's tap, made when missing.
+    ///
+    /// # Errors
+    /// In words, with the cure.
+    fn tap(&self, image: ImageNumber) -> Result<OwnedFd, String>;
+    /// Removes the image's tap.
+    ///
+    /// # Errors
+    /// In words.
+    fn remove_tap(&self, image: ImageNumber) -> Result<(), String>;
+    /// Makes a peer's tunnel end known.
+    ///
+    /// # Errors
+    /// In words.
+    fn peer(&self, host: &HostName, underlay: IpAddr) -> Result<(), String>;
+    /// Sets where an image's /88 goes.
+    ///
+    /// # Errors
+    /// In words.
+    fn route_image(&self, vid: Vid, via: &Via) -> Result<(), String>;
+    /// Forgets it.
+    ///
+    /// # Errors
+    /// In words.
+    fn forget_image(&self, vid: Vid) -> Result<(), String>;
+    /// Sets where a device's address goes.
+    ///
+    /// # Errors
+    /// In words.
+    fn route_device(&self, address: Ipv6Addr, via: &Via) -> Result<(), String>;
+    /// Forgets it.
+    ///
+    /// # Errors
+    /// In words.
+    fn forget_device(&self, address: Ipv6Addr) -> Result<(), String>;
+    /// Sends packets to a machine until it answers one.
+    ///
+    /// # Errors
+    /// In words, when it has not answered in time.
+    fn first_answer(&self, address: Ipv6Addr, patience: std::time::Duration) -> Result<(), String>;
+    /// Makes an access point's bridge, where it is this host's.
+    ///
+    /// # Errors
+    /// In words.
+    fn access_point(&self, ap: &ApName, bridge: Option<&str>) -> Result<(), String>;
+}

@@ -1,0 +1,238 @@
+//! Long operations: numbered, followed, cancelled.
+
+use std::{
+    collections::BTreeMap,
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
+
+use kage_machine::{HostName, UserName};
+use serde_json::Value;
+use tokio::sync::watch;
+
+use crate::api::{
+    error::{Code, ErrorBody},
+    types::{Operation, OperationState},
+};
+
+/// How many ended operations are remembered.
+const KEPT: usize = 256;
+
+/// All operations of this host.
+pub struct Operations {
+    host: HostName,
+    all: Mutex<Table>,
+}
+
+struct Table {
+    last: u64,
+    entries: BTreeMap<u64, Entry>,
+}
+
+struct Entry {
+    state: watch::Sender<Operation>,
+    cancelled: Arc<AtomicBool>,
+}
+
+/// The side of whoever carries an operation out. Dropped without an end, it counts as failed.
+pub struct Handle {
+    state: watch::Sender<Operation>,
+    cancelled: Arc<AtomicBool>,
+}
+
+impl Handle {
+    /// The operation's id.
+    #[must_use]
+    pub fn id(&self) -> String {
+        self.state.borrow().id.clone()
+    }
+
+    /// Whether somebody asked to stop; a flag, so that blocking threads can look.
+    #[must_use]
+    pub fn cancelled(&self) -> Arc<AtomicBool> {
+        self.cancelled.clone()
+    }
+
+    /// Says how far it is.
+    pub fn progress(&self, progress: Value) {
+        self.state.send_modify(|operation| operation.progress = progress);
+    }
+
+    /// Ends it.
+    pub fn end(self, outcome: Result<Value, ErrorBody>) {
+        self.state.send_modify(|operation| match outcome {
+            Ok(result) => {
+                operation.state = OperationState::Done;
+                operation.result = Some(result);
+            }
+            Err(error) => {
+                let cancelled = error.code == Code::Cancelled;
+                operation.state = if cancelled { OperationState::Cancelled } else { OperationState::Failed };
+                operation.error = Some(error);
+            }
+        });
+    }
+}
+
+impl Drop for Handle {
+    fn drop(&mut self) {
+        self.state.send_if_modified(|operation| {
+            let abandoned = operation.state == OperationState::Running;
+            if abandoned {
+                operation.state = OperationState::Failed;
+                operation.error = Some(ErrorBody::failed("the operation was abandoned; see the host's log"));
+            }
+            abandoned
+        });
+    }
+}
+
+impl Operations {
+    /// No operations yet.
+    #[must_use]
+    pub fn new(host: HostName) -> Self {
+        Self { host, all: Mutex::new(Table { last: 0, entries: BTreeMap::new() }) }
+    }
+
+    fn table(&self) -> MutexGuard<'_, Table> {
+        self.all.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Begins one.
+    pub fn begin(&self, kind: &str, user: &UserName) -> Handle {
+        let mut table = self.table();
+        table.last += 1;
+        let number = table.last;
+        let operation = Operation {
+            id: format!("{}:{number}", self.host),
+            kind: kind.to_owned(),
+            user: user.clone(),
+            state: OperationState::Running,
+            progress: Value::Null,
+            result: None,
+            error: None,
+        };
+        let (state, cancelled) = (watch::Sender::new(operation), Arc::new(AtomicBool::new(false)));
+        table.entries.insert(number, Entry { state: state.clone(), cancelled: cancelled.clone() });
+        let ended = |entry: &Entry| entry.state.borrow().state != OperationState::Running;
+        while table.entries.len() > KEPT {
+            let Some(oldest) =
+                table.entries.iter().find(|(_, entry)| ended(entry)).map(|(number, _)| *number)
+            else {
+                break;
+            };
+            table.entries.remove(&oldest);
+        }
+        Handle { state, cancelled }
+    }
+
+    fn subscribe(&self, id: &str) -> Result<watch::Receiver<Operation>, ErrorBody> {
+        let unknown = || ErrorBody::new(Code::NotFound, format!("operation {id} is unknown or long over"));
+        let number = Self::number(id).ok_or_else(unknown)?;
+        self.table().entries.get(&number).map(|entry| entry.state.subscribe()).ok_or_else(unknown)
+    }
+
+    /// The host that an operation's id names.
+    #[must_use]
+    pub fn host_of(id: &str) -> Option<HostName> {
+        id.rsplit_once(':')?.0.parse().ok()
+    }
+
+    fn number(id: &str) -> Option<u64> {
+        id.rsplit_once(':')?.1.parse().ok()
+    }
+
+    /// An operation as it stands, or as it stands once it has changed or ended within `wait`.
+    ///
+    /// # Errors
+    /// [`Code::NotFound`].
+    pub async fn get(&self, id: &str, wait: Duration) -> Result<Operation, ErrorBody> {
+        let mut receiver = self.subscribe(id)?;
+        let running = |operation: &Operation| operation.state == OperationState::Running;
+        if !wait.is_zero() && running(&receiver.borrow_and_update()) {
+            // Whether it changed or the time ran out, the answer is how it stands.
+            let _ = tokio::time::timeout(wait, receiver.changed()).await;
+        }
+        let operation = receiver.borrow().clone();
+        Ok(operation)
+    }
+
+    /// Waits for an operation's end.
+    ///
+    /// # Errors
+    /// [`Code::NotFound`], or [`Code::TimedOut`] with the operation going on.
+    pub async fn ended(&self, id: &str, wait: Duration) -> Result<Operation, ErrorBody> {
+        let mut receiver = self.subscribe(id)?;
+        let over = receiver.wait_for(|operation| operation.state != OperationState::Running);
+        match tokio::time::timeout(wait, over).await {
+            Ok(Ok(operation)) => Ok(operation.clone()),
+            _ => Err(ErrorBody::new(Code::TimedOut, format!("operation {id} is still under way"))),
+        }
+    }
+
+    /// Asks one to stop. What is past its point of no return ends as it would have.
+    ///
+    /// # Errors
+    /// [`Code::NotFound`].
+    pub fn cancel(&self, id: &str) -> Result<Operation, ErrorBody> {
+        let receiver = self.subscribe(id)?;
+        if let Some(entry) =
+            Self::number(id).and_then(|number| self.table().entries.get(&number).map(|e| e.cancelled.clone()))
+        {
+            entry.store(true, Ordering::Release);
+        }
+        let operation = receiver.borrow().clone();
+        Ok(operation)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    fn operations() -> (Operations, UserName) {
+        (Operations::new("h1".parse().unwrap()), "alice".parse().unwrap())
+    }
+
+    #[tokio::test]
+    async fn an_operation_is_followed_to_its_end() {
+        let (operations, alice) = operations();
+        let handle = operations.begin("migrate", &alice);
+        let id = handle.id();
+        assert_eq!((id.as_str(), Operations::host_of(&id)), ("h1:1", "h1".parse().ok()));
+        handle.progress(json!({ "rounds": 2 }));
+        assert_eq!(operations.get(&id, Duration::ZERO).await.unwrap().progress, json!({ "rounds": 2 }));
+        let task = tokio::spawn(async move { handle.end(Ok(json!(7))) });
+        let ended = operations.ended(&id, Duration::from_secs(5)).await.unwrap();
+        assert_eq!((ended.state, ended.result), (OperationState::Done, Some(json!(7))));
+        task.await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn cancelling_raises_the_flag_and_an_abandoned_operation_fails() {
+        let (operations, alice) = operations();
+        let handle = operations.begin("migrate", &alice);
+        let id = handle.id();
+        operations.cancel(&id).unwrap();
+        assert!(handle.cancelled().load(Ordering::Acquire));
+        drop(handle);
+        assert_eq!(operations.get(&id, Duration::ZERO).await.unwrap().state, OperationState::Failed);
+        assert_eq!(operations.cancel("h1:99").unwrap_err().code, Code::NotFound);
+        assert_eq!(operations.cancel("nonsense").unwrap_err().code, Code::NotFound);
+    }
+
+    #[test]
+    fn ended_operations_are_forgotten_running_ones_are_not() {
+        let (operations, alice) = operations();
+        let first = operations.begin("migrate", &alice);
+        for _ in 0..2 * KEPT {
+            operations.begin("migrate", &alice).end(Ok(Value::Null));
+        }
+        assert!(operations.table().entries.len() <= KEPT);
+        assert!(operations.subscribe(&first.id()).is_ok());
+    }
+}

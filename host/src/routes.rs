@@ -1,0 +1,177 @@
+//! Which routes this host has to have, from the directory's records. Pure, except [`apply`].
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::{IpAddr, Ipv6Addr},
+};
+
+use kage_directory::{DeviceRecord, HostRecord, ImageRecord, Wanted};
+use kage_machine::{HostName, SitePrefix, UserName, Vid};
+
+use crate::machines::{Net, Via};
+
+/// The routes of a host.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Table {
+    /// Tunnel ends of the other hosts.
+    pub peers: BTreeMap<HostName, IpAddr>,
+    /// Where the /88 of each image goes, by its VID.
+    pub images: BTreeMap<Ipv6Addr, (Vid, Via)>,
+    /// Where each device's address goes.
+    pub devices: BTreeMap<Ipv6Addr, Via>,
+}
+
+/// What the directory says, as far as routes depend on it.
+#[derive(Clone, Debug, Default)]
+pub struct Records {
+    /// All hosts.
+    pub hosts: BTreeMap<HostName, HostRecord>,
+    /// All images.
+    pub images: BTreeMap<UserName, ImageRecord>,
+    /// All devices with a route of their own.
+    pub devices: BTreeMap<Ipv6Addr, DeviceRecord>,
+}
+
+/// The table that `me` must have. An image owned here goes to its tap; whether there is a tap is the
+/// lifecycle's business, and so is the route while a handover stands between `me` and another host.
+#[must_use]
+pub fn desired(records: &Records, me: &HostName, prefix: SitePrefix) -> Table {
+    let mut table = Table::default();
+    for (name, host) in &records.hosts {
+        if name != me {
+            table.peers.insert(name.clone(), host.underlay);
+        }
+    }
+    for image in records.images.values() {
+        let vid = Vid::of_image(prefix, image.number);
+        if image.owner == *me {
+            if image.wanted == Wanted::Running {
+                table.images.insert(vid.address(), (vid, Via::Tap));
+            }
+        } else if table.peers.contains_key(&image.owner) {
+            table.images.insert(vid.address(), (vid, Via::Host(image.owner.clone())));
+        }
+    }
+    for (address, device) in &records.devices {
+        if device.host == *me {
+            table.devices.insert(*address, Via::Ap(device.ap.clone()));
+        } else if table.peers.contains_key(&device.host) {
+            table.devices.insert(*address, Via::Host(device.host.clone()));
+        }
+    }
+    table
+}
+
+/// Whether the routes of an image are left alone for now: this host's lifecycle is changing them.
+pub type Held = BTreeSet<Ipv6Addr>;
+
+/// Brings the network from `now` to `wanted` and returns what it has then: what failed stays as it was,
+/// so that the next call tries again. Routes of images in `held` are not touched.
+pub fn apply(net: &dyn Net, now: &Table, wanted: &Table, held: &Held) -> Table {
+    let mut have = now.clone();
+    let report = |what: &str, result: Result<(), String>| match result {
+        Ok(()) => true,
+        Err(reason) => {
+            tracing::warn!(what, reason, "a route was not set");
+            false
+        }
+    };
+    for (host, underlay) in &wanted.peers {
+        if have.peers.get(host) != Some(underlay) && report("peer", net.peer(host, *underlay)) {
+            have.peers.insert(host.clone(), *underlay);
+        }
+    }
+    for (address, (vid, via)) in &wanted.images {
+        let same = have.images.get(address).is_some_and(|(_, there)| there == via);
+        if !held.contains(address) && !same && report("image", net.route_image(*vid, via)) {
+            have.images.insert(*address, (*vid, via.clone()));
+        }
+    }
+    for (address, (vid, _)) in &now.images {
+        if !wanted.images.contains_key(address)
+            && !held.contains(address)
+            && report("image", net.forget_image(*vid))
+        {
+            have.images.remove(address);
+        }
+    }
+    for (address, via) in &wanted.devices {
+        if have.devices.get(address) != Some(via) && report("device", net.route_device(*address, via)) {
+            have.devices.insert(*address, via.clone());
+        }
+    }
+    for address in now.devices.keys() {
+        if !wanted.devices.contains_key(address) && report("device", net.forget_device(*address)) {
+            have.devices.remove(address);
+        }
+    }
+    have
+}
+
+/// The routes this host has, kept by whoever changes them.
+pub struct Keeper {
+    net: std::sync::Arc<dyn Net>,
+    inner: std::sync::Mutex<Kept>,
+}
+
+#[derive(Default)]
+struct Kept {
+    table: Table,
+    held: Held,
+}
+
+impl Keeper {
+    /// No routes yet.
+    #[must_use]
+    pub fn new(net: std::sync::Arc<dyn Net>) -> Self {
+        Self { net, inner: std::sync::Mutex::default() }
+    }
+
+    fn kept(&self) -> std::sync::MutexGuard<'_, Kept> {
+        self.inner.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+
+    /// Follows the directory.
+    pub fn follow(&self, wanted: &Table) {
+        let mut kept = self.kept();
+        kept.table = apply(&*self.net, &kept.table, wanted, &kept.held);
+    }
+
+    /// Leaves an image's route to the lifecycle until [`Keeper::let_go`].
+    pub fn hold(&self, vid: Vid) {
+        self.kept().held.insert(vid.address());
+    }
+
+    /// The directory decides again.
+    pub fn let_go(&self, vid: Vid) {
+        let mut kept = self.kept();
+        kept.held.remove(&vid.address());
+        // Whatever was done meanwhile, the next `follow` sets the route again.
+        kept.table.images.remove(&vid.address());
+    }
+
+    /// Sets an image's route now.
+    ///
+    /// # Errors
+    /// In words.
+    pub fn image(&self, vid: Vid, via: &Via) -> Result<(), String> {
+        let mut kept = self.kept();
+        self.net.route_image(vid, via)?;
+        kept.table.images.insert(vid.address(), (vid, via.clone()));
+        Ok(())
+    }
+
+    /// Sets a device's route now.
+    ///
+    /// # Errors
+    /// In words.
+    pub fn device(&self, address: Ipv6Addr, via: &Via) -> Result<(), String> {
+        let mut kept = self.kept();
+        self.net.route_device(address, via)?;
+        kept.table.devices.insert(address, via.clone());
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests;

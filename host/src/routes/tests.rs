@@ -1,0 +1,101 @@
+use std::sync::Arc;
+
+use kage_machine::{ImageNumber, Term};
+
+use super::*;
+use crate::fake::FakeNet;
+
+fn host(name: &str) -> HostName {
+    name.parse().unwrap()
+}
+
+fn records() -> Records {
+    let mut records = Records::default();
+    for (name, octet) in [("a", 1u16), ("b", 2)] {
+        let advertise = std::net::SocketAddr::from(([0xfd00, 0, 0, 0, 0, 0, 0, octet], 7701));
+        let record =
+            HostRecord { advertise, underlay: advertise.ip(), api: None, incarnation: 1, cordoned: false };
+        records.hosts.insert(host(name), record);
+    }
+    for (user, number, owner, wanted) in [
+        ("alice", 1, "a", Wanted::Running),
+        ("bob", 2, "b", Wanted::Running),
+        ("carol", 3, "a", Wanted::Stopped),
+        ("dave", 4, "gone", Wanted::Running),
+    ] {
+        let record = ImageRecord {
+            term: Term(1),
+            owner: host(owner),
+            intent: None,
+            backup: None,
+            wanted,
+            number: ImageNumber(number),
+            profile: crate::fake::profile(),
+        };
+        records.images.insert(user.parse().unwrap(), record);
+    }
+    for (address, at) in [("fd0d::1", "a"), ("fd0d::2", "b")] {
+        let record = DeviceRecord {
+            user: "alice".parse().unwrap(),
+            host: host(at),
+            ap: "ap-1".parse().unwrap(),
+            since_ms: 0,
+        };
+        records.devices.insert(address.parse().unwrap(), record);
+    }
+    records
+}
+
+fn prefix() -> SitePrefix {
+    "fd4b:6167:6500::/48".parse().unwrap()
+}
+
+#[test]
+fn images_go_to_their_tap_or_to_their_owner() {
+    let table = desired(&records(), &host("a"), prefix());
+    let vias: Vec<_> = table.images.values().map(|(_, via)| via.clone()).collect();
+    assert_eq!(
+        vias,
+        [Via::Tap, Via::Host(host("b"))],
+        "stopped images and owners without a tunnel have no route"
+    );
+    let devices: Vec<_> = table.devices.values().cloned().collect();
+    assert_eq!(devices, [Via::Ap("ap-1".parse().unwrap()), Via::Host(host("b"))]);
+    assert_eq!(table.peers.keys().collect::<Vec<_>>(), [&host("b")]);
+}
+
+#[test]
+fn only_differences_are_applied_and_failures_are_tried_again() {
+    let net = FakeNet::default();
+    let wanted = desired(&records(), &host("a"), prefix());
+    net.fail_next("image");
+    let have = apply(&net, &Table::default(), &wanted, &Held::new());
+    assert_eq!(have.images.len(), 1);
+    let calls = net.calls().len();
+    let have = apply(&net, &have, &wanted, &Held::new());
+    assert_eq!((net.calls().len(), &have), (calls + 1, &wanted));
+    assert_eq!(apply(&net, &have, &wanted, &Held::new()), wanted);
+    assert_eq!(net.calls().len(), calls + 1);
+    let empty = apply(&net, &have, &Table { peers: have.peers.clone(), ..Table::default() }, &Held::new());
+    assert!(empty.images.is_empty() && empty.devices.is_empty());
+}
+
+#[test]
+fn a_held_route_is_left_to_the_lifecycle() {
+    let net = Arc::new(FakeNet::default());
+    let keeper = Keeper::new(net.clone());
+    let vid = Vid::of_image(prefix(), ImageNumber(1));
+    let mut records = records();
+    keeper.follow(&desired(&records, &host("a"), prefix()));
+    keeper.hold(vid);
+    keeper.image(vid, &Via::Host(host("b"))).unwrap();
+    let calls = net.calls().len();
+    keeper.follow(&desired(&records, &host("a"), prefix()));
+    assert_eq!(net.calls().len(), calls);
+    if let Some(image) = records.images.get_mut(&"alice".parse().unwrap()) {
+        image.owner = host("b");
+    }
+    keeper.let_go(vid);
+    keeper.follow(&desired(&records, &host("a"), prefix()));
+    assert!(net.calls().last().unwrap().contains("Host"), "{:?}", net.calls());
+}
