@@ -1,15 +1,18 @@
 //! Digests of pages, and of all pages a replica holds.
 //!
-//! A page's digest is the first 16 bytes of BLAKE3 over its index and its bytes; a zero page's is 0.
+//! A page's digest is XXH3-128 over its bytes with its index as the seed; a zero page's is 0.
 //! The digest of a whole replica is the sum of its pages' digests modulo 2^128, so it follows every
 //! write at the cost of one page and a fresh, all-zero replica has digest 0. Sender and receiver
 //! keep one table each, computed from the bytes they sent and the bytes they applied; the end of
 //! every epoch compares the sums, and so *everything* held, not only that epoch.
 //!
 //! It finds our own errors (a codec, a lost or misplaced page); peers are kept honest by TLS and
-//! the directory's record, so that a sum instead of a tree is enough.
+//! the directory's record. A guest that made two pages of its own collide could only keep its own
+//! older page. So neither a cryptographic hash nor a tree is needed, and BLAKE3 was measured at
+//! 3.2 µs a page at either end, more than copying, encrypting and applying it together.
 
 use kage_machine::{Geometry, PageBytes, PageIndex};
+use twox_hash::XxHash3_128;
 
 /// Digest of one page.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -28,14 +31,8 @@ impl PageDigest {
     /// Of a page known not to be zero.
     #[must_use]
     pub fn of_non_zero(index: PageIndex, bytes: &PageBytes) -> Self {
-        // The page first, so that the hash takes it in whole chunks.
-        let mut hasher = blake3::Hasher::new();
-        hasher.update(bytes);
-        hasher.update(&index.0.to_le_bytes());
-        let mut first = [0; 16];
-        first.copy_from_slice(&hasher.finalize().as_bytes()[..16]);
         // A digest of 0 means a page of zeros.
-        Self(u128::from_le_bytes(first).max(1))
+        Self(XxHash3_128::oneshot_with_seed(u64::from(index.0), bytes).max(1))
     }
 
     /// Whether it is a page of zeros.

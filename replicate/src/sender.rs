@@ -26,13 +26,13 @@ use crate::{
     planner::StreamRates,
 };
 
-/// Assumed of a link before anything was sent: LZ4 is then the choice, right or nearly right
-/// from 300 Mbit/s to 3 Gbit/s.
+/// Assumed of a link before anything was sent: about where compressing stops to pay.
 const UNKNOWN_LINK: Rate = Rate::bytes_per_s(125e6);
 
-/// The link's rate is the mean over about so many bytes: two full batches, so that the kernel's
-/// buffers, which swallow the first 50 to 100 KiB at once, are soon forgotten.
-const LINK_WINDOW: u64 = 512 << 10;
+/// The link's rate is the mean over about so many bytes: enough that one preempted send (4 ms) does
+/// not make a fast link look thin, little enough that the kernel's buffers, which swallow the first
+/// 50 to 100 KiB at once, are soon forgotten.
+const LINK_WINDOW: u64 = 2 << 20;
 
 /// A batch takes about so long on the link: cancelling and pacing act within it. Shorter ones
 /// compress worse (below 64 KiB of pages zstd loses 5 to 10 %).
@@ -376,6 +376,7 @@ impl Sender {
         link.send(&frame)?;
         self.link.record(bytes, start.elapsed());
         stats.bytes_wire += bytes;
+        batch.writer.reuse(frame.body);
         Ok(())
     }
 

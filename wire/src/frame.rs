@@ -16,8 +16,9 @@ use std::fmt;
 /// Bytes of a frame's header.
 pub const HEADER_BYTES: usize = 12;
 
-/// Bytes reserved for a body before any of it has arrived.
-const FIRST_RESERVE: usize = 64 << 10;
+/// Bytes reserved for a body before any of it has arrived: a whole page frame, so that the stream's
+/// frames are not copied while they grow. Reserved memory that nothing is written to costs nothing.
+const FIRST_RESERVE: usize = Kind::Pages.max_body() as usize;
 
 /// What a frame's body is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

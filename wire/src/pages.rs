@@ -124,14 +124,23 @@ impl BatchWriter {
     #[must_use]
     pub fn new(epoch: Epoch) -> Self {
         let mut writer = Self { epoch, records: 0, bytes: Vec::new() };
-        writer.restart(0);
+        writer.restart(Vec::new());
         writer
     }
 
-    fn restart(&mut self, reserve: usize) {
+    fn restart(&mut self, mut buffer: Vec<u8>) {
         self.records = 0;
-        self.bytes = Vec::with_capacity(reserve);
-        self.bytes.resize(BATCH_HEADER, 0);
+        buffer.clear();
+        buffer.resize(BATCH_HEADER, 0);
+        self.bytes = buffer;
+    }
+
+    /// Gives a buffer back that [`Self::finish`] returned: fresh memory costs a page fault per page.
+    /// Does nothing once the next batch has records.
+    pub fn reuse(&mut self, buffer: Vec<u8>) {
+        if self.records == 0 && buffer.capacity() > self.bytes.capacity() {
+            self.restart(buffer);
+        }
     }
 
     /// Records so far.
@@ -186,7 +195,7 @@ impl BatchWriter {
             None => {
                 self.bytes[..BATCH_HEADER].copy_from_slice(&header);
                 let batch = std::mem::take(&mut self.bytes);
-                self.restart(batch.len());
+                self.restart(Vec::new());
                 batch
             }
         }

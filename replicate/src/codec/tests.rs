@@ -97,9 +97,13 @@ fn a_batch_that_unpacks_to_more_than_it_declares_is_refused() {
 fn fast_links_get_pages_as_they_are_and_thin_ones_the_best_compression() {
     let mbit = |rate: f64| Rate::bytes_per_s(rate * 1e6 / 8.0);
     let chooser = Chooser::default();
-    assert_eq!(chooser.best(mbit(40_000.0)), Scheme::Raw);
-    assert_eq!(chooser.best(mbit(1000.0)), Scheme::Lz4);
+    assert_eq!(chooser.best(mbit(10_000.0)), Scheme::Raw);
     assert_eq!(chooser.best(mbit(50.0)), Scheme::Zstd);
+    let cost = |encode, ratio| Cost { encode: Rate::bytes_per_s(encode), ratio };
+    let (lz4, zstd) = (cost(600e6, 0.45), cost(150e6, 0.35));
+    assert_eq!(choose(mbit(10_000.0), lz4, zstd), Scheme::Raw);
+    assert_eq!(choose(mbit(1_000.0), lz4, zstd), Scheme::Lz4);
+    assert_eq!(choose(mbit(50.0), lz4, zstd), Scheme::Zstd);
 }
 
 #[test]
