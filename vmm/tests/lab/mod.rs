@@ -64,7 +64,7 @@ impl Lab {
         let dir = std::env::temp_dir().join(format!("kage-vmm-{}-{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed)));
         fs::create_dir_all(&dir).unwrap();
         let spec = PoolSpec {
-            spawn: Spawn { program: env!("CARGO_BIN_EXE_kage-vmm").into(), arguments: Vec::new(), jail: None },
+            spawn: Spawn { program: env!("CARGO_BIN_EXE_kage-vmm").into(), arguments: Vec::new(), jail: Some(65_534) },
             socket_dir: dir.clone(),
             geometry: Geometry::from_bytes(64 << 20, 0).unwrap(),
             logins: 1,
