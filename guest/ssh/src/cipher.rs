@@ -82,12 +82,11 @@ fn stream(key: &[u8; 32], sequence: u32) -> ChaCha20Legacy {
     ChaCha20Legacy::new(key.into(), &u64::from(sequence).to_be_bytes().into())
 }
 
-/// Takes block 0 off the main key stream and makes the record's authenticator of it.
+/// Takes block 0 off the main key stream: its first half is the record's authenticator key, its second is not used.
 fn one_time(main: &mut ChaCha20Legacy) -> Poly1305 {
-    let mut block = Zeroizing::new([0; 64]);
-    main.apply_keystream(&mut block[..]);
     let mut key = Zeroizing::new([0; 32]);
-    key.copy_from_slice(&block[..32]);
+    main.apply_keystream(&mut key[..]);
+    main.apply_keystream(&mut Zeroizing::new([0; 32])[..]);
     Poly1305::new((&*key).into())
 }
 

@@ -189,6 +189,42 @@ impl Exchanged {
     }
 }
 
+/// The client's half of an exchange, for tests of the layers above.
+#[cfg(test)]
+pub mod client {
+    use super::*;
+
+    /// The ephemeral key of a client with this secret.
+    pub fn public(scalar: [u8; 32]) -> [u8; 32] {
+        x25519_dalek::x25519(scalar, x25519_dalek::X25519_BASEPOINT_BYTES)
+    }
+
+    /// Checks the server's `KEX_ECDH_REPLY` and comes to the same keys.
+    pub fn finish(transcript: &Transcript<'_>, scalar: [u8; 32], reply: &[u8]) -> Exchanged {
+        let mut reader = Reader::new(reply);
+        assert_eq!(reader.u8(), Ok(message::KEX_ECDH_REPLY));
+        let blob = reader.string().expect("host key");
+        let theirs = reader.string().expect("ephemeral key");
+        let signature = reader.string().expect("signature");
+        let shared = x25519_dalek::x25519(scalar, theirs.try_into().expect("32 bytes"));
+        let mut secret = Zeroizing::new(Vec::new());
+        put_mpint(&mut secret, &shared);
+        let mut hashed = Vec::new();
+        put_string(&mut hashed, transcript.client_version);
+        put_string(&mut hashed, transcript.server_version);
+        put_string(&mut hashed, transcript.client_kexinit);
+        put_string(&mut hashed, transcript.server_kexinit);
+        put_string(&mut hashed, blob);
+        put_string(&mut hashed, &public(scalar));
+        put_string(&mut hashed, theirs);
+        hashed.extend_from_slice(&secret);
+        let hash: ExchangeHash = Sha256::digest(&hashed).into();
+        let host = crate::keys::PublicKey::from_blob(blob).expect("a host key");
+        host.verify(b"ssh-ed25519", &hash, signature).expect("the host's signature");
+        Exchanged { reply: Vec::new(), hash, secret }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
