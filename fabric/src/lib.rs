@@ -36,4 +36,6 @@ pub use fabric::{Fabric, FabricError, FabricSpec, Hop, MIN_GUEST_MTU, Route, TUN
 pub use link::TapCounters;
 pub use netlink::NetlinkError;
 pub use sysctl::SysctlError;
-pub use tap::{Drained, TapError, VNET_HEADER_BYTES, drain, drain_until_quiet, set_offload};
+pub use tap::{
+    Drained, TapError, VNET_HEADER_BYTES, drain, drain_until_quiet, open as open_tap, set_offload,
+};

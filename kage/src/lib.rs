@@ -1,1 +1,3 @@
 //! kage.
+
+pub mod testbed;
