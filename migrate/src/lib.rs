@@ -1,1 +1,11 @@
-//! kage-migrate.
+//! Handover: moves a running machine from one host to another.
+
+pub mod converge;
+pub mod outcome;
+pub mod ownership;
+pub mod recover;
+pub mod source;
+pub mod target;
+
+pub use outcome::{Cause, Outcome};
+pub use ownership::Ticket;
