@@ -11,6 +11,33 @@
 //! [`Limits`] allow. No byte of a record is used before its tag was checked. Secrets are compared in constant time
 //! and wiped.
 //!
+//! A driver takes turns until nothing moves, and only then waits: for bytes while [`Connection::takes_input`], for
+//! room in the socket while there is [`Connection::output`], and for whatever its programs wait for. Sending makes
+//! room that a program may be waiting for, so a turn that sent something is followed by another.
+//!
+//! ```
+//! use kage_ssh::{Connection, Event};
+//!
+//! /// Takes one turn; whether another is to follow at once. `send` is a socket's non-blocking write. `run` starts
+//! /// and stops programs as events say, lets each use its `data` and `write`, and says whether any did.
+//! fn turn(
+//!     connection: &mut Connection, received: &mut Vec<u8>, mut send: impl FnMut(&[u8]) -> usize,
+//!     mut run: impl FnMut(&mut Connection, &[Event]) -> bool,
+//! ) -> bool {
+//!     // After an error the connection is closed; its last output says why.
+//!     let taken = connection.input(received).unwrap_or(received.len());
+//!     received.drain(..taken);
+//!     let events: Vec<Event> = std::iter::from_fn(|| connection.event()).collect();
+//!     let ran = run(connection, &events);
+//!     let sent = send(connection.output());
+//!     connection.sent(sent);
+//!     taken > 0 || ran || sent > 0
+//! }
+//! ```
+//!
+//! A connection that [`Connection::is_closed`] is dropped, with its socket, once its output is empty. One that is
+//! not [`Connection::is_authenticated`] after a minute or two should be, too: there is no clock in here.
+//!
 //! Not here on purpose: passwords, forwarding, compression, certificates, SFTP (a program on a channel may speak it).
 
 #![no_std]

@@ -7,9 +7,12 @@ use std::io::{Read as _, Write as _};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Output, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::mpsc;
+use std::time::Duration;
 
 use kage_ssh::keys::{AuthorizedKey, HostKey};
 use kage_ssh::{Account, Config, Limits};
+use rustix::process::{Pid, Signal, kill_process};
 use server::{Ended, Server, pattern};
 use sha2::{Digest as _, Sha256};
 
@@ -80,8 +83,27 @@ fn keygen(directory: &Path, kind: &str, name: &str) -> PathBuf {
     file.with_extension("pub")
 }
 
+/// A client that takes longer hangs: the slowest one here takes seconds.
+const HANGS: Duration = Duration::from_secs(120);
+
 fn output(command: &mut Command) -> Output {
-    command.output().expect("ssh; install openssh-client")
+    let child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn();
+    outcome(child.expect("ssh; install openssh-client"))
+}
+
+/// Waits for a child; one that hangs is killed and fails the test.
+fn outcome(child: Child) -> Output {
+    let pid = Pid::from_child(&child);
+    let (sender, receiver) = mpsc::channel();
+    std::thread::spawn(move || sender.send(child.wait_with_output()));
+    match receiver.recv_timeout(HANGS) {
+        Ok(output) => output.expect("waits for ssh"),
+        Err(_) => {
+            kill_process(pid, Signal::KILL).expect("the child runs");
+            let output = receiver.recv().expect("the waiter").expect("waits for ssh");
+            panic!("the client hangs; it said: {}", text(&output.stderr));
+        }
+    }
 }
 
 fn spawn(command: &mut Command) -> Child {
@@ -106,7 +128,7 @@ fn hash(bytes: &[u8]) -> String {
 fn talk(mut child: Child, input: Vec<u8>) -> (ExitStatus, Vec<u8>, Vec<u8>) {
     let mut stdin = child.stdin.take().expect("piped");
     let writer = std::thread::spawn(move || stdin.write_all(&input));
-    let Output { status, stdout, stderr } = child.wait_with_output().expect("waits for ssh");
+    let Output { status, stdout, stderr } = outcome(child);
     let written = writer.join().expect("no panic");
     assert!(written.is_ok(), "{written:?}: {}", text(&stderr));
     (status, stdout, stderr)
@@ -135,6 +157,21 @@ fn every_type_of_key_logs_in() {
         assert_ends(&output, 0);
         assert_eq!(text(&output.stdout), kind);
     }
+}
+
+#[test]
+fn clients_with_other_preferences_get_in() {
+    let bench = Bench::new();
+    for option in
+        ["KexAlgorithms=curve25519-sha256@libssh.org", "Compression=yes", "PubkeyAuthentication=host-bound"]
+    {
+        let output = bench.run(&["-o", option], "say in");
+        assert_ends(&output, 0);
+        assert_eq!(text(&output.stdout), "in", "{option}");
+    }
+    let none = bench.run(&["-o", "Ciphers=aes128-ctr"], "say in");
+    assert_ends(&none, 255);
+    assert!(text(&none.stderr).contains("no matching cipher found"), "{}", text(&none.stderr));
 }
 
 #[test]

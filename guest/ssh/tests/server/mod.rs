@@ -11,6 +11,7 @@ use std::net::{TcpListener, TcpStream};
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, mpsc};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use kage_ssh::{ChannelId, Config, Connection, Event};
 use programs::{Running, Surroundings};
@@ -70,7 +71,7 @@ impl Server {
 
     /// Waits for the next connection to end.
     pub fn next_end(&self) -> Ended {
-        self.ends.lock().expect("one test").recv().expect("the server runs")
+        self.ends.lock().expect("one test").recv_timeout(Duration::from_secs(60)).expect("a connection ends")
     }
 }
 

@@ -5,7 +5,7 @@ mod hostile;
 
 use super::*;
 use crate::config::Limits;
-use crate::event::{Program, Stream};
+use crate::event::{Program, Pty, Stream, WindowSize};
 use crate::message::*;
 use alloc::vec;
 use client::{Client, Message, data, open, request, server, user_key};
@@ -94,6 +94,32 @@ fn a_program_runs_from_its_start_to_its_close() {
     client.send(&mut server, &Message::new(CHANNEL_CLOSE).u32(0).0).expect("close");
     assert_eq!(client.events.last(), Some(&Event::Closed { channel: FIRST }));
     assert_eq!(server.write(FIRST, Stream::Out, b"late"), Err(ChannelEnded));
+}
+
+#[test]
+fn terminal_environment_and_signals_reach_the_driver() {
+    let mut server = server(Limits::default());
+    let mut client = Client::with_channel(&mut server);
+    let terminal =
+        request(0, "pty-req", true).string("xterm").u32(80).u32(24).u32(640).u32(480).string([53, 0]);
+    client.send(&mut server, &terminal.0).expect("granted");
+    client.send(&mut server, &request(0, "env", true).string("LANG").string("C").0).expect("granted");
+    let resized = request(0, "window-change", false).u32(100).u32(50).u32(0).u32(0);
+    client.send(&mut server, &resized.0).expect("no answer");
+    client.send(&mut server, &request(0, "signal", false).string("INT").0).expect("no answer");
+    assert_eq!(client.numbers(), [CHANNEL_SUCCESS, CHANNEL_SUCCESS]);
+    let size = WindowSize { columns: 80, rows: 24, width_px: 640, height_px: 480 };
+    let pty = Pty { term: "xterm".into(), size, modes: vec![53, 0] };
+    let larger = WindowSize { columns: 100, rows: 50, width_px: 0, height_px: 0 };
+    let expected = [
+        Event::Pty { channel: FIRST, pty },
+        Event::Env { channel: FIRST, name: b"LANG".to_vec(), value: b"C".to_vec() },
+        Event::WindowChange { channel: FIRST, size: larger },
+        Event::Signal { channel: FIRST, name: "INT".into() },
+    ];
+    assert_eq!(client.events, expected);
+    client.send(&mut server, &request(0, "subsystem", true).string([b'x'; 300]).0).expect("refused");
+    assert_eq!(client.numbers().last(), Some(&CHANNEL_FAILURE));
 }
 
 #[test]
