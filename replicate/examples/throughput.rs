@@ -92,7 +92,7 @@ fn codecs() -> Result<()> {
             let start = cpu_time();
             let mut batches = Vec::new();
             for (index, page) in pages.iter().enumerate() {
-                encoder.push(&mut writer, scheme, PageIndex(index as u32), page);
+                encoder.push(&mut writer, scheme, PageIndex(index as u32), page, None);
                 if !writer.has_room() {
                     batches.push(encoder.finish(&mut writer, scheme));
                 }

@@ -1,6 +1,7 @@
 //! How pages are written into batches, and which way pays at a link's speed.
 //!
-//! Three schemes: pages as they are; each page by LZ4; a batch of pages by zstd at level 1. The
+//! A page of which the receiver holds a known version goes as what differs, where that is less than
+//! half. For all others there are three schemes: pages as they are; each page by LZ4; a batch of pages by zstd at level 1. The
 //! choice is [`choose`]: the scheme that needs the least time per byte of memory when encoding and
 //! sending follow each other. [`Chooser`] measures what the schemes cost and gain on this content.
 //!
@@ -19,7 +20,7 @@
 
 use kage_machine::{PAGE_SIZE, PageBytes, PageIndex};
 use kage_wire::{
-    BatchError, BatchReader, BatchWriter, Encoding,
+    BatchError, BatchReader, BatchWriter, Encoding, delta,
     pages::{Batch, Compression, MAX_RECORDS_BYTES},
 };
 
@@ -165,8 +166,13 @@ impl Chooser {
     }
 }
 
+/// Longest delta: a page changed in more than half is better compressed, which a delta in a batch
+/// without compression is not.
+const DELTA_LIMIT: usize = PAGE_SIZE / 2;
+
 /// Writes pages into batches.
 pub struct Encoder {
+    delta: Vec<u8>,
     lz4: Box<[u8]>,
     // None where its memory could not be had: batches then go as they are.
     zstd: Option<zstd::bulk::Compressor<'static>>,
@@ -190,14 +196,29 @@ impl Encoder {
     #[must_use]
     pub fn new() -> Self {
         Self {
+            delta: Vec::new(),
             lz4: vec![0; lz4_flex::block::get_maximum_output_size(PAGE_SIZE)].into_boxed_slice(),
             zstd: zstd::bulk::Compressor::new(1).ok(),
             packed: Vec::new(),
         }
     }
 
-    /// Adds a page that is not zero.
-    pub fn push(&mut self, writer: &mut BatchWriter, scheme: Scheme, index: PageIndex, bytes: &PageBytes) {
+    /// Adds a page that is not zero; `base` is the version the receiver holds, if known. Returns the
+    /// bytes a scheme has to work on: less than a page for a delta.
+    pub fn push(
+        &mut self,
+        writer: &mut BatchWriter,
+        scheme: Scheme,
+        index: PageIndex,
+        bytes: &PageBytes,
+        base: Option<&PageBytes>,
+    ) -> usize {
+        if let Some(base) = base
+            && delta::encode(base, bytes, DELTA_LIMIT, &mut self.delta)
+        {
+            writer.push(index, Encoding::Delta, &self.delta);
+            return self.delta.len();
+        }
         if scheme == Scheme::Lz4
             && let Ok(length) = lz4_flex::block::compress_into(bytes, &mut self.lz4)
             && length < PAGE_SIZE
@@ -206,6 +227,7 @@ impl Encoder {
         } else {
             writer.push(index, Encoding::Raw, bytes);
         }
+        PAGE_SIZE
     }
 
     /// Ends the batch.
@@ -255,6 +277,8 @@ pub enum Content<'a> {
     Zero,
     /// These bytes.
     Bytes(&'a PageBytes),
+    /// What differs from the page held, as [`kage_wire::delta`] reads it; not checked yet.
+    Delta(&'a [u8]),
 }
 
 /// Reads pages out of batches.
@@ -314,6 +338,7 @@ impl Decoder {
             let record = record.map_err(DecodeError::from)?;
             let damaged = DecodeError::Page { index: record.index };
             match record.encoding {
+                Encoding::Delta => each(record.index, Content::Delta(record.data))?,
                 Encoding::Zero => each(record.index, Content::Zero)?,
                 Encoding::Raw => {
                     let bytes = record.data.try_into().map_err(|_| damaged)?;

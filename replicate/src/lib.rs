@@ -18,6 +18,7 @@
 //!
 //! Deliberately not here: when to switch, and who owns (`kage-migrate`).
 
+mod cache;
 pub mod codec;
 pub mod digest;
 pub mod link;

@@ -8,7 +8,7 @@ use std::{sync::Arc, time::Instant};
 
 use kage_machine::{Epoch, Memory, PageIndex};
 use kage_wire::{
-    BatchError, EpochMark, Frame, Kind, Refusal, RefusalCode,
+    BatchError, EpochMark, Frame, Kind, Refusal, RefusalCode, delta,
     pages::{Batch, split_last_epoch},
 };
 
@@ -165,6 +165,11 @@ impl Receiver {
             let inside = match content {
                 Content::Zero => mirror.zero(batch.epoch, index),
                 Content::Bytes(bytes) => mirror.write(batch.epoch, index, bytes),
+                Content::Delta(delta) => {
+                    let mut bytes = mirror.read(index);
+                    delta::apply(&mut bytes, delta).map_err(|_| DecodeError::Page { index })?;
+                    mirror.write(batch.epoch, index, &bytes)
+                }
             };
             if inside { Ok(()) } else { Err(ReceiveError::Index { index, pages: mirror.geometry().pages() }) }
         })

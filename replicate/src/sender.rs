@@ -19,6 +19,7 @@ use kage_machine::{Epoch, Geometry, Memory, PAGE_SIZE, PageIndex, PageSet};
 use kage_wire::{BatchError, BatchWriter, Encoding, EpochMark, Frame, Kind, pages::append_to_last_epoch};
 
 use crate::{
+    cache::Cache,
     codec::{Chooser, Encoder, Scheme},
     digest::{DigestTable, PageDigest},
     link::{Link, LinkError},
@@ -50,6 +51,14 @@ const ACK_TIMEOUT: Duration = Duration::from_secs(10);
 /// Burst of the token bucket: what a limit of 50 Mbit/s sends in 5 ms.
 const BURST: u64 = 32 << 10;
 
+/// Pages of which the last sent version is kept for deltas: 64 MiB, all of a usual machine. Only
+/// pages that were sent take memory, only while there is a stream.
+const CACHED_PAGES: usize = 16 << 10;
+
+/// On links faster than this only pages sent before are kept: what deltas save there is not worth
+/// copying all of a memory that crosses in a tenth of a second.
+const FAST_LINK: Rate = Rate::bytes_per_s(125e6);
+
 /// How far an epoch is.
 #[derive(Clone, Copy, Debug)]
 pub struct Progress {
@@ -68,6 +77,8 @@ pub struct Progress {
 pub struct EpochStats {
     /// Pages sent with their content.
     pub pages: u64,
+    /// Those of them sent as what differs from the version before.
+    pub pages_delta: u64,
     /// Pages sent as zero.
     pub pages_zero: u64,
     /// Pages not sent since the follower holds the same.
@@ -85,6 +96,7 @@ pub struct EpochStats {
 impl std::ops::AddAssign for EpochStats {
     fn add_assign(&mut self, other: Self) {
         self.pages += other.pages;
+        self.pages_delta += other.pages_delta;
         self.pages_zero += other.pages_zero;
         self.pages_unchanged += other.pages_unchanged;
         self.bytes_raw += other.bytes_raw;
@@ -143,10 +155,14 @@ pub struct LastEpoch {
 pub struct Sender {
     geometry: Geometry,
     held: DigestTable,
+    /// What `held` has digests of, for some pages; no page that is zero in `held` is looked up.
+    cache: Cache,
     encoder: Encoder,
     chooser: Chooser,
     link: Meter,
     limit: Option<TokenBucket>,
+    /// Wire bytes per byte of non-zero pages over recent epochs.
+    ratio: Option<f64>,
     round_trip: Option<Duration>,
     /// Records sent since the last mark.
     records: u32,
@@ -161,10 +177,12 @@ impl Sender {
         Self {
             geometry,
             held: DigestTable::new(geometry),
+            cache: Cache::new(CACHED_PAGES),
             encoder: Encoder::new(),
             chooser: Chooser::default(),
             link: Meter::new(LINK_WINDOW),
             limit: None,
+            ratio: None,
             round_trip: None,
             records: 0,
             owed: 0,
@@ -186,7 +204,8 @@ impl Sender {
     #[must_use]
     pub fn rates(&self) -> StreamRates {
         let link = self.link_rate();
-        StreamRates { link, ratio: self.chooser.ratio(link), round_trip: self.round_trip.unwrap_or_default() }
+        let ratio = self.ratio.unwrap_or_else(|| self.chooser.ratio(link));
+        StreamRates { link, ratio, round_trip: self.round_trip.unwrap_or_default() }
     }
 
     fn link_rate(&self) -> Rate {
@@ -217,8 +236,7 @@ impl Sender {
         let mut left = pages.iter();
         let mut batch = Batch::new(epoch, self.scheme());
         loop {
-            let more =
-                self.fill(&mut batch, memory, &mut left, &mut progress.pages_done, &mut stats, |_, _| {});
+            let more = self.fill(&mut batch, memory, &mut left, &mut progress.pages_done, &mut stats, None);
             if batch.writer.records() > 0 {
                 self.ship(link, &mut batch, &mut stats)?;
                 (progress.bytes_wire, progress.elapsed) = (stats.bytes_wire, start.elapsed());
@@ -244,6 +262,10 @@ impl Sender {
             progress.elapsed = start.elapsed();
             watch(&progress)
         })?;
+        if stats.bytes_raw > 0 {
+            let ratio = stats.bytes_wire as f64 / stats.bytes_raw as f64;
+            self.ratio = Some(self.ratio.map_or(ratio, |before| (before + ratio) / 2.0));
+        }
         Ok(stats)
     }
 
@@ -267,9 +289,7 @@ impl Sender {
         let mut batch = Batch::new(epoch, scheme);
         let (mut left, mut done) = (pages.iter(), 0);
         loop {
-            let more = self.fill(&mut batch, memory, &mut left, &mut done, &mut stats, |page, digest| {
-                before.push((page, digest));
-            });
+            let more = self.fill(&mut batch, memory, &mut left, &mut done, &mut stats, Some(&mut before));
             if batch.writer.records() > 0 {
                 append_to_last_epoch(&mut bytes, &self.finish(&mut batch));
             }
@@ -282,6 +302,8 @@ impl Sender {
                 break;
             }
         }
+        // It holds the versions before this epoch.
+        self.cache.clear();
         let mark = self.take_mark(epoch);
         bytes[..EpochMark::BYTES].copy_from_slice(&mark.emit());
         stats.bytes_wire = bytes.len() as u64;
@@ -297,8 +319,9 @@ impl Sender {
         EpochMark { epoch, records: std::mem::take(&mut self.records), digest: self.held.sum() }
     }
 
-    /// Fills a batch from what is left; whether there may be more. `changed` is told every page
-    /// whose digest changes, and what it was.
+    /// Fills a batch from what is left; whether there may be more. With `before`, as for a last
+    /// epoch: it is given every page whose digest changes and what that was, and the cache stays as
+    /// it is.
     fn fill(
         &mut self,
         batch: &mut Batch,
@@ -306,7 +329,7 @@ impl Sender {
         left: &mut dyn Iterator<Item = PageIndex>,
         done: &mut u32,
         stats: &mut EpochStats,
-        mut changed: impl FnMut(PageIndex, PageDigest),
+        mut before: Option<&mut Vec<(PageIndex, PageDigest)>>,
     ) -> bool {
         let link = self.link_rate();
         let limit = (link.bytes_in(BATCH_TIME) as f64 / self.chooser.ratio(link)) as u64;
@@ -324,9 +347,11 @@ impl Sender {
                 stats.pages_unchanged += 1;
                 continue;
             }
-            changed(page, old);
             self.held.set(page, digest);
             self.records += 1;
+            if let Some(before) = &mut before {
+                before.push((page, old));
+            }
             if digest.is_zero() {
                 stats.pages_zero += 1;
                 batch.writer.push(page, Encoding::Zero, &[]);
@@ -334,11 +359,18 @@ impl Sender {
             }
             stats.pages += 1;
             stats.bytes_raw += PAGE_SIZE as u64;
-            batch.raw += PAGE_SIZE as u64;
+            let kept = self.cache.get(page);
+            let again = !old.is_zero() || kept.is_some();
+            let base = kept.filter(|_| !old.is_zero());
             // LZ4 takes microseconds a page; reading the clock twice is 2 % of that.
             let start = (batch.scheme == Scheme::Lz4).then(Instant::now);
-            self.encoder.push(&mut batch.writer, batch.scheme, page, &bytes);
+            let encoded = self.encoder.push(&mut batch.writer, batch.scheme, page, &bytes, base);
             batch.encoding += start.map_or(Duration::ZERO, |start| start.elapsed());
+            batch.raw += encoded as u64;
+            stats.pages_delta += u64::from(encoded < PAGE_SIZE);
+            if before.is_none() && (again || link < FAST_LINK) {
+                self.cache.put(page, &bytes, again);
+            }
         }
         true
     }
@@ -435,7 +467,7 @@ impl Sender {
 struct Batch {
     writer: BatchWriter,
     scheme: Scheme,
-    /// Bytes of its non-zero pages.
+    /// Bytes of its non-zero pages and deltas before compression.
     raw: u64,
     /// Time spent encoding them.
     encoding: Duration,

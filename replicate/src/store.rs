@@ -97,6 +97,14 @@ impl Mirror {
         self.stale.union(pages);
     }
 
+    /// A page as it is held; zeros outside the geometry.
+    #[must_use]
+    pub fn read(&self, page: PageIndex) -> PageBytes {
+        let mut bytes = [0; PAGE_SIZE];
+        self.memory.read(page, &mut bytes);
+        bytes
+    }
+
     /// Writes a page of an epoch. Returns whether the page lies within the geometry; one that does
     /// not changes nothing.
     #[must_use]
@@ -132,11 +140,8 @@ impl Mirror {
     #[must_use]
     pub fn scrub(&self) -> PageSet {
         let mut wrong = PageSet::empty(self.geometry.pages());
-        let mut bytes = [0; PAGE_SIZE];
-        for index in 0..self.geometry.pages() {
-            let page = PageIndex(index);
-            self.memory.read(page, &mut bytes);
-            if PageDigest::of(page, &bytes) != self.digests.get(page) {
+        for page in (0..self.geometry.pages()).map(PageIndex) {
+            if PageDigest::of(page, &self.read(page)) != self.digests.get(page) {
                 wrong.insert(page);
             }
         }

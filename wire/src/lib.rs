@@ -14,6 +14,7 @@
 //!
 //! Deliberately not here: sockets, keys, compression (`kage-replicate`), what a message means.
 
+pub mod delta;
 pub mod frame;
 pub mod handover;
 pub mod hello;

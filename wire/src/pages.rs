@@ -11,7 +11,7 @@
 //! ```
 //! Integers are little-endian. Compression of a whole batch finds what pages have in common and
 //! costs one call; a record's own encoding allows each page its best. On a thin link records are
-//! raw inside a compressed batch. Deltas will be a further encoding.
+//! raw or deltas inside a compressed batch.
 //!
 //! The last epoch of a handover travels inside the switch message: an [`EpochMark`], then any
 //! number of batches, each with its length as u32 before it ([`split_last_epoch`]).
@@ -41,11 +41,13 @@ pub enum Encoding {
     Raw = 1,
     /// One LZ4 block that unpacks to exactly a page.
     Lz4 = 2,
+    /// What differs from the page the receiver holds ([`crate::delta`]).
+    Delta = 3,
 }
 
 impl Encoding {
     fn from_code(code: u8) -> Option<Self> {
-        [Self::Zero, Self::Raw, Self::Lz4].get(usize::from(code)).copied()
+        [Self::Zero, Self::Raw, Self::Lz4, Self::Delta].get(usize::from(code)).copied()
     }
 
     /// Whether data of that length can be a page in this encoding.
@@ -53,7 +55,7 @@ impl Encoding {
         match self {
             Self::Zero => length == 0,
             Self::Raw => length == PAGE_SIZE,
-            Self::Lz4 => length > 0 && length < PAGE_SIZE,
+            Self::Lz4 | Self::Delta => length > 0 && length < PAGE_SIZE,
         }
     }
 }

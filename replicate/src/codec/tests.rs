@@ -12,6 +12,7 @@ fn decode(bytes: &[u8]) -> Result<Vec<(PageIndex, Vec<u8>)>, DecodeError> {
             match content {
                 Content::Zero => vec![0; PAGE_SIZE],
                 Content::Bytes(bytes) => bytes.to_vec(),
+                Content::Delta(delta) => delta.to_vec(),
             },
         ));
         Ok::<(), DecodeError>(())
@@ -22,7 +23,7 @@ fn decode(bytes: &[u8]) -> Result<Vec<(PageIndex, Vec<u8>)>, DecodeError> {
 fn encode(scheme: Scheme, pages: &[PageBytes]) -> Vec<u8> {
     let (mut encoder, mut writer) = (Encoder::new(), BatchWriter::new(Epoch(1)));
     for (index, bytes) in pages.iter().enumerate() {
-        encoder.push(&mut writer, scheme, PageIndex(index as u32), bytes);
+        encoder.push(&mut writer, scheme, PageIndex(index as u32), bytes, None);
     }
     encoder.finish(&mut writer, scheme)
 }

@@ -1,5 +1,6 @@
 use std::{sync::Arc, thread};
 
+use kage_machine::PageBytes;
 use proptest::prelude::*;
 
 use super::*;
@@ -39,13 +40,28 @@ fn set(pages: impl IntoIterator<Item = u32>) -> PageSet {
     set
 }
 
+/// A write of a whole page, or of a few bytes of it.
+fn write() -> impl Strategy<Value = (u32, PageBytes, Option<(usize, u8)>)> {
+    (0u32..180, page(), prop::option::of((0..PAGE_SIZE, any::<u8>())))
+}
+
+fn do_write(memory: &TestMemory, (page, bytes, patch): &(u32, PageBytes, Option<(usize, u8)>)) {
+    let page = PageIndex(*page);
+    let Some((at, value)) = *patch else { return memory.write(page, bytes) };
+    let mut bytes = [0; PAGE_SIZE];
+    memory.read(page, &mut bytes);
+    bytes[at] = value;
+    memory.write(page, &bytes);
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(48))]
 
     #[test]
     fn a_follower_equals_its_owner_after_any_rounds_of_writes(
-        rounds in prop::collection::vec(prop::collection::vec((0u32..180, page()), 0..60), 1..5),
-        last in prop::collection::vec((0u32..180, page()), 0..40),
+        rounds in prop::collection::vec(prop::collection::vec(write(), 0..60), 1..5),
+        last in prop::collection::vec(write(), 0..40),
+        cached in prop_oneof![Just(0usize), Just(20), Just(CACHED_PAGES)],
         rate in prop_oneof![Just(1e6), Just(60e6), Just(5e9)],
     ) {
         let (memory, copy) = memories();
@@ -54,18 +70,19 @@ proptest! {
         let (mut link, other) = links();
         let follower = follow(copy.clone(), other);
         let mut sender = Sender::new(memory.geometry());
+        sender.cache = Cache::new(cached);
         sender.link.record(1 << 30, Duration::from_secs_f64((1u64 << 30) as f64 / rate));
         let mut epoch = Epoch(0);
         for writes in rounds {
             epoch.0 += 1;
-            writes.iter().for_each(|(page, bytes)| memory.write(PageIndex(*page), bytes));
-            let pages = set(writes.iter().map(|(page, _)| *page));
+            writes.iter().for_each(|write| do_write(&memory, write));
+            let pages = set(writes.iter().map(|(page, ..)| *page));
             let stats = sender.send_epoch(&mut link, &memory, &pages, epoch, &mut GO_ON.clone()).unwrap();
             prop_assert_eq!(stats.pages + stats.pages_zero + stats.pages_unchanged, u64::from(pages.len()));
         }
         epoch.0 += 1;
-        last.iter().for_each(|(page, bytes)| memory.write(PageIndex(*page), bytes));
-        let pages = set(last.iter().map(|(page, _)| *page));
+        last.iter().for_each(|write| do_write(&memory, write));
+        let pages = set(last.iter().map(|(page, ..)| *page));
         let last = sender.encode_last(&memory, &pages, epoch, 8 << 20).unwrap();
         drop(link);
         let (mut receiver, end) = follower.join().unwrap();
@@ -283,4 +300,46 @@ fn a_limit_holds_and_a_cancel_is_heard_while_waiting() {
     assert!(stats.sending >= least, "{:?} below {least:?}", stats.sending);
     drop(link);
     follower.join().unwrap();
+}
+
+#[test]
+fn a_page_changed_in_one_word_costs_a_few_bytes() {
+    let (memory, copy) = memories();
+    (0..150).for_each(|page| memory.write(PageIndex(page), &content(3, u64::from(page) + 1)));
+    let (mut link, other) = links();
+    let follower = follow(copy.clone(), other);
+    let mut sender = Sender::new(memory.geometry());
+    sender.set_limit(Some(Rate::bytes_per_s(100e6)));
+    let pages = memory.populated();
+    sender.send_epoch(&mut link, &memory, &pages, Epoch(1), &mut GO_ON.clone()).unwrap();
+    for epoch in 2..5 {
+        for page in 0..150 {
+            do_write(&memory, &(page, [0; PAGE_SIZE], Some((8 * epoch as usize, epoch as u8))));
+        }
+        let stats = sender.send_epoch(&mut link, &memory, &pages, Epoch(epoch), &mut GO_ON.clone()).unwrap();
+        assert_eq!(stats.pages, stats.pages_delta);
+        assert!(stats.bytes_wire < 150 * 32, "{stats:?}");
+    }
+    assert!(sender.rates().ratio < 0.2);
+    // What a last epoch changes is not what the cache holds: a stream that goes on does not use it.
+    memory.write(PageIndex(0), &content(3, 77));
+    memory.zero(PageIndex(1));
+    let last = sender.encode_last(&memory, &pages, Epoch(5), 1 << 20).unwrap();
+    drop(link);
+    let (mut receiver, _) = follower.join().unwrap();
+    receiver.apply_last(&last.bytes).unwrap();
+    do_write(&memory, &(0, [0; PAGE_SIZE], Some((9, 9))));
+    do_write(&memory, &(1, [0; PAGE_SIZE], Some((9, 9))));
+    let last = sender.encode_last(&memory, &pages, Epoch(6), 1 << 20).unwrap();
+    receiver.apply_last(&last.bytes).unwrap();
+    assert!(memory.contents() == copy.contents());
+}
+
+#[test]
+fn a_delta_that_is_none_is_refused() {
+    let mut writer = BatchWriter::new(Epoch(1));
+    writer.push(PageIndex(1), Encoding::Delta, &[0; 5]);
+    let frame = Frame::new(Kind::Pages, writer.finish(None));
+    let error = Receiver::new(Arc::new(TestMemory::new(20, 0))).apply(&frame).unwrap_err();
+    assert!(matches!(error, ReceiveError::Decode(crate::codec::DecodeError::Page { index: PageIndex(1) })));
 }

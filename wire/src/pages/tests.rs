@@ -48,7 +48,7 @@ fn sample() -> Vec<u8> {
     let mut writer = BatchWriter::new(Epoch(9));
     writer.push(PageIndex(1), Encoding::Lz4, &[3; 30]);
     writer.push(PageIndex(2), Encoding::Zero, &[]);
-    writer.push(PageIndex(3), Encoding::Lz4, &[4; 20]);
+    writer.push(PageIndex(3), Encoding::Delta, &[4; 20]);
     writer.finish(None)
 }
 
@@ -125,6 +125,7 @@ fn record() -> impl Strategy<Value = (u32, Encoding, Vec<u8>)> {
             Just((Encoding::Zero, Vec::new())),
             prop::collection::vec(any::<u8>(), PAGE_SIZE).prop_map(|data| (Encoding::Raw, data)),
             prop::collection::vec(any::<u8>(), 1..200).prop_map(|data| (Encoding::Lz4, data)),
+            prop::collection::vec(any::<u8>(), 1..200).prop_map(|data| (Encoding::Delta, data)),
         ],
     )
         .prop_map(|(index, (encoding, data))| (index, encoding, data))
