@@ -29,7 +29,8 @@ const MIB: f64 = (1 << 20) as f64;
 fn main() -> Result<()> {
     codecs()?;
     let site = Site::new()?;
-    latency(&site)?;
+    latency(&site, Duration::ZERO)?;
+    latency(&site, Duration::from_millis(1))?;
     raw_stream(&site)?;
     for _ in 0..3 {
         page_stream(&site)?;
@@ -164,14 +165,17 @@ impl Site {
 
 const BULK: Purpose = Purpose::Bulk { handover: HandoverId([1; 16]) };
 
-fn latency(site: &Site) -> Result<()> {
-    let (mut link, server) = site.open(Purpose::Switch, |mut link| {
+fn latency(site: &Site, spin: Duration) -> Result<()> {
+    println!("receivers look for frames without sleeping for {spin:?}");
+    let (mut link, server) = site.open(Purpose::Switch, move |mut link| {
+        link.set_spin(spin);
         let ack = Frame::new(Kind::Handover, vec![1; 16]);
         while link.recv(None).is_ok() {
             link.send(&ack)?;
         }
         Ok(())
     })?;
+    link.set_spin(spin);
     for size in [64, 6 << 10, 64 << 10, 400 << 10] {
         let frame = Frame::new(Kind::Handover, vec![7; size]);
         let mut times = Vec::new();

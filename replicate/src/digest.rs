@@ -8,8 +8,8 @@
 //!
 //! It finds our own errors (a codec, a lost or misplaced page); peers are kept honest by TLS and
 //! the directory's record. A guest that made two pages of its own collide could only keep its own
-//! older page. So neither a cryptographic hash nor a tree is needed, and BLAKE3 was measured at
-//! 3.2 µs a page at either end, more than copying, encrypting and applying it together.
+//! older page. So neither a cryptographic hash nor a tree is needed; BLAKE3 took 3.2 µs a page at
+//! either end where this takes 0.6, on the same machine, more than all the rest of moving a page.
 
 use kage_machine::{Geometry, PageBytes, PageIndex};
 use twox_hash::XxHash3_128;

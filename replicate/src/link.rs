@@ -13,7 +13,10 @@
 pub mod memory;
 pub mod tls;
 
-use std::{io, time::Instant};
+use std::{
+    io,
+    time::{Duration, Instant},
+};
 
 use kage_machine::HostName;
 use kage_wire::{Frame, FrameError, HelloError, Kind, Refusal};
@@ -98,6 +101,11 @@ pub trait Link: Send {
     /// [`LinkError`].
     fn recv(&mut self, deadline: Option<Instant>) -> Result<Frame, LinkError>;
 
+    /// Lets [`Link::recv`] look for frames without sleeping for so long before it sleeps; zero, the
+    /// start, is at once. For the switch: an idle CPU takes 40 to 50 µs to wake, which was all but
+    /// 10 of the 110 µs from 6 KB to its acknowledgement. Costs a CPU for that time.
+    fn set_spin(&mut self, _spin: Duration) {}
+
     /// The peer, as its certificate says.
     fn peer(&self) -> &HostName;
 }
@@ -109,6 +117,10 @@ impl<L: Link + ?Sized> Link for Box<L> {
 
     fn recv(&mut self, deadline: Option<Instant>) -> Result<Frame, LinkError> {
         (**self).recv(deadline)
+    }
+
+    fn set_spin(&mut self, spin: Duration) {
+        (**self).set_spin(spin);
     }
 
     fn peer(&self) -> &HostName {

@@ -99,8 +99,16 @@ fn frames_of_all_sizes_cross_in_order() {
         link.send(&frame).unwrap();
         assert!(link.recv(soon()).unwrap() == frame, "{size}");
     }
-    let short = Instant::now() + Duration::from_millis(20);
-    assert!(matches!(link.recv(Some(short)), Err(LinkError::Timeout)));
+    let short = || Some(Instant::now() + Duration::from_millis(20));
+    assert!(matches!(link.recv(short()), Err(LinkError::Timeout)));
+    for spin in [5 * SECOND, Duration::from_millis(1)] {
+        link.set_spin(spin);
+        let start = Instant::now();
+        assert!(matches!(link.recv(short()), Err(LinkError::Timeout)));
+        assert!(start.elapsed() < SECOND);
+        link.send(&Frame::new(Kind::Handover, vec![5])).unwrap();
+        assert_eq!(link.recv(soon()).unwrap().body, [5]);
+    }
     drop(link);
     server.join().unwrap().unwrap().unwrap();
 }
