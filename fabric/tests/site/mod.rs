@@ -5,7 +5,7 @@
 
 use std::{
     fs::File,
-    net::{Ipv6Addr, UdpSocket},
+    net::{IpAddr, Ipv6Addr, UdpSocket},
     os::fd::{AsRawFd, OwnedFd},
     process::Command,
     sync::{
@@ -89,7 +89,7 @@ impl Host {
     }
 }
 
-pub fn spec(name: &HostName, underlay: Ipv6Addr) -> FabricSpec {
+pub fn spec(name: &HostName, underlay: impl Into<IpAddr>) -> FabricSpec {
     FabricSpec {
         host: name.clone(),
         prefix: "fd4b:6167:6500::/48".parse().unwrap(),
@@ -158,13 +158,12 @@ pub fn image(number: u64) -> Vid {
 /// A device with nothing but a /128 and a default route.
 pub fn device(host: &Host, bridge: &str, address: Ipv6Addr) -> Namespace {
     let device = Namespace::new();
-    attach_device(&device, host, bridge, address, "wlan0");
+    attach_device(&device, &host.namespace, bridge, address, "wlan0");
     device
 }
 
 /// Joins a device to an access point by a new link.
-pub fn attach_device(device: &Namespace, host: &Host, bridge: &str, address: Ipv6Addr, link: &str) {
-    let on_host = &host.namespace;
+pub fn attach_device(device: &Namespace, on_host: &Namespace, bridge: &str, address: Ipv6Addr, link: &str) {
     on_host.ip(&format!(
         "link add {link}-ap mtu 1430 type veth peer name {link} mtu 1430 netns {}",
         device.path()
@@ -216,7 +215,7 @@ impl Echo {
     }
 }
 
-/// Swaps both ends: MAC, IPv6 and UDP; the checksum stays right.
+/// Swaps both ends: MAC, IPv6 and UDP. The checksum stays right, and so does a partial one with its vnet header.
 fn turn_into_answer(frame: &mut [u8]) -> bool {
     let ethernet = &mut frame[VNET_HEADER_BYTES..];
     if ethernet.len() < 62
@@ -231,7 +230,6 @@ fn turn_into_answer(frame: &mut [u8]) -> bool {
             ethernet.swap(one + byte, other + byte);
         }
     }
-    frame[..VNET_HEADER_BYTES].fill(0);
     true
 }
 
@@ -294,5 +292,59 @@ impl Probe {
         let sent = self.sent.join().unwrap();
         let gaps = self.received.join().unwrap();
         (sent, gaps.len() as u64, gaps.into_iter().skip(1).max().unwrap_or_default())
+    }
+}
+
+/// A machine with a real TCP/IP stack: a namespace whose `eth0` is joined to a host's tap by a thread that carries
+/// frames both ways, and that can let go of one tap and take another.
+pub struct Guest {
+    pub namespace: Namespace,
+    inside: Arc<OwnedFd>,
+}
+
+impl Guest {
+    pub fn new(address: Ipv6Addr) -> Self {
+        let namespace = Namespace::new();
+        let inside = namespace.run(|| kage_fabric::open_tap("eth0").unwrap());
+        kage_fabric::set_offload(&inside, true, true).unwrap();
+        namespace.ip("link set eth0 address 02:6b:61:67:65:02 mtu 1430 txqueuelen 4096 up");
+        namespace.ip("addr add fe80::2/64 dev eth0 nodad");
+        namespace.ip(&format!("addr add {address}/128 dev eth0 nodad"));
+        namespace.ip("-6 route add default via fe80::1 dev eth0");
+        Self { namespace, inside: Arc::new(inside) }
+    }
+
+    /// Runs on a host's tap until paused.
+    pub fn run_on(&self, tap: &OwnedFd) -> Running {
+        let stop = Arc::new(AtomicBool::new(false));
+        let (stopped, inside, tap) = (Arc::clone(&stop), Arc::clone(&self.inside), tap.try_clone().unwrap());
+        let thread = thread::spawn(move || {
+            let mut frame = vec![0; 70_000];
+            while !stopped.load(Ordering::Acquire) {
+                let wait = Timespec { tv_sec: 0, tv_nsec: 1_000_000 };
+                let mut poll = [PollFd::new(&tap, PollFlags::IN), PollFd::new(&*inside, PollFlags::IN)];
+                rustix::event::poll(&mut poll, Some(&wait)).unwrap();
+                for (from, to) in [(&tap, &*inside), (&*inside, &tap)] {
+                    for _ in 0..16 {
+                        let Ok(length) = rustix::io::read(from, &mut frame) else { break };
+                        rustix::io::write(to, &frame[..length]).unwrap();
+                    }
+                }
+            }
+        });
+        Running { stop, thread }
+    }
+}
+
+/// A [`Guest`] that runs.
+pub struct Running {
+    stop: Arc<AtomicBool>,
+    thread: thread::JoinHandle<()>,
+}
+
+impl Running {
+    pub fn pause(self) {
+        self.stop.store(true, Ordering::Release);
+        self.thread.join().unwrap();
     }
 }
