@@ -2,6 +2,7 @@
 
 use std::{
     io::Write,
+    os::unix::process::CommandExt,
     process::{Command, Output, Stdio},
     time::{Duration, Instant},
 };
@@ -155,6 +156,8 @@ fn start_delay(layout: &Layout, spec: &TestbedSpec, cancel: &Cancel) -> Result<(
         .stdin(Stdio::null())
         .stdout(Stdio::null())
         .stderr(output)
+        // ^C at the terminal is for the command that starts it.
+        .process_group(0)
         .spawn()
         .map_err(failed)?;
     drop(child);
