@@ -426,8 +426,7 @@ fn a_tcp_stream_in_large_segments_survives_draining() {
     writing.join().unwrap();
     assert_eq!(reading.join().unwrap(), BYTES);
     let counters = device.run(|| std::fs::read_to_string("/proc/thread-self/net/snmp").unwrap());
-    let tcp: Vec<_> =
-        counters.lines().filter(|line| line.starts_with("Tcp:")).next_back().unwrap().split(' ').collect();
+    let tcp: Vec<_> = counters.lines().rfind(|line| line.starts_with("Tcp:")).unwrap().split(' ').collect();
     println!("20 flips in a TCP stream: {drained:?}, {} segments retransmitted of {}", tcp[12], tcp[11]);
     assert!(drained.forwarded > 0 && drained.lost == 0, "{drained:?}");
     running.pause();
