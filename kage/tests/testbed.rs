@@ -93,13 +93,7 @@ fn the_testbed_shows_what_is_documented_and_vanishes() {
 fn a_command_in_a_namespace_keeps_its_status_and_its_terminal() {
     let site = Site::new("exec");
     site.json("up --hosts 1 --devices 1");
-    assert_eq!(
-        site.testbed("exec d1 -- sh -c exit\t42").status.code(),
-        Some(127),
-        "no such command: exit\\t42"
-    );
-    let status = site.testbed("exec d1 -- false").status;
-    assert_eq!(status.code(), Some(1));
+    assert_eq!(site.testbed("exec d1 -- sh -c exit\t42").status.code(), Some(42));
     let socket = site.text("exec h1 -- printenv KAGE_SOCKET");
     assert_eq!(socket.trim(), site.dir.canonicalize().unwrap().join("h1/run/host.sock").to_str().unwrap());
     assert!(site.text("exec d1 -- ip -6 addr").contains("fd4b:6167:65ff::1/128"));
