@@ -15,6 +15,7 @@ pub mod tls;
 
 use std::{
     io,
+    net::SocketAddr,
     time::{Duration, Instant},
 };
 
@@ -27,6 +28,15 @@ pub use tls::{ALPN, TlsError, TlsIdentity, TlsLink};
 /// Why a link did not do what it was asked.
 #[derive(Debug, thiserror::Error)]
 pub enum LinkError {
+    /// Nobody answers there.
+    #[error("cannot reach {addr}: {source}; does its daemon run?")]
+    Connect {
+        /// Where.
+        addr: SocketAddr,
+        /// Why not.
+        #[source]
+        source: io::Error,
+    },
     /// The deadline passed; the link can still be used.
     #[error("the peer did not answer in time")]
     Timeout,
@@ -36,6 +46,9 @@ pub enum LinkError {
     /// The peer closed between two frames.
     #[error("the peer closed the link")]
     Closed,
+    /// The peer acknowledged nothing for some seconds: it, its host or the way there is gone.
+    #[error("the peer is gone: nothing sent to it was acknowledged for {} s", tls::GONE_AFTER.as_secs())]
+    Gone,
     /// The link ended within a frame.
     #[error("the link broke within a frame")]
     Truncated,

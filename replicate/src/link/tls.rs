@@ -28,6 +28,7 @@ use rustls::{ClientConnection, Connection, ServerConnection, server::ParsedCerti
 use super::{Link, LinkError, admit};
 pub use identity::{ALPN, TlsError, TlsIdentity};
 use identity::{classify, server_name};
+pub(super) use socket::USER_TIMEOUT as GONE_AFTER;
 
 /// Longest wait for a handshake and a hello.
 pub const HELLO_TIMEOUT: Duration = Duration::from_secs(5);
@@ -74,7 +75,8 @@ pub fn connect(
     timeout: Duration,
 ) -> Result<TlsLink, LinkError> {
     let deadline = Instant::now() + timeout;
-    let stream = TcpStream::connect_timeout(&addr, timeout)?;
+    let stream =
+        TcpStream::connect_timeout(&addr, timeout).map_err(|source| LinkError::Connect { addr, source })?;
     let tls = ClientConnection::new(identity.client_config(), server_name(peer)?).map_err(classify)?;
     let mut link = TlsLink::new(stream, tls.into(), peer.clone())?;
     link.handshake(deadline)?;
@@ -254,7 +256,7 @@ impl TlsLink {
         match self.check_refused() {
             Err(refused) => refused,
             Ok(()) if is_disconnect(&error) => LinkError::Closed,
-            Ok(()) => LinkError::Io(error),
+            Ok(()) => lost(error),
         }
     }
 
@@ -280,7 +282,7 @@ impl TlsLink {
                     self.ended = true;
                     return Ok(false);
                 }
-                Err(error) => return Err(error.into()),
+                Err(error) => return Err(lost(error)),
             }
         }
         // TLS takes nothing after the peer's end.
@@ -318,8 +320,16 @@ impl TlsLink {
 }
 
 fn is_disconnect(error: &io::Error) -> bool {
-    use io::ErrorKind::{BrokenPipe, ConnectionAborted, ConnectionReset, TimedOut};
-    matches!(error.kind(), BrokenPipe | ConnectionAborted | ConnectionReset | TimedOut)
+    use io::ErrorKind::{BrokenPipe, ConnectionAborted, ConnectionReset};
+    matches!(error.kind(), BrokenPipe | ConnectionAborted | ConnectionReset)
+}
+
+fn lost(error: io::Error) -> LinkError {
+    use io::ErrorKind::{HostUnreachable, NetworkUnreachable, TimedOut};
+    match error.kind() {
+        TimedOut | HostUnreachable | NetworkUnreachable => LinkError::Gone,
+        _ => LinkError::Io(error),
+    }
 }
 
 impl Link for TlsLink {

@@ -236,6 +236,13 @@ fn speakers_of_something_else_are_refused() {
 }
 
 #[test]
+fn a_host_that_is_down_is_named() {
+    let addr = TcpListener::bind("[::1]:0").unwrap().local_addr().unwrap();
+    let error = open(addr, &Site::new().host("a"), "a").unwrap_err();
+    assert!(error.to_string().starts_with(&format!("cannot reach {addr}: ")), "{error}");
+}
+
+#[test]
 fn a_peer_that_says_nothing_is_given_up() {
     let site = Site::new();
     let listener = TcpListener::bind("[::1]:0").unwrap();
