@@ -78,6 +78,17 @@ pub fn router(daemon: App) -> Router {
         .with_state(daemon)
 }
 
+/// `/metrics` alone, for a scraper that has no certificate.
+pub fn metrics_router(daemon: App) -> Router {
+    Router::new().route("/metrics", axum::routing::get(hosts::metrics)).with_state(daemon)
+}
+
+/// The description of the API (OpenAPI 3).
+#[must_use]
+pub fn description() -> serde_json::Value {
+    openapi::document()
+}
+
 async fn count(
     State(app): State<App>,
     request: axum::extract::Request,

@@ -15,7 +15,7 @@ use kage_machine::{
 };
 use kage_migrate::recover::Found;
 
-use crate::machines::{Adopted, Hosted, Label, MachineSpec, Machines, Mishap, Net, OnMishap, Via};
+use crate::machines::{Adopted, Hosted, Label, MachineSpec, Machines, Net, OnEnd, Via};
 
 /// A profile.
 pub fn profile() -> Profile {
@@ -106,13 +106,15 @@ pub struct Process {
 struct ProcessState {
     found: Found,
     label: Option<Label>,
-    on_mishap: Option<OnMishap>,
+    on_end: Option<OnEnd>,
+    failure: Option<String>,
     gone: Option<String>,
 }
 
 impl Process {
     fn new(spec: &MachineSpec, found: Found) -> Arc<Self> {
-        let state = ProcessState { found, label: Some(spec.label()), on_mishap: None, gone: None };
+        let state =
+            ProcessState { found, label: Some(spec.label()), on_end: None, failure: None, gone: None };
         Arc::new(Self {
             state: Mutex::new(state),
             memory: Arc::new(FakeMemory { geometry: spec.geometry, pages: Mutex::default() }),
@@ -121,21 +123,20 @@ impl Process {
 
     /// As if killed.
     pub fn kill(&self, reason: &str) {
-        let on_mishap = {
+        let on_end = {
             let mut state = self.state.lock().unwrap();
             state.gone = Some(reason.to_owned());
-            state.on_mishap.take()
+            state.on_end.take()
         };
-        if let Some(on_mishap) = on_mishap {
-            on_mishap(Mishap::Gone { reason: reason.to_owned() });
+        if let Some(on_end) = on_end {
+            on_end(reason.to_owned());
         }
     }
 
     /// As if its guest panicked.
     pub fn fail(&self, reason: &str) {
-        if let Some(on_mishap) = &self.state.lock().unwrap().on_mishap {
-            on_mishap(Mishap::GuestFailed { reason: reason.to_owned() });
-        }
+        self.state.lock().unwrap().failure = Some(reason.to_owned());
+        self.kill("its VMM process ended");
     }
 }
 
@@ -280,8 +281,11 @@ impl Hosted for FakeMachine {
     fn pid(&self) -> Option<u32> {
         Some(1)
     }
-    fn watch(&mut self, on_mishap: OnMishap) {
-        self.process.state.lock().unwrap().on_mishap = Some(on_mishap);
+    fn watch(&mut self, on_end: OnEnd) {
+        self.process.state.lock().unwrap().on_end = Some(on_end);
+    }
+    fn failure(&self) -> Option<String> {
+        self.process.state.lock().unwrap().failure.clone()
     }
     fn dropped_frames(&mut self) -> u64 {
         0

@@ -12,6 +12,7 @@
 
 pub mod api;
 pub mod config;
+pub mod daemon;
 pub mod events;
 #[cfg(test)]
 mod fake;
@@ -25,6 +26,7 @@ pub mod metrics;
 pub mod moves;
 pub mod operations;
 pub mod peers;
+pub mod real;
 pub mod roaming;
 pub mod routes;
 #[cfg(test)]

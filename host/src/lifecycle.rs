@@ -22,7 +22,7 @@ mod follow;
 mod keys;
 mod start;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 
 use std::{
     collections::BTreeMap,
@@ -41,7 +41,7 @@ use crate::{
     },
     config::Config,
     events::Events,
-    machines::{Hosted, MachineSpec, Machines, Mishap, Net},
+    machines::{Hosted, MachineSpec, Machines, Net},
     metrics::Metrics,
     operations::Operations,
     peers::Peers,
@@ -120,7 +120,7 @@ pub struct Slot {
     pub spec: Option<MachineSpec>,
     /// The handover by which the machine came, until its right is settled.
     pub ticket: Option<kage_migrate::Ticket>,
-    /// Counts machines of this image here, so that a late mishap is not taken for the next one's.
+    /// Counts machines of this image here, so that a late word of one's end is not taken for the next one's.
     pub incarnation: u64,
     /// Restarts so far.
     pub restarts: decide::Restarts,
@@ -346,9 +346,9 @@ impl Daemon {
         ))
     }
 
-    /// Takes what a machine says has happened to it.
-    fn mishap(self: &Arc<Self>, user: UserName, incarnation: u64, mishap: Mishap) {
+    /// Takes in that a machine's process has ended.
+    fn ended(self: &Arc<Self>, user: UserName, incarnation: u64, seen: String) {
         let daemon = self.clone();
-        self.runtime.spawn(async move { daemon.after_mishap(user, incarnation, mishap).await });
+        self.runtime.spawn(async move { daemon.after_end(user, incarnation, seen).await });
     }
 }

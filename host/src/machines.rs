@@ -80,23 +80,8 @@ pub struct Label {
     pub ticket: Option<Ticket>,
 }
 
-/// What happened to a machine by itself.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Mishap {
-    /// Its process ended.
-    Gone {
-        /// What was seen of its end.
-        reason: String,
-    },
-    /// The guest failed; its process stands still, its log can be read.
-    GuestFailed {
-        /// What the guest or its watchdog reported.
-        reason: String,
-    },
-}
-
-/// Called from any thread, at most once per mishap.
-pub type OnMishap = Box<dyn Fn(Mishap) + Send + Sync>;
+/// Called from any thread, once, with what was seen of the end of a machine's process.
+pub type OnEnd = Box<dyn FnOnce(String) + Send>;
 
 /// A machine on this host.
 pub trait Hosted: Machine {
@@ -104,8 +89,10 @@ pub trait Hosted: Machine {
     fn found(&mut self) -> Found;
     /// Its process.
     fn pid(&self) -> Option<u32>;
-    /// From now on tells what happens to it; also what has happened already.
-    fn watch(&mut self, on_mishap: OnMishap);
+    /// From now on tells of its process's end; also of one that has been.
+    fn watch(&mut self, on_end: OnEnd);
+    /// Why the guest failed, if it did; its process ends then, its memory can still be read.
+    fn failure(&self) -> Option<String>;
     /// Counts the bytes and frames it moved and dropped so far.
     fn dropped_frames(&mut self) -> u64;
     /// Turns the heartbeat on or off and starts its figures anew.

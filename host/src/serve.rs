@@ -90,6 +90,13 @@ pub async fn serve_peers(daemon: Arc<Daemon>, listener: TcpListener, embedded: O
     }
 }
 
+/// Serves `/metrics` and nothing else, in the clear; runs until dropped.
+pub async fn serve_metrics(daemon: Arc<Daemon>, listener: TcpListener) {
+    if let Err(error) = axum::serve(listener, api::metrics_router(daemon)).await {
+        tracing::error!(%error, "the socket for figures failed");
+    }
+}
+
 async fn serve_http(stream: tokio_rustls::server::TlsStream<TcpStream>, router: axum::Router) {
     let service = hyper_util::service::TowerToHyperService::new(router);
     let io = hyper_util::rt::TokioIo::new(stream);

@@ -119,7 +119,7 @@ async fn ready(State(app): State<App>) -> Response {
     (status, Json(ready)).into_response()
 }
 
-async fn metrics(State(app): State<App>) -> impl IntoResponse {
+pub(super) async fn metrics(State(app): State<App>) -> impl IntoResponse {
     app.count_images();
     ([(http::header::CONTENT_TYPE, "text/plain; version=0.0.4")], app.metrics.text())
 }

@@ -13,7 +13,7 @@ use tokio::sync::OwnedMutexGuard;
 use super::{Daemon, Image, Slot, blocking};
 use crate::{
     api::{error::ErrorBody, types::State},
-    machines::{Adopted, Mishap, Via},
+    machines::{Adopted, Via},
     moves::Resumed,
 };
 
@@ -65,32 +65,28 @@ impl Daemon {
         Ok(())
     }
 
-    /// Acts on a machine's end or failure.
-    pub(super) async fn after_mishap(self: &Arc<Self>, user: UserName, incarnation: u64, mishap: Mishap) {
+    /// Acts on the end of a machine's process.
+    pub(super) async fn after_end(self: &Arc<Self>, user: UserName, incarnation: u64, seen: String) {
         let Some(image) = self.known(&user) else { return };
-        let reason = {
+        {
             // While a move holds the slot the handover sees the same end and decides.
             let mut slot = image.slot.lock().await;
-            if slot.incarnation != incarnation || slot.machine.is_none() {
+            if slot.incarnation != incarnation {
                 return;
             }
-            match mishap {
-                Mishap::GuestFailed { reason } => {
-                    image.set(State::Failed, Some(reason.clone()));
-                    self.events.emit("guest_failed", Some(&user), json!({ "reason": reason }));
-                    return;
-                }
-                Mishap::Gone { reason } => {
-                    if let Some(mut machine) = slot.machine.take() {
-                        machine.end();
-                    }
-                    slot.incarnation += 1;
-                    reason
-                }
+            let Some(machine) = slot.machine.as_mut() else { return };
+            if let Some(reason) = machine.failure() {
+                // The guest's own fault would come again; its memory is kept for `kage logs`.
+                image.set(State::Failed, Some(reason.clone()));
+                self.events.emit("guest_failed", Some(&user), json!({ "reason": reason }));
+                return;
             }
-        };
-        self.events.emit("died", Some(&user), json!({ "reason": reason }));
-        self.settle(user, reason).await;
+            machine.end();
+            slot.machine = None;
+            slot.incarnation += 1;
+        }
+        self.events.emit("died", Some(&user), json!({ "reason": seen }));
+        self.settle(user, seen).await;
     }
 
     /// Brings an image here to where the directory and what is found say it belongs.

@@ -297,9 +297,9 @@ impl Daemon {
                 ..Default::default()
             };
         });
-        machine.watch(Box::new(move |mishap| {
+        machine.watch(Box::new(move |seen| {
             if let Some(daemon) = daemon.upgrade() {
-                daemon.mishap(user.clone(), incarnation, mishap);
+                daemon.ended(user, incarnation, seen);
             }
         }));
         slot.spec = Some(spec);

@@ -1,0 +1,435 @@
+//! The real machines and the real network: `kage-vmm` and `kage-fabric` behind [`crate::machines`]'s traits.
+
+use std::{
+    collections::BTreeMap,
+    io,
+    net::{IpAddr, Ipv6Addr, SocketAddr, UdpSocket},
+    os::fd::{AsFd, AsRawFd, OwnedFd},
+    path::{Path, PathBuf},
+    sync::{Arc, Mutex, PoisonError},
+    time::{Duration, Instant},
+};
+
+use kage_fabric::{Fabric, FabricSpec, names};
+use kage_images::{ImageFile, Symbols};
+use kage_machine::{
+    Geometry, HostInstant, HostName, ImageNumber, Machine, MachineError, Memory, PageSet, PauseCause, Paused,
+    SavedState, Started, Vid,
+    control::{Identity, Phase},
+    identity::ApName,
+};
+use kage_migrate::recover::Found;
+use kage_vmm::{
+    pool::{Pool, PoolSpec},
+    remote::{RemoteMachine, Spawn},
+};
+use rustix::{
+    event::{PollFd, PollFlags, poll},
+    io::Errno,
+};
+
+use crate::{
+    config::Config,
+    machines::{Adopted, Hosted, Label, MachineSpec, Machines, Net, OnEnd, Via},
+};
+
+/// Clones of a template kept waiting.
+const LOGINS: usize = 2;
+/// Empty machines kept waiting.
+const SHELLS: usize = 2;
+
+/// VXLAN network identifier of a site: "kag".
+const VXLAN_ID: u32 = 0x6b_61_67;
+/// UDP port of VXLAN (RFC 7348 §5).
+const VXLAN_PORT: u16 = 4789;
+
+/// Port of a machine's UDP echo service.
+const ECHO_PORT: u16 = 7;
+/// Pause between two packets to a machine that has not answered yet.
+const KNOCK: Duration = Duration::from_millis(2);
+
+/// Machines on KVM, out of pools.
+pub struct VmmMachines {
+    sockets: PathBuf,
+    spawn: Spawn,
+    /// By image name and page space.
+    pools: Mutex<BTreeMap<(String, u32, u32), Arc<PoolEntry>>>,
+}
+
+struct PoolEntry {
+    pool: Pool,
+    symbols: Arc<Symbols>,
+}
+
+impl VmmMachines {
+    /// Machines whose control sockets lie under `run_dir`.
+    ///
+    /// # Errors
+    /// When this program or the directory cannot be found.
+    pub fn new(run_dir: &Path) -> Result<Self, String> {
+        let program =
+            std::env::current_exe().map_err(|error| format!("cannot find this program: {error}"))?;
+        let sockets = run_dir.join("vmm");
+        std::fs::create_dir_all(&sockets).map_err(|error| format!("{}: {error}", sockets.display()))?;
+        let spawn = Spawn { program, arguments: vec!["vmm".into(), "--fd".into()], jail: None };
+        Ok(Self { sockets, spawn, pools: Mutex::default() })
+    }
+
+    /// Fills the pool of an image, so that the first login finds it warm.
+    ///
+    /// # Errors
+    /// When the image does not boot.
+    pub fn warm(&self, image: &str, geometry: Geometry) -> Result<(), String> {
+        self.pool(image, geometry).map(|_| ())
+    }
+
+    fn pool(&self, image: &str, geometry: Geometry) -> Result<Arc<PoolEntry>, String> {
+        let key = (image.to_owned(), geometry.memory_pages, geometry.disk_pages);
+        let mut pools = self.pools.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(entry) = pools.get(&key) {
+            return Ok(entry.clone());
+        }
+        let file = load(image)?;
+        let spec = PoolSpec {
+            spawn: self.spawn.clone(),
+            socket_dir: self.sockets.clone(),
+            geometry,
+            logins: LOGINS,
+            shells: SHELLS,
+        };
+        let pool = Pool::start(spec, &file).map_err(|error| error.to_string())?;
+        let entry = Arc::new(PoolEntry { pool, symbols: Arc::new(Symbols::of(file.kernel())) });
+        pools.insert(key, entry.clone());
+        Ok(entry)
+    }
+
+    fn socket(&self, spec: &MachineSpec) -> PathBuf {
+        self.sockets.join(format!("{}.sock", spec.user))
+    }
+
+    /// Gives a machine out of a pool its disk, tap, name and label.
+    fn dress(
+        &self,
+        mut machine: RemoteMachine,
+        symbols: Arc<Symbols>,
+        spec: &MachineSpec,
+        tap: &OwnedFd,
+    ) -> Result<VmmMachine, String> {
+        let dressed = (|| {
+            if spec.geometry.disk_pages > 0 {
+                let disk = open_disk(&spec.disk, spec.geometry.disk_bytes())
+                    .map_err(|error| format!("{}: {error}", spec.disk.display()))?;
+                machine.attach_disk(disk).map_err(|error| error.to_string())?;
+            }
+            machine.attach_tap(tap.as_fd()).map_err(|error| error.to_string())?;
+            let path = self.socket(spec);
+            machine.move_socket(&path).map_err(|error| format!("{}: {error}", path.display()))?;
+            machine.set_label(label_bytes(&spec.label())).map_err(|error| error.to_string())
+        })();
+        match dressed {
+            Ok(()) => Ok(VmmMachine { machine, symbols }),
+            Err(reason) => {
+                machine.end();
+                Err(reason)
+            }
+        }
+    }
+}
+
+/// An image by its name: `default` is built in, others are files.
+fn load(image: &str) -> Result<ImageFile, String> {
+    if image == "default" {
+        return Ok(ImageFile::embedded());
+    }
+    let dir =
+        std::env::var_os("KAGE_IMAGES").map_or_else(|| PathBuf::from("/usr/lib/kage/images"), PathBuf::from);
+    // A name is no path: it comes from users.
+    if image.is_empty() || image.contains(['/', '\0']) || image.starts_with('.') {
+        return Err(format!("{image:?} is no image's name"));
+    }
+    let path = dir.join(format!("{image}.kage"));
+    ImageFile::read(&path).map_err(|error| format!("image {image}: {error}"))
+}
+
+fn open_disk(path: &Path, bytes: u64) -> io::Result<OwnedFd> {
+    let file = std::fs::File::options().read(true).write(true).create(true).truncate(false).open(path)?;
+    if file.metadata()?.len() != bytes {
+        file.set_len(bytes)?;
+    }
+    Ok(file.into())
+}
+
+fn label_bytes(label: &Label) -> Vec<u8> {
+    // Writing into a growing vector cannot fail for these types.
+    postcard::to_stdvec(label).unwrap_or_default()
+}
+
+impl Machines for VmmMachines {
+    fn start(&self, spec: &MachineSpec, tap: OwnedFd) -> Result<Box<dyn Hosted>, String> {
+        let entry = self.pool(&spec.profile.image, spec.geometry)?;
+        let machine = entry.pool.take_login().map_err(|error| error.to_string())?;
+        let mut machine = self.dress(machine, entry.symbols.clone(), spec, &tap)?;
+        let identity = Identity {
+            user: spec.user.to_string(),
+            address: spec.vid.address().octets(),
+            prefix_length: Vid::IMAGE_PREFIX_LENGTH,
+            mtu: spec.mtu,
+            host_key_seed: spec.profile.host_key_seed,
+            authorized_keys: spec.profile.authorized_keys.iter().map(|key| format!("{key}\n")).collect(),
+        };
+        let mut seed = [0; 32];
+        crate::init::random(&mut seed);
+        if let Err(error) = machine.machine.give_generation(Some(identity), seed) {
+            machine.machine.end();
+            return Err(error.to_string());
+        }
+        Ok(Box::new(machine))
+    }
+
+    fn shell(&self, spec: &MachineSpec, tap: OwnedFd) -> Result<Box<dyn Hosted>, String> {
+        let entry = self.pool(&spec.profile.image, spec.geometry)?;
+        let machine = entry.pool.take_shell().map_err(|error| error.to_string())?;
+        Ok(Box::new(self.dress(machine, entry.symbols.clone(), spec, &tap)?))
+    }
+
+    fn adopt(&self) -> Vec<Adopted> {
+        let Ok(entries) = std::fs::read_dir(&self.sockets) else { return Vec::new() };
+        let mut all = Vec::new();
+        for path in entries.filter_map(|entry| Some(entry.ok()?.path())) {
+            if path.extension().is_none_or(|extension| extension != "sock") {
+                continue;
+            }
+            match RemoteMachine::adopt(&path) {
+                Ok(mut machine) => match postcard::from_bytes::<Label>(machine.label()) {
+                    Ok(label) => {
+                        let symbols = Arc::new(Symbols::of(ImageFile::embedded().kernel()));
+                        let mut machine = VmmMachine { machine, symbols };
+                        let found = machine.found();
+                        all.push(Adopted { label, found, machine: Box::new(machine) });
+                    }
+                    // A machine out of a former daemon's pool: nobody's, and it ends by itself.
+                    Err(_) => machine.end(),
+                },
+                Err(error) => {
+                    tracing::debug!(path = %path.display(), %error, "nobody to adopt");
+                    let _ = std::fs::remove_file(&path);
+                }
+            }
+        }
+        all
+    }
+
+    fn check(&self, image: &str) -> Result<(), String> {
+        load(image)?;
+        std::fs::File::options()
+            .read(true)
+            .write(true)
+            .open("/dev/kvm")
+            .map(|_| ())
+            .map_err(|error| format!("/dev/kvm: {error}; `kage doctor` says how to get it"))
+    }
+}
+
+/// A machine in its VMM process.
+struct VmmMachine {
+    machine: RemoteMachine,
+    symbols: Arc<Symbols>,
+}
+
+impl Hosted for VmmMachine {
+    fn found(&mut self) -> Found {
+        if !self.machine.is_alive() {
+            return Found::None;
+        }
+        if self.machine.is_released() {
+            return Found::Released;
+        }
+        let phase = self.machine.status().map_or_else(|_| self.machine.phase(), |(phase, ..)| phase);
+        match phase {
+            Phase::Empty | Phase::Shell | Phase::Restored => Found::Shell,
+            Phase::Running { gate_open: true } => Found::Running,
+            Phase::Running { gate_open: false } => Found::Gated,
+            Phase::Paused => Found::Paused,
+            Phase::Released => Found::Released,
+        }
+    }
+
+    fn pid(&self) -> Option<u32> {
+        let descriptor = self.machine.exit_descriptor().ok()?;
+        let info = std::fs::read_to_string(format!("/proc/self/fdinfo/{}", descriptor.as_raw_fd())).ok()?;
+        info.lines().find_map(|line| line.strip_prefix("Pid:")?.trim().parse().ok())
+    }
+
+    fn watch(&mut self, on_end: OnEnd) {
+        let ended = match self.machine.exit_descriptor() {
+            Ok(ended) => ended,
+            Err(error) => {
+                tracing::error!(%error, "a machine's end will not be seen");
+                return;
+            }
+        };
+        let wait = move || {
+            let mut polled = [PollFd::new(&ended, PollFlags::IN)];
+            while matches!(poll(&mut polled, None), Err(Errno::INTR)) {}
+            on_end("its VMM process ended".to_owned());
+        };
+        let thread = std::thread::Builder::new().name("kage-watch".to_owned()).stack_size(128 << 10);
+        if let Err(error) = thread.spawn(wait) {
+            tracing::error!(%error, "a machine's end will not be seen");
+        }
+    }
+
+    fn failure(&self) -> Option<String> {
+        self.machine.failure()
+    }
+
+    fn dropped_frames(&mut self) -> u64 {
+        self.machine.status().map_or(0, |(_, net, _)| net.dropped_frames)
+    }
+
+    fn heartbeat(&mut self, on: bool) -> Result<(), MachineError> {
+        self.machine.set_heartbeat(on)
+    }
+
+    fn logs(&self) -> String {
+        self.machine.logs(&self.symbols)
+    }
+
+    fn as_machine(&mut self) -> &mut dyn Machine {
+        self
+    }
+
+    fn relabel(&mut self, label: &Label) -> Result<(), MachineError> {
+        self.machine.set_label(label_bytes(label))
+    }
+}
+
+impl Machine for VmmMachine {
+    fn memory(&self) -> Arc<dyn Memory> {
+        self.machine.memory()
+    }
+    fn harvest(&mut self) -> Result<PageSet, MachineError> {
+        self.machine.harvest()
+    }
+    fn pause(&mut self, cause: PauseCause) -> Result<Paused, MachineError> {
+        self.machine.pause(cause)
+    }
+    fn resume(&mut self) -> Result<(), MachineError> {
+        self.machine.resume()
+    }
+    fn restore(&mut self, state: &SavedState, paused_at: HostInstant) -> Result<(), MachineError> {
+        self.machine.restore(state, paused_at)
+    }
+    fn run_gated(&mut self) -> Result<Started, MachineError> {
+        self.machine.run_gated()
+    }
+    fn open_gate(&mut self) -> Result<(), MachineError> {
+        self.machine.open_gate()
+    }
+    fn release(&mut self) -> Result<(), MachineError> {
+        self.machine.release()
+    }
+    fn end(&mut self) {
+        self.machine.end();
+    }
+}
+
+/// The kernel's network.
+pub struct FabricNet {
+    fabric: Fabric,
+}
+
+impl FabricNet {
+    /// Looks at the underlay and makes the tunnel.
+    ///
+    /// # Errors
+    /// In words, with the cure.
+    pub fn open(config: &Config) -> Result<Self, String> {
+        let spec = FabricSpec {
+            host: config.host.name.clone(),
+            prefix: config.network.prefix,
+            underlay: config.network.underlay.clone(),
+            underlay_address: config.peer.advertise.ip(),
+            vxlan_id: VXLAN_ID,
+            vxlan_port: VXLAN_PORT,
+        };
+        let fabric = Fabric::open(spec).map_err(|error| error.to_string())?;
+        fabric.setup().map_err(|error| error.to_string())?;
+        Ok(Self { fabric })
+    }
+
+    fn said<T>(result: Result<T, kage_fabric::FabricError>) -> Result<T, String> {
+        result.map_err(|error| error.to_string())
+    }
+}
+
+impl Net for FabricNet {
+    fn mtu(&self) -> u16 {
+        u16::try_from(self.fabric.guest_mtu()).unwrap_or(u16::MAX)
+    }
+
+    fn tap(&self, image: ImageNumber) -> Result<OwnedFd, String> {
+        Self::said(self.fabric.create_tap(&names::tap(image)))
+    }
+
+    fn remove_tap(&self, image: ImageNumber) -> Result<(), String> {
+        Self::said(self.fabric.delete_tap(&names::tap(image)))
+    }
+
+    fn peer(&self, host: &HostName, underlay: IpAddr) -> Result<(), String> {
+        Self::said(self.fabric.set_peer(host, underlay))
+    }
+
+    fn route_image(&self, vid: Vid, via: &Via) -> Result<(), String> {
+        Self::said(match via {
+            Via::Tap => self.fabric.route_image_to_tap(vid, &names::tap(vid.image())),
+            Via::Host(host) => self.fabric.route_image_to_host(vid, host),
+            Via::Ap(ap) => return Err(format!("an image is not reached by access point {ap}")),
+        })
+    }
+
+    fn forget_image(&self, vid: Vid) -> Result<(), String> {
+        Self::said(self.fabric.unroute_image(vid))
+    }
+
+    fn route_device(&self, address: Ipv6Addr, via: &Via) -> Result<(), String> {
+        Self::said(match via {
+            Via::Ap(ap) => {
+                let bridge = self.fabric.ensure_ap_bridge(ap).map_err(|error| error.to_string())?;
+                self.fabric.route_device_local(address, &bridge)
+            }
+            Via::Host(host) => self.fabric.route_device_to_host(address, host),
+            Via::Tap => return Err("a device has no tap".to_owned()),
+        })
+    }
+
+    fn forget_device(&self, address: Ipv6Addr) -> Result<(), String> {
+        Self::said(self.fabric.unroute_device(address))
+    }
+
+    fn access_point(&self, ap: &ApName, _bridge: Option<&str>) -> Result<(), String> {
+        Self::said(self.fabric.ensure_ap_bridge(ap)).map(|_| ())
+    }
+
+    fn first_answer(&self, address: Ipv6Addr, patience: Duration) -> Result<(), String> {
+        let failed = |error: io::Error| format!("cannot send to {address}: {error}");
+        let socket = UdpSocket::bind("[::]:0").map_err(failed)?;
+        socket.connect(SocketAddr::from((address, ECHO_PORT))).map_err(failed)?;
+        socket.set_read_timeout(Some(KNOCK)).map_err(failed)?;
+        let deadline = Instant::now() + patience;
+        let mut buffer = [0; 64];
+        loop {
+            // "Connection refused" and "unreachable" are answers of a moment; the machine may just be starting.
+            let _ = socket.send(b"kage");
+            match socket.recv(&mut buffer) {
+                Ok(_) => return Ok(()),
+                Err(_) if Instant::now() < deadline => {}
+                Err(_) => {
+                    return Err(format!(
+                        "the machine at {address} has not answered for {patience:?}; see `kage logs`"
+                    ));
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,120 @@
+use std::path::PathBuf;
+
+use super::*;
+use crate::{
+    config::Config,
+    lifecycle::tests::{TestHost, TestSite},
+    units::Span,
+};
+
+const SECRET: &str = "shared between access points and hosts";
+
+/// A listener of `host`'s, and where it listens.
+async fn listening(host: &TestHost, name: &str) -> (SocketAddr, PathBuf) {
+    let path = std::env::temp_dir().join(format!("kage-secret-{name}-{}", std::process::id()));
+    std::fs::write(&path, format!("{SECRET}\n")).unwrap();
+    let free = std::net::UdpSocket::bind("[::1]:0").unwrap().local_addr().unwrap();
+    let text = format!(
+        "[host]\nname = \"x\"\n[peer]\nadvertise = \"[::1]:1\"\n[network]\nprefix = \"fd00::/48\"\nunderlay = \"lo\"\n\
+         [roam.radius]\nlisten = \"{free}\"\n[[roam.radius.client]]\nfrom = \"::1/128\"\nsecret_file = {path:?}\n"
+    );
+    let mut radius = Config::parse(std::path::Path::new("x"), &text).unwrap().radius.unwrap();
+    radius.logout_grace = Span::from_millis(100);
+    spawn(host.daemon.clone(), &radius).await.unwrap();
+    (free, path)
+}
+
+async fn ask(to: SocketAddr, bytes: &[u8]) -> Option<Vec<u8>> {
+    let socket = UdpSocket::bind("[::1]:0").await.unwrap();
+    socket.send_to(bytes, to).await.unwrap();
+    let mut buffer = vec![0; 4096];
+    let (length, _) =
+        tokio::time::timeout(Duration::from_millis(500), socket.recv_from(&mut buffer)).await.ok()?.unwrap();
+    buffer.truncate(length);
+    Some(buffer)
+}
+
+fn report(status: Status, user: &str, nas: &str) -> Accounting {
+    Accounting {
+        user_name: Some(user.into()),
+        nas_identifier: Some(nas.into()),
+        calling_station_id: Some("02-00-00-00-00-01".into()),
+        framed_ipv6_address: Some("fd0d::1".parse().unwrap()),
+        ..Accounting::new(status)
+    }
+}
+
+async fn state(host: &TestHost, query: &str) -> String {
+    host.show(query).await.state.name().to_owned()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn start_and_stop_log_in_and_out_a_user_who_was_here_before() {
+    let (_site, hosts) = TestSite::new("radius-life", 1).await;
+    let host = &hosts[0];
+    let (to, path) = listening(host, "life").await;
+    host.login("alice", serde_json::json!({})).await;
+    host.daemon.stop(&"alice".parse().unwrap()).await.unwrap();
+    let start = report(Status::Start, "alice", "ap-1").encode(1, SECRET.as_bytes()).unwrap();
+    let answer = ask(to, &start).await.unwrap();
+    let request = Packet::parse(&start).unwrap();
+    assert!(Packet::parse(&answer).unwrap().answers(&request, SECRET.as_bytes()));
+    assert_eq!(state(host, "alice?state=running&timeout=5s").await, "running");
+    assert!(
+        host.net.calls().iter().any(|call| call.starts_with("device fd0d::1 Ap")),
+        "{:?}",
+        host.net.calls()
+    );
+    let stop = report(Status::Stop, "alice", "ap-1").encode(2, SECRET.as_bytes()).unwrap();
+    assert!(ask(to, &stop).await.is_some());
+    assert_eq!(state(host, "alice?state=stopped&timeout=5s").await, "stopped");
+    // Coming back is logging in.
+    assert!(
+        ask(to, &report(Status::Start, "alice", "ap-1").encode(3, SECRET.as_bytes()).unwrap())
+            .await
+            .is_some()
+    );
+    assert_eq!(state(host, "alice?state=running&timeout=5s").await, "running");
+    let _ = std::fs::remove_file(path);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn strangers_garbage_and_wrong_secrets_are_dropped_and_counted() {
+    let (_site, hosts) = TestSite::new("radius-bad", 1).await;
+    let host = &hosts[0];
+    let (to, path) = listening(host, "bad").await;
+    let good = report(Status::Start, "nobody", "ap-1").encode(1, SECRET.as_bytes()).unwrap();
+    assert!(ask(to, &report(Status::Start, "nobody", "ap-1").encode(1, b"other").unwrap()).await.is_none());
+    assert!(ask(to, &good[..good.len() - 1]).await.is_none());
+    assert!(ask(to, b"hello").await.is_none());
+    assert!(ask(to, &good).await.is_some(), "an unknown user is answered all the same");
+    let text = host.daemon.metrics.text();
+    for (labels, count) in [
+        ("type=\"unknown\",result=\"bad_authenticator\"", 1),
+        ("type=\"unknown\",result=\"malformed\"", 2),
+        ("type=\"start\",result=\"taken\"", 1),
+    ] {
+        let line = format!("kage_radius_packets_total{{{labels}}} {count}");
+        assert!(text.contains(&line), "{line} is not in\n{text}");
+    }
+    let _ = std::fs::remove_file(path);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_retransmission_is_answered_with_the_same_bytes_and_counts_once() {
+    let (_site, hosts) = TestSite::new("radius-again", 1).await;
+    let (to, path) = listening(&hosts[0], "again").await;
+    let bytes = report(Status::Start, "nobody", "ap-1").encode(1, SECRET.as_bytes()).unwrap();
+    let socket = UdpSocket::bind("[::1]:0").await.unwrap();
+    let mut answers = Vec::new();
+    for _ in 0..2 {
+        socket.send_to(&bytes, to).await.unwrap();
+        let mut buffer = [0; 4096];
+        let (length, _) = socket.recv_from(&mut buffer).await.unwrap();
+        answers.push(buffer[..length].to_vec());
+    }
+    assert_eq!(answers[0], answers[1]);
+    let text = hosts[0].daemon.metrics.text();
+    assert!(text.contains("{type=\"start\",result=\"retransmission\"} 1"), "{text}");
+    let _ = std::fs::remove_file(path);
+}
