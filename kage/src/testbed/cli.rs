@@ -13,7 +13,7 @@ pub enum TestbedCommand {
     /// Make hosts, access points and devices as network namespaces here, and start the hosts' daemons
     #[command(after_help = "Example: kage testbed up --hosts 3 --link 50mbit --delay 5ms")]
     Up {
-        /// Edge hosts h1…, with one access point each (ap-1… )
+        /// Edge hosts h1…, with one access point each (ap-1…)
         #[arg(long, default_value_t = 3, value_name = "N")]
         hosts: u16,
         /// User devices d1…, at ap-1…
@@ -34,18 +34,21 @@ pub enum TestbedCommand {
         /// Memory of new images
         #[arg(long, value_name = "SIZE")]
         image_memory: Option<Size>,
+        /// Which testbed
         #[command(flatten)]
         place: Place,
     },
     /// Remove every trace of the testbed, also of one that was interrupted
     #[command(after_help = "Example: kage testbed down")]
     Down {
+        /// Which testbed
         #[command(flatten)]
         place: Place,
     },
     /// Show hosts, devices and how to send accounting
     #[command(after_help = "Example: kage testbed status -o json")]
     Status {
+        /// Which testbed
         #[command(flatten)]
         place: Place,
     },
@@ -59,6 +62,7 @@ pub enum TestbedCommand {
         /// Only the link: nobody is told
         #[arg(long)]
         silent: bool,
+        /// Which testbed
         #[command(flatten)]
         place: Place,
     },
@@ -67,6 +71,7 @@ pub enum TestbedCommand {
     Exec {
         /// Host or device
         name: String,
+        /// Which testbed
         #[command(flatten)]
         place: Place,
         /// The command and its arguments
