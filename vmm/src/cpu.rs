@@ -82,7 +82,8 @@ fn register(entry: &mut kvm_bindings::kvm_cpuid_entry2, register: u8) -> &mut u3
 /// # Errors
 /// The list of features this host lacks.
 pub fn restrict(mut supported: CpuId) -> Result<CpuId, String> {
-    let mut missing: Vec<_> = REQUIRED.iter().filter(|feature| !host_has(feature)).map(|feature| feature.name).collect();
+    let mut missing: Vec<_> =
+        REQUIRED.iter().filter(|feature| !host_has(feature)).map(|feature| feature.name).collect();
     let components = supported.as_slice().iter().find(|entry| entry.function == 0xd && entry.index == 0);
     if components.is_none_or(|entry| u64::from(entry.eax) & XCR0 != XCR0) {
         missing.push("avx state");

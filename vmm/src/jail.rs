@@ -67,11 +67,14 @@ pub fn filter() -> io::Result<()> {
         libc::SYS_exit,
         libc::SYS_exit_group,
     ];
-    let kvm = SeccompCondition::new(1, SeccompCmpArgLen::Dword, SeccompCmpOp::MaskedEq(0xff00), 0xae00).map_err(io::Error::other)?;
-    let kvm = SeccompRule::new(vec![kvm]).map_err(io::Error::other)?;
-    let rules = allowed.into_iter().map(|call| (call, Vec::new())).chain([(libc::SYS_ioctl, vec![kvm])]).collect();
-    let filter = SeccompFilter::new(rules, SeccompAction::KillProcess, SeccompAction::Allow, TargetArch::x86_64)
+    let kvm = SeccompCondition::new(1, SeccompCmpArgLen::Dword, SeccompCmpOp::MaskedEq(0xff00), 0xae00)
         .map_err(io::Error::other)?;
+    let kvm = SeccompRule::new(vec![kvm]).map_err(io::Error::other)?;
+    let rules =
+        allowed.into_iter().map(|call| (call, Vec::new())).chain([(libc::SYS_ioctl, vec![kvm])]).collect();
+    let filter =
+        SeccompFilter::new(rules, SeccompAction::KillProcess, SeccompAction::Allow, TargetArch::x86_64)
+            .map_err(io::Error::other)?;
     let program = BpfProgram::try_from(filter).map_err(io::Error::other)?;
     seccompiler::apply_filter_all_threads(&program).map_err(io::Error::other)
 }

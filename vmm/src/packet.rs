@@ -8,8 +8,8 @@ use std::{
 
 use kage_machine::control::MAX_PACKET;
 use rustix::net::{
-    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags,
-    recvmsg, sendmsg,
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage,
+    SendFlags, recvmsg, sendmsg,
 };
 
 /// Most descriptors in a packet.
@@ -60,7 +60,10 @@ pub fn receive(socket: BorrowedFd<'_>, buffer: &mut [u8], flags: RecvFlags) -> i
         .flatten()
         .collect();
     if message.flags.contains(rustix::net::ReturnFlags::TRUNC) {
-        return Err(io::Error::new(io::ErrorKind::InvalidData, format!("a packet longer than {MAX_PACKET} bytes")));
+        return Err(io::Error::new(
+            io::ErrorKind::InvalidData,
+            format!("a packet longer than {MAX_PACKET} bytes"),
+        ));
     }
     Ok(Packet { bytes: buffer[..message.bytes.min(buffer.len())].to_vec(), descriptors })
 }

@@ -30,7 +30,9 @@ use rustix::{
     net::{RecvFlags, SocketFlags, accept_with},
     time::{ClockId, clock_gettime},
 };
-use vm_memory::{Bytes, FileOffset, GuestAddress, GuestRegionMmap, bitmap::AtomicBitmap, mmap::MmapRegionBuilder};
+use vm_memory::{
+    Bytes, FileOffset, GuestAddress, GuestRegionMmap, bitmap::AtomicBitmap, mmap::MmapRegionBuilder,
+};
 
 use crate::{
     clock::GuestClock,
@@ -190,7 +192,11 @@ impl Process {
     /// A machine that belongs to someone waits for the next daemon; a mere shell ends.
     fn lost_daemon(&mut self) -> io::Result<()> {
         self.connection = None;
-        if self.label.is_empty() { Err(io::Error::other("the daemon is gone and this shell is nobody's")) } else { Ok(()) }
+        if self.label.is_empty() {
+            Err(io::Error::other("the daemon is gone and this shell is nobody's"))
+        } else {
+            Ok(())
+        }
     }
 
     fn answer(&mut self, packet: Packet) -> Result<(), String> {
@@ -208,13 +214,15 @@ impl Process {
                 self.label = label;
                 Reply::Done
             }
-            Request::Setup(setup) if self.machine.is_none() => match Machine::new(setup, packet.descriptors) {
-                Ok(machine) => {
-                    self.machine = Some(Box::new(machine));
-                    Reply::Done
+            Request::Setup(setup) if self.machine.is_none() => {
+                match Machine::new(setup, packet.descriptors) {
+                    Ok(machine) => {
+                        self.machine = Some(Box::new(machine));
+                        Reply::Done
+                    }
+                    Err(reason) => Reply::Refused { reason },
                 }
-                Err(reason) => Reply::Refused { reason },
-            },
+            }
             request => match &mut self.machine {
                 Some(machine) => machine
                     .perform(request, packet.descriptors)
@@ -244,7 +252,8 @@ impl Process {
             Some(machine) => (machine.phase, Some(machine.setup.geometry)),
             None => (Phase::Empty, None),
         };
-        let reply = encode(&Reply::Hello { version: CONTROL_VERSION, phase, geometry, label: self.label.clone() });
+        let reply =
+            encode(&Reply::Hello { version: CONTROL_VERSION, phase, geometry, label: self.label.clone() });
         let descriptors: Vec<BorrowedFd<'_>> =
             self.machine.iter().flat_map(|machine| machine.shared.iter().map(AsFd::as_fd)).collect();
         if let Some(connection) = &self.connection
@@ -288,7 +297,9 @@ impl Process {
             drop(polled);
             machine.stopped_at = host_now();
             match waited {
-                Err(error) if error.kind() != io::ErrorKind::Interrupted => return Err(format!("ppoll: {error}")),
+                Err(error) if error.kind() != io::ErrorKind::Interrupted => {
+                    return Err(format!("ppoll: {error}"));
+                }
                 _ => {}
             }
         }
@@ -301,7 +312,8 @@ impl Machine {
             descriptors.try_into().map_err(|_| "setup needs four descriptors".to_owned())?;
         let text = |what: &'static str| move |error: io::Error| format!("{what}: {error}");
         let base = Mapping::new(base, setup.base_bytes as usize, false).map_err(text("map the base"))?;
-        let control_mapping = Mapping::new(&control, abi::PAGE as usize, true).map_err(text("map the control page"))?;
+        let control_mapping =
+            Mapping::new(&control, abi::PAGE as usize, true).map_err(text("map the control page"))?;
         let size = setup.geometry.memory_bytes() as usize;
         let page = std::num::NonZeroUsize::new(abi::PAGE as usize).ok_or("no page size")?;
         let file = File::from(memory.try_clone().map_err(text("memory"))?);
@@ -313,8 +325,10 @@ impl Machine {
             .map_err(|error| format!("map memory: {error}"))?;
         let at = region.as_ptr() as u64;
         let region = GuestRegionMmap::new(region, GuestAddress(abi::MEMORY)).ok_or("memory overflows")?;
-        let guest_memory = GuestMemory::from_regions(vec![region]).map_err(|error| format!("memory: {error}"))?;
-        let (mut vcpu, tracker) = Vcpu::new(kvm, &setup, base.address(), at).map_err(|error| error.to_string())?;
+        let guest_memory =
+            GuestMemory::from_regions(vec![region]).map_err(|error| format!("memory: {error}"))?;
+        let (mut vcpu, tracker) =
+            Vcpu::new(kvm, &setup, base.address(), at).map_err(|error| error.to_string())?;
         jail::drop_privileges(setup.jail).map_err(text("jail"))?;
         let block = Block::new(setup.geometry.disk_bytes()).map_err(text("disk worker"))?;
         // Read once before the filter: finding the vDSO takes system calls that reading the clock does not.
@@ -392,10 +406,14 @@ impl Machine {
                 Ok(Entered::Again)
             }
             Ok(VcpuExit::Intr) => Ok(Entered::Alarm),
-            Ok(VcpuExit::Unsupported(reason)) if reason == kvm_bindings::KVM_EXIT_DIRTY_RING_FULL => {
-                self.tracker.collect(&self.vcpu.vm).map(|()| Entered::Again).map_err(|error| format!("dirty ring: {error}"))
+            Ok(VcpuExit::Unsupported(reason)) if reason == kvm_bindings::KVM_EXIT_DIRTY_RING_FULL => self
+                .tracker
+                .collect(&self.vcpu.vm)
+                .map(|()| Entered::Again)
+                .map_err(|error| format!("dirty ring: {error}")),
+            Ok(VcpuExit::Shutdown) => {
+                Err("the guest faulted within its fault handler (triple fault)".to_owned())
             }
-            Ok(VcpuExit::Shutdown) => Err("the guest faulted within its fault handler (triple fault)".to_owned()),
             Ok(exit) => Err(format!("the guest did what no guest does: {exit:?}")),
             Err(error) if error.errno() == libc::EINTR => Ok(Entered::Alarm),
             Err(error) if error.errno() == libc::EAGAIN => Ok(Entered::Again),
@@ -420,7 +438,10 @@ impl Machine {
                 self.vcpu.fd.set_kvm_immediate_exit(0);
                 if now.since(self.knocked_at) > HANG {
                     let rip = self.vcpu.instruction_pointer();
-                    return Err(format!("the guest has not opened its door for {} s, at {rip:#x}", HANG.as_secs()));
+                    return Err(format!(
+                        "the guest has not opened its door for {} s, at {rip:#x}",
+                        HANG.as_secs()
+                    ));
                 }
             }
             _ => {}
@@ -545,14 +566,17 @@ impl Machine {
                 Ok(Reply::Done)
             }
             Request::Heartbeat { on } => {
-                let round = u32::from_le_bytes(self.read_word(std::mem::offset_of!(BootPage, heartbeat_round)));
+                let round =
+                    u32::from_le_bytes(self.read_word(std::mem::offset_of!(BootPage, heartbeat_round)));
                 self.write_word(std::mem::offset_of!(BootPage, heartbeat_on), &u32::from(on).to_le_bytes());
                 let next = round.wrapping_add(1).to_le_bytes();
                 self.write_word(std::mem::offset_of!(BootPage, heartbeat_round), &next);
                 self.news = true;
                 Ok(Reply::Done)
             }
-            Request::Status => Ok(Reply::Status { phase: self.phase, net: self.net.counters, doors: self.doors }),
+            Request::Status => {
+                Ok(Reply::Status { phase: self.phase, net: self.net.counters, doors: self.doors })
+            }
             Request::Run { .. } => refuse("run", self.phase),
             Request::OpenGate => refuse("open the gate", self.phase),
             Request::Pause => refuse("pause", self.phase),
@@ -640,7 +664,11 @@ impl Machine {
     fn write_config(&mut self, identity: &Identity) -> Result<(), String> {
         let (user, keys) = (identity.user.as_bytes(), identity.authorized_keys.as_bytes());
         if user.len() > abi::USER_MAX || keys.len() > abi::AUTHORIZED_KEYS_MAX {
-            return Err(format!("user name over {} or keys over {} bytes", abi::USER_MAX, abi::AUTHORIZED_KEYS_MAX));
+            return Err(format!(
+                "user name over {} or keys over {} bytes",
+                abi::USER_MAX,
+                abi::AUTHORIZED_KEYS_MAX
+            ));
         }
         let mut bytes = vec![0; size_of::<Config>()];
         let mut put = |at: usize, what: &[u8]| bytes[at..at + what.len()].copy_from_slice(what);
@@ -672,14 +700,17 @@ fn is_retry(error: &io::Error) -> bool {
 }
 
 fn ppoll_for(polled: &mut [PollFd<'_>], left: Option<Duration>) -> io::Result<usize> {
-    let timeout = left.map(|left| Timespec { tv_sec: left.as_secs() as i64, tv_nsec: i64::from(left.subsec_nanos()) });
+    let timeout =
+        left.map(|left| Timespec { tv_sec: left.as_secs() as i64, tv_nsec: i64::from(left.subsec_nanos()) });
     Ok(poll(polled, timeout.as_ref())?)
 }
 
 #[expect(unsafe_code, reason = "takes over the descriptor its parent left")]
 fn take_descriptor(number: i32) -> Result<OwnedFd, String> {
     if number < 3 {
-        return Err(format!("descriptor {number} is no control socket; `kage vmm` is started by `kage host`"));
+        return Err(format!(
+            "descriptor {number} is no control socket; `kage vmm` is started by `kage host`"
+        ));
     }
     // SAFETY: the parent left this descriptor for this process alone; a closed one is only reported below.
     let owned = unsafe { OwnedFd::from_raw_fd(number) };

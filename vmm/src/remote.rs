@@ -15,17 +15,19 @@ use std::{
 use kage_abi::{self as abi, BootPage, FaultRecord, LogRing, offset};
 use kage_images::Symbols;
 use kage_machine::{
-    Geometry, Gone, HostInstant, Machine, MachineError, Memory, PAGE_SIZE, PageBytes, PageIndex, PageSet, PauseCause, Paused,
-    SavedState, Started,
+    Geometry, Gone, HostInstant, Machine, MachineError, Memory, PAGE_SIZE, PageBytes, PageIndex, PageSet,
+    PauseCause, Paused, SavedState, Started,
     control::{
-        CONTROL_VERSION, Identity, MAX_PACKET, NetCounters, Phase, Reply, Request, Setup, control_page, decode, encode,
+        CONTROL_VERSION, Identity, MAX_PACKET, NetCounters, Phase, Reply, Request, Setup, control_page,
+        decode, encode,
     },
 };
 use rustix::{
     fs::{MemfdFlags, SealFlags, SeekFrom, fcntl_add_seals, ftruncate, memfd_create, seek},
     net::{
-        AddressFamily, RecvFlags, SocketAddrUnix, SocketFlags, SocketType, bind, connect, listen, socket_with,
-        sockopt::{Timeout, socket_peercred, set_socket_timeout},
+        AddressFamily, RecvFlags, SocketAddrUnix, SocketFlags, SocketType, bind, connect, listen,
+        socket_with,
+        sockopt::{Timeout, set_socket_timeout, socket_peercred},
     },
     process::{Pid, PidfdFlags, Signal, WaitId, WaitIdOptions, pidfd_open, pidfd_send_signal, waitid},
 };
@@ -139,7 +141,9 @@ fn add_data(file: &OwnedFd, first: u32, set: &mut PageSet) {
     while let Ok(data) = seek(file, SeekFrom::Data(at)) {
         let end = seek(file, SeekFrom::Hole(data)).unwrap_or(u64::MAX);
         for index in data / page..end.div_ceil(page) {
-            let Some(index) = u32::try_from(index).ok().and_then(|index| index.checked_add(first)) else { return };
+            let Some(index) = u32::try_from(index).ok().and_then(|index| index.checked_add(first)) else {
+                return;
+            };
             if !set.insert(PageIndex(index)) && index >= set.pages() {
                 return;
             }
@@ -181,9 +185,11 @@ impl RemoteMachine {
         base: &BaseFile,
         geometry: Geometry,
     ) -> Result<Self, MachineError> {
-        let failed = |what: &str, error: io::Error| MachineError::Refused { reason: format!("{what}: {error}") };
+        let failed =
+            |what: &str, error: io::Error| MachineError::Refused { reason: format!("{what}: {error}") };
         let listener = listen_at(path).map_err(|error| failed("control socket", error))?;
-        let pid = start_process(spawn, &listener).map_err(|error| failed(&spawn.program.display().to_string(), error))?;
+        let pid = start_process(spawn, &listener)
+            .map_err(|error| failed(&spawn.program.display().to_string(), error))?;
         drop(listener);
         let mut machine = Self::connect(path, Some(pid))?;
         let memory = memfd_create("kage-memory", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)
@@ -223,12 +229,16 @@ impl RemoteMachine {
         };
         if version != CONTROL_VERSION {
             return Err(MachineError::Refused {
-                reason: format!("the machine speaks control version {version}, this daemon {CONTROL_VERSION}"),
+                reason: format!(
+                    "the machine speaks control version {version}, this daemon {CONTROL_VERSION}"
+                ),
             });
         }
         (machine.phase, machine.label) = (phase, label);
         let mut descriptors = descriptors.into_iter();
-        if let (Some(geometry), Some(memory), Some(control)) = (geometry, descriptors.next(), descriptors.next()) {
+        if let (Some(geometry), Some(memory), Some(control)) =
+            (geometry, descriptors.next(), descriptors.next())
+        {
             machine.map(geometry, memory, &control)?;
             if let Some(disk) = descriptors.next() {
                 machine.map_disk(disk)?;
@@ -279,12 +289,19 @@ impl RemoteMachine {
         Ok(())
     }
 
-    fn call(&self, request: &Request, descriptors: &[BorrowedFd<'_>]) -> Result<(Reply, Vec<OwnedFd>), MachineError> {
+    fn call(
+        &self,
+        request: &Request,
+        descriptors: &[BorrowedFd<'_>],
+    ) -> Result<(Reply, Vec<OwnedFd>), MachineError> {
         let mut buffer = self.buffer.lock().unwrap_or_else(PoisonError::into_inner);
-        packet::send(self.socket.as_fd(), &encode(request), descriptors).map_err(|error| self.is_gone(&error.to_string()))?;
+        packet::send(self.socket.as_fd(), &encode(request), descriptors)
+            .map_err(|error| self.is_gone(&error.to_string()))?;
         loop {
             match packet::receive(self.socket.as_fd(), &mut buffer, RecvFlags::empty()) {
-                Ok(packet) if packet.bytes.is_empty() => return Err(self.is_gone("it closed its control socket")),
+                Ok(packet) if packet.bytes.is_empty() => {
+                    return Err(self.is_gone("it closed its control socket"));
+                }
                 Ok(packet) => {
                     let reply = decode(&packet.bytes).map_err(|error| self.is_gone(&error.to_string()))?;
                     return Ok((reply, packet.descriptors));
@@ -380,7 +397,11 @@ impl RemoteMachine {
     ///
     /// # Errors
     /// [`MachineError`].
-    pub fn give_generation(&mut self, identity: Option<Identity>, seed: [u8; 32]) -> Result<(), MachineError> {
+    pub fn give_generation(
+        &mut self,
+        identity: Option<Identity>,
+        seed: [u8; 32],
+    ) -> Result<(), MachineError> {
         self.done(&Request::Generation { identity, seed }, &[])
     }
 
@@ -388,7 +409,12 @@ impl RemoteMachine {
     ///
     /// # Errors
     /// [`MachineError`].
-    pub fn restore_encoded(&mut self, state: &SavedState, paused_at: HostInstant, moved: bool) -> Result<(), MachineError> {
+    pub fn restore_encoded(
+        &mut self,
+        state: &SavedState,
+        paused_at: HostInstant,
+        moved: bool,
+    ) -> Result<(), MachineError> {
         self.done(&Request::Restore { state: state.encode(), paused_at, moved }, &[])?;
         self.phase = Phase::Restored;
         Ok(())
@@ -522,7 +548,8 @@ impl RemoteMachine {
         let vector = at(std::mem::offset_of!(FaultRecord, vector));
         let rip = at(std::mem::offset_of!(FaultRecord, rip));
         let mut text = if vector == abi::VECTOR_PANIC {
-            let length = at(std::mem::offset_of!(FaultRecord, message_length)).min(abi::PANIC_MESSAGE_MAX as u64);
+            let length =
+                at(std::mem::offset_of!(FaultRecord, message_length)).min(abi::PANIC_MESSAGE_MAX as u64);
             let mut message = vec![0; length as usize];
             if let Some(pages) = &self.pages {
                 let from = offset::FAULT as usize + std::mem::offset_of!(FaultRecord, message);
@@ -578,7 +605,8 @@ impl Machine for RemoteMachine {
         match self.ask(&Request::Pause)? {
             Reply::Paused { state, dirty, at } => {
                 self.phase = Phase::Paused;
-                let state = SavedState::decode(&state).map_err(|error| MachineError::Refused { reason: error.to_string() })?;
+                let state = SavedState::decode(&state)
+                    .map_err(|error| MachineError::Refused { reason: error.to_string() })?;
                 Ok(Paused { state, dirty, at })
             }
             other => Err(unexpected(&other)),

@@ -12,8 +12,8 @@ use std::{
 use kage_abi as abi;
 use kage_machine::{control::Setup, state::VcpuState};
 use kvm_bindings::{
-    CpuId, KVM_MAX_CPUID_ENTRIES, KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY, kvm_dtable, kvm_regs, kvm_segment,
-    kvm_userspace_memory_region, kvm_xcrs, kvm_xsave,
+    CpuId, KVM_MAX_CPUID_ENTRIES, KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY, kvm_dtable, kvm_regs,
+    kvm_segment, kvm_userspace_memory_region, kvm_xcrs, kvm_xsave,
 };
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 
@@ -55,7 +55,8 @@ impl Vcpu {
     /// [`VcpuError`] names the step.
     pub fn new(kvm: OwnedFd, setup: &Setup, base: u64, memory: u64) -> Result<(Self, Tracker), VcpuError> {
         let kvm = kvm_from(kvm);
-        let supported: CpuId = step("KVM_GET_SUPPORTED_CPUID", kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES))?;
+        let supported: CpuId =
+            step("KVM_GET_SUPPORTED_CPUID", kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES))?;
         let cpuid = cpu::restrict(supported).map_err(|missing| VcpuError {
             what: "CPU baseline",
             source: io::Error::new(io::ErrorKind::Unsupported, missing),
@@ -67,7 +68,8 @@ impl Vcpu {
             (MEMORY_SLOT, KVM_MEM_LOG_DIRTY_PAGES, abi::MEMORY, setup.geometry.memory_bytes(), memory),
         ];
         for (slot, flags, guest_phys_addr, memory_size, userspace_addr) in slots {
-            let region = kvm_userspace_memory_region { slot, flags, guest_phys_addr, memory_size, userspace_addr };
+            let region =
+                kvm_userspace_memory_region { slot, flags, guest_phys_addr, memory_size, userspace_addr };
             step("KVM_SET_USER_MEMORY_REGION", set_region(&vm, region))?;
         }
         let mut fd = step("KVM_CREATE_VCPU", vm.create_vcpu(0))?;
@@ -108,7 +110,8 @@ impl Vcpu {
             ..kvm_segment::default()
         };
         sregs.gdt = kvm_dtable { base: abi::GDT, limit: 7 * 8 - 1, ..kvm_dtable::default() };
-        sregs.idt = kvm_dtable { base: abi::IDT, limit: (abi::FAULT_STUBS * 16 - 1) as u16, ..kvm_dtable::default() };
+        sregs.idt =
+            kvm_dtable { base: abi::IDT, limit: (abi::FAULT_STUBS * 16 - 1) as u16, ..kvm_dtable::default() };
         sregs.cr0 = 1 | 1 << 1 | 1 << 4 | 1 << 5 | 1 << 16 | 1 << 31; // PE MP ET NE WP PG
         sregs.cr3 = self.page_table_root;
         sregs.cr4 = 1 << 5 | 1 << 9 | 1 << 10 | 1 << 18; // PAE OSFXSR OSXMMEXCPT OSXSAVE
@@ -170,8 +173,8 @@ impl Vcpu {
         bytes.truncate(bytes.iter().rposition(|&byte| byte != 0).map_or(0, |last| last + 1));
         Ok(VcpuState {
             general: [
-                regs.rax, regs.rbx, regs.rcx, regs.rdx, regs.rsi, regs.rdi, regs.rsp, regs.rbp, regs.r8, regs.r9,
-                regs.r10, regs.r11, regs.r12, regs.r13, regs.r14, regs.r15,
+                regs.rax, regs.rbx, regs.rcx, regs.rdx, regs.rsi, regs.rdi, regs.rsp, regs.rbp, regs.r8,
+                regs.r9, regs.r10, regs.r11, regs.r12, regs.r13, regs.r14, regs.r15,
             ],
             rip: regs.rip,
             rflags: regs.rflags,
@@ -196,7 +199,22 @@ impl Vcpu {
         }
         let [rax, rbx, rcx, rdx, rsi, rdi, rsp, rbp, r8, r9, r10, r11, r12, r13, r14, r15] = state.general;
         let regs = kvm_regs {
-            rax, rbx, rcx, rdx, rsi, rdi, rsp, rbp, r8, r9, r10, r11, r12, r13, r14, r15,
+            rax,
+            rbx,
+            rcx,
+            rdx,
+            rsi,
+            rdi,
+            rsp,
+            rbp,
+            r8,
+            r9,
+            r10,
+            r11,
+            r12,
+            r13,
+            r14,
+            r15,
             rip: state.rip,
             rflags: state.rflags,
         };
@@ -217,7 +235,10 @@ impl Vcpu {
     }
 }
 
-#[expect(unsafe_code, reason = "kvm-ioctls takes an owned descriptor by number, and trusts mappings it is given")]
+#[expect(
+    unsafe_code,
+    reason = "kvm-ioctls takes an owned descriptor by number, and trusts mappings it is given"
+)]
 mod unsafe_calls {
     use super::{IntoRawFd, Kvm, OwnedFd, VcpuFd, VmFd, io, kvm_userspace_memory_region, kvm_xsave};
     use std::os::fd::FromRawFd;

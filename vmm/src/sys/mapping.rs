@@ -29,15 +29,10 @@ impl Mapping {
     pub fn new(file: impl AsFd, length: usize, writable: bool) -> io::Result<Self> {
         let protection = if writable { ProtFlags::READ | ProtFlags::WRITE } else { ProtFlags::READ };
         // SAFETY: a new mapping at an address the kernel chooses aliases nothing.
-        let at = unsafe { mmap(std::ptr::null_mut(), length, protection, MapFlags::SHARED, file.as_fd(), 0) }?;
+        let at =
+            unsafe { mmap(std::ptr::null_mut(), length, protection, MapFlags::SHARED, file.as_fd(), 0) }?;
         let at = NonNull::new(at.cast()).ok_or_else(|| io::Error::other("mapped at address 0"))?;
         Ok(Self { at, length, writable })
-    }
-
-    /// Bytes mapped.
-    #[must_use]
-    pub const fn len(&self) -> usize {
-        self.length
     }
 
     /// Address of the mapping in this process, for KVM's slot.

@@ -53,7 +53,14 @@ impl DirtyRing {
         let protection = ProtFlags::READ | ProtFlags::WRITE;
         // SAFETY: a new mapping at an address the kernel chooses aliases nothing.
         let at = unsafe {
-            mmap(std::ptr::null_mut(), Self::BYTES as usize, protection, MapFlags::SHARED, file, RING_PAGE * 4096)
+            mmap(
+                std::ptr::null_mut(),
+                Self::BYTES as usize,
+                protection,
+                MapFlags::SHARED,
+                file,
+                RING_PAGE * 4096,
+            )
         }?;
         let entries = NonNull::new(at.cast()).ok_or_else(|| io::Error::other("mapped at address 0"))?;
         Ok(Self { entries, next: 0 })

@@ -45,11 +45,20 @@ const STATUS_UNSUPPORTED: u8 = 2;
 enum Work {
     /// Uses another file from here on.
     Attach(File),
-    Read { at: u64, length: usize },
-    Write { at: u64, bytes: Vec<u8> },
+    Read {
+        at: u64,
+        length: usize,
+    },
+    Write {
+        at: u64,
+        bytes: Vec<u8>,
+    },
     Flush,
     /// Answered without I/O, but in order with the others.
-    Answer { bytes: Vec<u8>, status: u8 },
+    Answer {
+        bytes: Vec<u8>,
+        status: u8,
+    },
 }
 
 struct Finished {
@@ -83,7 +92,10 @@ impl Block {
     /// # Errors
     /// When no event descriptor or thread can be made.
     pub fn new(bytes: u64) -> std::io::Result<Self> {
-        let wake = rustix::event::eventfd(0, rustix::event::EventfdFlags::NONBLOCK | rustix::event::EventfdFlags::CLOEXEC)?;
+        let wake = rustix::event::eventfd(
+            0,
+            rustix::event::EventfdFlags::NONBLOCK | rustix::event::EventfdFlags::CLOEXEC,
+        )?;
         let worker_wake = wake.try_clone()?;
         let (work, jobs) = sync_channel(DEPTH);
         let (done, finished) = sync_channel(DEPTH);
@@ -172,7 +184,12 @@ impl Block {
     }
 
     /// Header, data, status byte (virtio 1.2 §5.2.6); everything else is answered with an error.
-    fn parse(&self, memory: &GuestMemory, head: u16, descriptors: &[(GuestAddress, u32, bool)]) -> (Pending, Work) {
+    fn parse(
+        &self,
+        memory: &GuestMemory,
+        head: u16,
+        descriptors: &[(GuestAddress, u32, bool)],
+    ) -> (Pending, Work) {
         let refuse = |status_at, status| {
             (Pending { head, buffers: Vec::new(), status_at }, Work::Answer { bytes: Vec::new(), status })
         };

@@ -64,18 +64,6 @@ impl Transport {
         self.status & DRIVER_OK != 0 && self.status & NEEDS_RESET == 0
     }
 
-    /// Whether the driver accepted a feature.
-    #[must_use]
-    pub const fn has(&self, feature: u64) -> bool {
-        self.driver_features & feature != 0
-    }
-
-    /// What the driver accepted.
-    #[must_use]
-    pub const fn features(&self) -> u64 {
-        self.driver_features
-    }
-
     /// Stops a device whose driver broke the rules (virtio 1.2 §2.1.1); the rest of the machine goes on.
     pub fn fail(&mut self) {
         self.status |= NEEDS_RESET;
@@ -108,7 +96,9 @@ impl Transport {
             0x004 => 2,
             0x008 => self.device_id,
             0x00c => VENDOR,
-            0x010 if self.device_features_select < 2 => (self.device_features >> (32 * self.device_features_select)) as u32,
+            0x010 if self.device_features_select < 2 => {
+                (self.device_features >> (32 * self.device_features_select)) as u32
+            }
             0x034 => self.queue().map_or(0, |queue| u32::from(queue.max_size())),
             0x044 => self.queue().map_or(0, |queue| u32::from(queue.ready())),
             0x060 => self.interrupt_status,
@@ -131,7 +121,8 @@ impl Transport {
             0x020 if negotiating && self.driver_features_select < 2 => {
                 let shift = 32 * self.driver_features_select;
                 let mask = u64::from(u32::MAX) << shift;
-                self.driver_features = self.driver_features & !mask | (u64::from(value) << shift) & self.device_features;
+                self.driver_features =
+                    self.driver_features & !mask | (u64::from(value) << shift) & self.device_features;
             }
             0x024 => self.driver_features_select = value,
             0x030 => self.queue_select = value,
@@ -179,7 +170,11 @@ impl Transport {
             desc: queue.desc_table(),
             avail: queue.avail_ring(),
             used: queue.used_ring(),
-            next_avail: if index == 0 { queue.next_avail().wrapping_sub(unfinished) } else { queue.next_avail() },
+            next_avail: if index == 0 {
+                queue.next_avail().wrapping_sub(unfinished)
+            } else {
+                queue.next_avail()
+            },
             next_used: queue.next_used(),
         });
         VirtioState {

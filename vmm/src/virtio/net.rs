@@ -93,7 +93,8 @@ impl Net {
             let mut fits = true;
             for descriptor in chain.readable() {
                 let end = length + descriptor.len() as usize;
-                fits = end <= FRAME_MAX && memory.read_slice(&mut self.buffer[length..end], descriptor.addr()).is_ok();
+                fits = end <= FRAME_MAX
+                    && memory.read_slice(&mut self.buffer[length..end], descriptor.addr()).is_ok();
                 if !fits {
                     break;
                 }
@@ -112,7 +113,8 @@ impl Net {
     }
 
     fn emit(&mut self, length: usize) {
-        let sent = self.tap.as_ref().is_some_and(|tap| rustix::io::write(tap, &self.buffer[..length]).is_ok());
+        let sent =
+            self.tap.as_ref().is_some_and(|tap| rustix::io::write(tap, &self.buffer[..length]).is_ok());
         if sent {
             self.counters.sent_frames += 1;
             self.counters.sent_bytes += (length - HEADER) as u64;

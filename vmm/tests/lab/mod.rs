@@ -43,8 +43,17 @@ impl Lab {
     }
 
     fn new() -> Self {
-        for line in ["link set lo up", "link add under type veth peer name far", "link set far up", "addr add fd00:6b::1/64 dev under nodad", "link set under up"] {
-            assert!(Command::new("ip").args(line.split(' ')).status().expect("ip is installed").success(), "ip {line}");
+        for line in [
+            "link set lo up",
+            "link add under type veth peer name far",
+            "link set far up",
+            "addr add fd00:6b::1/64 dev under nodad",
+            "link set under up",
+        ] {
+            assert!(
+                Command::new("ip").args(line.split(' ')).status().expect("ip is installed").success(),
+                "ip {line}"
+            );
         }
         let prefix = "fd4b:6167:6500::/48".parse().unwrap();
         let fabric = Fabric::open(FabricSpec {
@@ -61,10 +70,18 @@ impl Lab {
         let name = names::tap(ImageNumber(7));
         let tap = fabric.create_tap(&name).unwrap();
         fabric.route_image_to_tap(vid, &name).unwrap();
-        let dir = std::env::temp_dir().join(format!("kage-vmm-{}-{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed)));
+        let dir = std::env::temp_dir().join(format!(
+            "kage-vmm-{}-{}",
+            std::process::id(),
+            NEXT.fetch_add(1, Ordering::Relaxed)
+        ));
         fs::create_dir_all(&dir).unwrap();
         let spec = PoolSpec {
-            spawn: Spawn { program: env!("CARGO_BIN_EXE_kage-vmm").into(), arguments: Vec::new(), jail: Some(65_534) },
+            spawn: Spawn {
+                program: env!("CARGO_BIN_EXE_kage-vmm").into(),
+                arguments: Vec::new(),
+                jail: Some(65_534),
+            },
             socket_dir: dir.clone(),
             geometry: Geometry::from_bytes(64 << 20, 0).unwrap(),
             logins: 1,
@@ -89,7 +106,8 @@ impl Lab {
             prefix_length: Vid::IMAGE_PREFIX_LENGTH,
             mtu: self.fabric.guest_mtu() as u16,
             host_key_seed: [7; 32],
-            authorized_keys: fs::read_to_string(std::env::var("KAGE_TEST_KEY").unwrap_or_default()).unwrap_or_default(),
+            authorized_keys: fs::read_to_string(std::env::var("KAGE_TEST_KEY").unwrap_or_default())
+                .unwrap_or_default(),
         };
         machine.give_generation(Some(identity), [9; 32]).unwrap();
         machine
@@ -136,5 +154,6 @@ impl Drop for Lab {
 #[expect(unsafe_code, reason = "gives this thread a network namespace of its own")]
 fn enter_namespace() {
     // SAFETY: only the network namespace of this one thread changes; no shared file table is unshared.
-    unsafe { rustix::thread::unshare_unsafe(rustix::thread::UnshareFlags::NEWNET) }.expect("tests run as root");
+    unsafe { rustix::thread::unshare_unsafe(rustix::thread::UnshareFlags::NEWNET) }
+        .expect("tests run as root");
 }
