@@ -7,7 +7,15 @@ fn main() {
     let out = PathBuf::from(env::var_os("OUT_DIR").expect("set by cargo"));
     let root = manifest.parent().expect("images/ lies in the workspace");
     let guest = root.join("guest");
-    for path in ["guest/src", "guest/ssh/src", "guest/Cargo.toml", "guest/Cargo.lock", "guest/link.ld", "guest/build.rs", "abi/src"] {
+    for path in [
+        "guest/src",
+        "guest/ssh/src",
+        "guest/Cargo.toml",
+        "guest/Cargo.lock",
+        "guest/link.ld",
+        "guest/build.rs",
+        "abi/src",
+    ] {
         println!("cargo:rerun-if-changed={}", root.join(path).display());
     }
     // One target directory for all profiles of the host: `<target>/<profile>/build/<crate>/out` lies four below it.
@@ -15,7 +23,13 @@ fn main() {
     let mut cargo = Command::new(env::var_os("CARGO").expect("set by cargo"));
     cargo.current_dir(&guest).args(["build", "--release", "--locked", "--target", "x86_64-unknown-none"]);
     cargo.arg("--target-dir").arg(&target);
-    for name in ["RUSTFLAGS", "CARGO_ENCODED_RUSTFLAGS", "CARGO_BUILD_TARGET", "RUSTC_WORKSPACE_WRAPPER", "CARGO_BUILD_RUSTFLAGS"] {
+    for name in [
+        "RUSTFLAGS",
+        "CARGO_ENCODED_RUSTFLAGS",
+        "CARGO_BUILD_TARGET",
+        "RUSTC_WORKSPACE_WRAPPER",
+        "CARGO_BUILD_RUSTFLAGS",
+    ] {
         cargo.env_remove(name);
     }
     let status = cargo.status().expect("cargo runs");

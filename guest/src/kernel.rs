@@ -71,7 +71,8 @@ impl Kernel {
     fn beat(&mut self, mail: &Mail) -> u64 {
         let figures = &mut self.heartbeat;
         if figures.round != mail.heartbeat_round {
-            *figures = Heartbeat { round: mail.heartbeat_round, last_ns: mail.now_ns, ..Heartbeat::default() };
+            *figures =
+                Heartbeat { round: mail.heartbeat_round, last_ns: mail.now_ns, ..Heartbeat::default() };
         }
         let gap = mail.now_ns.saturating_sub(figures.last_ns);
         if gap >= HEARTBEAT_INTERVAL_NS {

@@ -104,7 +104,8 @@ impl Base {
         }
         for segment in segments.iter().filter(|segment| !segment.writable) {
             let flags = USER | if segment.executable { 0 } else { NO_EXECUTE };
-            for page in (segment.address & !(PAGE - 1)..segment.address + segment.size).step_by(PAGE as usize) {
+            for page in (segment.address & !(PAGE - 1)..segment.address + segment.size).step_by(PAGE as usize)
+            {
                 tables.map(page, flags);
             }
         }

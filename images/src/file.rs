@@ -38,7 +38,10 @@ pub enum ImageError {
         what: &'static str,
     },
     /// Made by a newer or older build.
-    #[error("{path}: image format {format}, ABI {abi}; this build reads format {FORMAT}, ABI {}", kage_abi::ABI_VERSION)]
+    #[error(
+        "{path}: image format {format}, ABI {abi}; this build reads format {FORMAT}, ABI {}",
+        kage_abi::ABI_VERSION
+    )]
     Version {
         /// The file.
         path: String,

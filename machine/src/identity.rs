@@ -24,7 +24,9 @@ pub struct Epoch(pub u64);
 
 /// A name was not of the allowed form.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("{what} {name:?} is refused; use 1 to 63 of a-z, A-Z, 0-9, '-', '_', '.', '@', not starting with '-' or '.'")]
+#[error(
+    "{what} {name:?} is refused; use 1 to 63 of a-z, A-Z, 0-9, '-', '_', '.', '@', not starting with '-' or '.'"
+)]
 pub struct NameError {
     what: &'static str,
     name: String,
