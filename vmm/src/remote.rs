@@ -706,15 +706,15 @@ fn start_process(spawn: &Spawn, listener: &OwnedFd) -> io::Result<Pid> {
     let number = listener.as_raw_fd();
     let mut command = Command::new(&spawn.program);
     command.args(&spawn.arguments).arg(number.to_string()).stdin(Stdio::null()).stdout(Stdio::null());
-    // SAFETY: runs two async-signal-safe system calls, on a descriptor that is open in the child.
-    unsafe {
-        command.pre_exec(move || {
-            let listener = BorrowedFd::borrow_raw(number);
-            rustix::io::fcntl_setfd(listener, rustix::io::FdFlags::empty())?;
-            rustix::process::setsid()?;
-            Ok(())
-        })
+    // SAFETY: the child of the fork has the descriptor open; it is used there alone.
+    let inherited = unsafe { BorrowedFd::borrow_raw(number) };
+    let prepare = move || {
+        rustix::io::fcntl_setfd(inherited, rustix::io::FdFlags::empty())?;
+        rustix::process::setsid()?;
+        Ok(())
     };
+    // SAFETY: `prepare` makes two async-signal-safe system calls.
+    unsafe { command.pre_exec(prepare) };
     let child = command.spawn()?;
     Pid::from_raw(child.id() as i32).ok_or_else(|| io::Error::other("no process id"))
 }

@@ -58,7 +58,7 @@ impl Mapping {
         };
         for (word, chunk) in into.chunks_exact_mut(8).enumerate() {
             // SAFETY: `word` < 512, so the read lies in the page; it is aligned since pages are.
-            let value = unsafe { from.add(word).read_volatile() };
+            let value = unsafe { from.wrapping_add(word).read_volatile() };
             chunk.copy_from_slice(&value.to_ne_bytes());
         }
     }
@@ -70,7 +70,7 @@ impl Mapping {
             let mut value = [0; 8];
             value.copy_from_slice(chunk);
             // SAFETY: as in `read_page`, and the mapping is writable.
-            unsafe { to.add(word).write_volatile(u64::from_ne_bytes(value)) };
+            unsafe { to.wrapping_add(word).write_volatile(u64::from_ne_bytes(value)) };
         }
     }
 
@@ -80,7 +80,7 @@ impl Mapping {
             let position = at.saturating_add(offset);
             *byte = if position < self.length {
                 // SAFETY: `position` lies in the mapping.
-                unsafe { self.at.as_ptr().add(position).read_volatile() }
+                unsafe { self.at.as_ptr().wrapping_add(position).read_volatile() }
             } else {
                 0
             };
@@ -93,7 +93,7 @@ impl Mapping {
             let position = at.saturating_add(offset);
             if position < self.length && self.writable {
                 // SAFETY: `position` lies in the mapping, which is writable.
-                unsafe { self.at.as_ptr().add(position).write_volatile(byte) };
+                unsafe { self.at.as_ptr().wrapping_add(position).write_volatile(byte) };
             }
         }
     }

@@ -75,7 +75,7 @@ impl DirtyRing {
         let mut taken = 0;
         while taken < ENTRIES {
             // SAFETY: the index is reduced to the ring's size, and all patterns are valid for `Entry`.
-            let entry = unsafe { &*self.entries.as_ptr().add((self.next % ENTRIES) as usize) };
+            let entry = unsafe { &*self.entries.as_ptr().wrapping_add((self.next % ENTRIES) as usize) };
             if entry.flags.load(Ordering::Acquire) & DIRTY == 0 {
                 break;
             }

@@ -39,8 +39,9 @@ pub fn watch(immediate_exit: &'static mut u8) -> io::Result<()> {
 ///
 /// The caller promises that the vCPU is never dropped.
 pub fn immediate_exit_of(run: &mut kvm_bindings::kvm_run) -> &'static mut u8 {
+    let at = &raw mut run.immediate_exit;
     // SAFETY: the run page stays mapped as long as the vCPU, which the caller keeps until the process ends.
-    unsafe { &mut *(&raw mut run.immediate_exit) }
+    unsafe { &mut *at }
 }
 
 /// Starts the periodic alarm, or stops it with a zero period.
@@ -53,11 +54,10 @@ pub fn set_period(period: Duration) {
 
 /// Keeps the alarm away from the calling thread, so that only the vCPU's thread gets it.
 pub fn block_in_this_thread() {
-    // SAFETY: initialises the set before it is used; both pointers are valid.
-    unsafe {
-        let mut set: libc::sigset_t = std::mem::zeroed();
-        libc::sigemptyset(&raw mut set);
-        libc::sigaddset(&raw mut set, libc::SIGALRM);
-        libc::pthread_sigmask(libc::SIG_BLOCK, &raw const set, std::ptr::null_mut());
-    }
+    // SAFETY: a signal set is a plain array of words.
+    let mut set: libc::sigset_t = unsafe { std::mem::zeroed() };
+    // SAFETY: the set is initialised.
+    unsafe { libc::sigaddset(&raw mut set, libc::SIGALRM) };
+    // SAFETY: the set is initialised, and the old one is not asked for.
+    unsafe { libc::pthread_sigmask(libc::SIG_BLOCK, &raw const set, std::ptr::null_mut()) };
 }
