@@ -1,0 +1,176 @@
+//! The thin blocking shell around the deciders: links, machine, directory, clock.
+//!
+//! Each handover runs on a thread of its own at either host. The driver executes a decider's actions
+//! in order and feeds back what came of each; it decides nothing itself.
+//!
+//! - [`source`]: [`source::run`], [`source::resume`].
+//! - [`target`]: [`target::Targets`], which pairs links with sessions and answers inquiries.
+//!
+//! Deliberately not here: what a daemon knows (configuration, users, taps, routes): it lends that by
+//! [`source::SourceSide`], [`target::TargetHost`] and [`target::TargetSide`].
+
+pub mod source;
+pub mod target;
+#[cfg(test)]
+mod tests;
+
+use std::{
+    sync::{Condvar, Mutex, PoisonError},
+    time::{Duration, Instant},
+};
+
+use kage_directory::{Directory, DirectoryError, ImageRecord, Record, Records, Versioned, records};
+use kage_machine::{HostInstant, Memory, PAGE_SIZE, PageIndex};
+
+use crate::ownership::{Change, Standing, Ticket};
+
+/// How long the drivers wait.
+#[derive(Clone, Copy, Debug)]
+pub struct Limits {
+    /// For the other side's next word around the switch. A restore takes milliseconds; longer than
+    /// a retransmission of TCP (200 ms) or two.
+    pub switch: Duration,
+    /// Between two looks at the directory or the peer while something is not settled.
+    pub poll: Duration,
+    /// For the answer to an inquiry or a probe.
+    pub answer: Duration,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            switch: Duration::from_secs(2),
+            poll: Duration::from_millis(200),
+            answer: Duration::from_secs(2),
+        }
+    }
+}
+
+/// Through which others reach a running handover.
+#[derive(Debug, Default)]
+pub struct Control {
+    cancelled: Mutex<bool>,
+    changed: Condvar,
+}
+
+impl Control {
+    /// Asks the handover to stop. Without effect once the switch was offered.
+    pub fn cancel(&self) {
+        *self.cancelled.lock().unwrap_or_else(PoisonError::into_inner) = true;
+        self.changed.notify_all();
+    }
+
+    /// Whether it was asked to stop.
+    #[must_use]
+    pub fn is_cancelled(&self) -> bool {
+        *self.cancelled.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Waits that long; a cancel, which matters to no state that waits so, does not shorten it.
+    fn wait(&self, time: Duration) {
+        let deadline = Instant::now() + time;
+        let mut guard = self.cancelled.lock().unwrap_or_else(PoisonError::into_inner);
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return;
+            }
+            guard = match self.changed.wait_timeout(guard, left) {
+                Ok((guard, _)) => guard,
+                Err(poisoned) => poisoned.into_inner().0,
+            };
+        }
+    }
+}
+
+/// This host's `CLOCK_MONOTONIC`.
+#[must_use]
+pub fn now() -> HostInstant {
+    let time = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
+    HostInstant { ns: time.tv_sec as u64 * 1_000_000_000 + time.tv_nsec as u64 }
+}
+
+/// BLAKE3 of all pages in order: proof, where asked for, that both sides hold the same machine.
+#[must_use]
+pub fn hash_memory(memory: &dyn Memory) -> [u8; 32] {
+    let mut hasher = blake3::Hasher::new();
+    let mut bytes = [0; PAGE_SIZE];
+    for page in 0..memory.geometry().pages() {
+        memory.read(PageIndex(page), &mut bytes);
+        hasher.update(&bytes);
+    }
+    *hasher.finalize().as_bytes()
+}
+
+/// What the directory answered.
+enum Told {
+    Swapped,
+    Record(Standing),
+    Away(String),
+}
+
+/// The image's record as one side of a handover sees and changes it.
+struct Ownership<'a> {
+    directory: &'a dyn Directory,
+    ticket: Ticket,
+    seen: Option<Versioned<ImageRecord>>,
+}
+
+impl<'a> Ownership<'a> {
+    fn new(directory: &'a dyn Directory, ticket: Ticket) -> Self {
+        Self { directory, ticket, seen: None }
+    }
+
+    fn standing(&self) -> Standing {
+        Standing::of(self.seen.as_ref().map(|seen| &seen.record), &self.ticket)
+    }
+
+    fn read(&mut self) -> Told {
+        match self.directory.read::<ImageRecord>(&self.ticket.user) {
+            Ok(record) => {
+                self.seen = record;
+                Told::Record(self.standing())
+            }
+            Err(error) => Told::Away(error.to_string()),
+        }
+    }
+
+    fn swap(&mut self, change: Change) -> Told {
+        let Some(Versioned { revision, record }) = &self.seen else {
+            // Nothing read yet: what is there decides whether the change still fits.
+            return match self.read() {
+                Told::Record(_) if self.seen.is_some() => self.swap(change),
+                told => told,
+            };
+        };
+        let next = change.apply(record, &self.ticket);
+        match self.directory.swap(&self.ticket.user, *revision, Some(&next)) {
+            Ok(revision) => {
+                self.seen = Some(Versioned { revision, record: next });
+                Told::Swapped
+            }
+            Err(DirectoryError::Conflict { current }) => self.conflict(current),
+            Err(error) => Told::Away(error.to_string()),
+        }
+    }
+
+    fn conflict(&mut self, current: Option<kage_directory::Entry>) -> Told {
+        let decoded = current.map(|entry| {
+            let record = records::decode::<ImageRecord>(&entry.key, &entry.value)?;
+            Ok::<_, DirectoryError>(Versioned { revision: entry.revision, record })
+        });
+        match decoded.transpose() {
+            Ok(seen) => {
+                self.seen = seen;
+                Told::Record(self.standing())
+            }
+            Err(error) => Told::Away(error.to_string()),
+        }
+    }
+}
+
+/// The key under which a user's record is kept; for those who watch it.
+#[must_use]
+pub fn record_key(ticket: &Ticket) -> String {
+    format!("{}{}", ImageRecord::PREFIX, ticket.user)
+}

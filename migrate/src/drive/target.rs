@@ -1,0 +1,624 @@
+//! The target's driver, and the sessions of a host's daemon.
+
+use std::{
+    collections::{HashMap, VecDeque},
+    sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, mpsc},
+    time::{Duration, Instant},
+};
+
+use kage_directory::Directory;
+use kage_machine::{HandoverId, HostInstant, HostName, Machine, MachineError, SavedState, Term, UserName};
+use kage_replicate::{Link, LinkError, Receiver};
+use kage_wire::{
+    Frame, Kind, Refusal, RefusalCode,
+    handover::{Message, Prepare},
+};
+
+use super::{Limits, Ownership, Told, hash_memory, now};
+use crate::{
+    outcome::Cause,
+    ownership::Ticket,
+    source::Patience,
+    target::{Action, Target, TargetEvent, TargetOutcome, TargetState, ToSource},
+};
+
+/// How often a waiting session looks at what other threads brought it.
+const LOOK_INTERVAL: Duration = Duration::from_millis(20);
+
+/// Longest time a source may ask a session to wait for it.
+const MAX_TIMEOUT: Duration = Duration::from_secs(3600);
+
+/// Beyond the source's own timeout the target waits for its word that long.
+const TIMEOUT_MARGIN: Duration = Duration::from_secs(5);
+
+/// What a daemon lends to all sessions.
+pub trait TargetHost: Send + Sync {
+    /// Makes a shell of that geometry with its tap, and labels its machine with the ticket. Refuses while
+    /// anything of the image is held here.
+    ///
+    /// # Errors
+    /// Why not, in words, for the source's user.
+    fn prepare(&self, ticket: &Ticket, request: &Prepare) -> Result<Box<dyn TargetSide>, String>;
+    /// Whether a machine of that user, more than a shell, is held here.
+    fn holds(&self, user: &UserName) -> bool;
+}
+
+/// What a daemon lends to one session.
+pub trait TargetSide: Send {
+    /// The machine.
+    fn machine(&mut self) -> &mut dyn Machine;
+    /// It runs, gate shut: frames for it may come, so this host's route points at its tap from now on.
+    fn target_started(&mut self);
+    /// Its gate is open: announces it, sets what is left of its routes.
+    fn target_running(&mut self);
+    /// Starts the image anew here; its swap is done. The machine was ended.
+    fn restart(&mut self);
+    /// It is not settled, and why.
+    fn in_doubt(&mut self, cause: &Cause);
+    /// The session is over: [`TargetOutcome::Nothing`] takes back what `target_started` set.
+    fn ended(self: Box<Self>, ticket: &Ticket, outcome: &TargetOutcome);
+}
+
+/// The sessions in which this host is a target.
+pub struct Targets {
+    me: HostName,
+    directory: Arc<dyn Directory>,
+    limits: Limits,
+    state: Mutex<State>,
+}
+
+#[derive(Default)]
+struct State {
+    sessions: HashMap<UserName, Arc<Session>>,
+    /// Terms of which "nothing held" was said: it binds.
+    refused: HashMap<UserName, Term>,
+}
+
+/// One handover to this host.
+struct Session {
+    ticket: Ticket,
+    brought: Mutex<Brought>,
+    changed: Condvar,
+    /// Where pages of the bulk link go, once there is a shell.
+    receiver: Mutex<Option<Receiver>>,
+}
+
+/// What other threads bring a session.
+#[derive(Default)]
+struct Brought {
+    inquiries: VecDeque<Inquiry>,
+    copy_held: bool,
+    copy_failed: Option<String>,
+}
+
+struct Inquiry {
+    released: bool,
+    answer: mpsc::Sender<bool>,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Session {
+    fn new(ticket: Ticket) -> Arc<Self> {
+        Arc::new(Self {
+            ticket,
+            brought: Mutex::default(),
+            changed: Condvar::new(),
+            receiver: Mutex::new(None),
+        })
+    }
+
+    fn inquire(&self, released: bool, patience: Duration) -> Option<bool> {
+        let (answer, answered) = mpsc::channel();
+        lock(&self.brought).inquiries.push_back(Inquiry { released, answer });
+        self.changed.notify_all();
+        answered.recv_timeout(patience).ok()
+    }
+}
+
+impl Targets {
+    /// No sessions yet.
+    #[must_use]
+    pub fn new(me: HostName, directory: Arc<dyn Directory>, limits: Limits) -> Self {
+        Self { me, directory, limits, state: Mutex::default() }
+    }
+
+    /// Serves one switch link from its first message on, until what it began is over. Blocks.
+    pub fn serve_switch(&self, host: &dyn TargetHost, mut link: Box<dyn Link>) {
+        let deadline = Some(Instant::now() + self.limits.answer);
+        let first = match link.recv(deadline) {
+            Ok(frame) => frame,
+            Err(error) => {
+                return tracing::debug!(peer = %link.peer(), %error, "switch link without a message");
+            }
+        };
+        match Message::from_frame(&first) {
+            Ok((Message::Prepare(request), _)) => self.serve_handover(host, link, &request),
+            Ok((Message::Inquire { user, term, handover, released }, _)) => {
+                let held = self.inquired(host, &user, term, handover, released);
+                let answer = match held {
+                    Some(true) => Message::Holds,
+                    Some(false) => Message::HoldsNothing,
+                    None => return,
+                };
+                tracing::info!(%user, term = term.0, peer = %link.peer(), ?answer, "asked what is held");
+                // A lost answer is asked for again.
+                drop(link.send(&answer.to_frame()));
+            }
+            Ok((other, _)) => refuse(&mut *link, format!("a switch link cannot begin with {other:?}")),
+            Err(error) => refuse(&mut *link, error.to_string()),
+        }
+    }
+
+    /// Serves the bulk link of a session until it ends. Blocks.
+    pub fn attach_bulk(&self, handover: HandoverId, mut link: Box<dyn Link>) {
+        let session =
+            lock(&self.state).sessions.values().find(|session| session.ticket.handover == handover).cloned();
+        let Some(session) = session.filter(|session| session.ticket.source == *link.peer()) else {
+            return refuse(&mut *link, format!("handover {handover} is not under way here"));
+        };
+        if let Err(error) = receive(&session, &mut *link) {
+            let mut brought = lock(&session.brought);
+            brought.copy_failed = Some(error);
+            drop(brought);
+            session.changed.notify_all();
+        }
+    }
+
+    /// Goes on with a handover whose machine an earlier daemon held ([`crate::recover`]). Blocks.
+    pub fn resume(
+        &self,
+        ticket: Ticket,
+        target: Target,
+        actions: Vec<Action>,
+        side: Box<dyn TargetSide>,
+    ) -> TargetOutcome {
+        let session = Session::new(ticket.clone());
+        lock(&self.state).sessions.insert(ticket.user.clone(), session.clone());
+        self.drive(&session, target, actions, None, Making::Made(side))
+    }
+
+    fn serve_handover(&self, host: &dyn TargetHost, mut link: Box<dyn Link>, request: &Prepare) {
+        let ticket = Ticket {
+            user: request.user.clone(),
+            term: request.term,
+            handover: request.handover,
+            source: link.peer().clone(),
+            target: self.me.clone(),
+        };
+        let session = Session::new(ticket.clone());
+        let refusal = {
+            let mut state = lock(&self.state);
+            if state.refused.get(&ticket.user).is_some_and(|&refused| ticket.term <= refused) {
+                Some(format!("term {} was given up here", ticket.term.0))
+            } else if state.sessions.contains_key(&ticket.user) {
+                Some("another handover of it is under way here".to_owned())
+            } else {
+                state.sessions.insert(ticket.user.clone(), session.clone());
+                None
+            }
+        };
+        if let Some(reason) = refusal {
+            drop(link.send(&Message::Failed { reason }.to_frame()));
+            return;
+        }
+        let (target, actions) = Target::begin();
+        let request = (host, request.clone());
+        self.drive(&session, target, actions, Some(link), Making::Asked(request.0, request.1));
+    }
+
+    fn drive(
+        &self,
+        session: &Arc<Session>,
+        target: Target,
+        actions: Vec<Action>,
+        link: Option<Box<dyn Link>>,
+        making: Making<'_>,
+    ) -> TargetOutcome {
+        let timeout = match &making {
+            Making::Asked(_, request) => Duration::from_millis(request.timeout_ms.into()),
+            Making::Made(_) | Making::Refused => Duration::ZERO,
+        };
+        let mut drive = Drive {
+            session,
+            limits: self.limits,
+            ownership: Ownership::new(&*self.directory, session.ticket.clone()),
+            work: actions.into(),
+            deadline: Instant::now() + timeout.min(MAX_TIMEOUT) + TIMEOUT_MARGIN,
+            link,
+            lost: "its daemon was restarted".to_owned(),
+            making,
+            offer: None,
+            started: None,
+            answers: VecDeque::new(),
+            ready: VecDeque::new(),
+            doubt: None,
+        };
+        let outcome = drive.run(target);
+        let ticket = &session.ticket;
+        tracing::info!(user = %ticket.user, source = %ticket.source, ?outcome, "handover, target: over");
+        // The daemon takes the machine over before the session, and with it its answers, goes.
+        if let Making::Made(side) = drive.making {
+            side.ended(ticket, &outcome);
+        }
+        let mut state = lock(&self.state);
+        if state.sessions.get(&ticket.user).is_some_and(|current| Arc::ptr_eq(current, session)) {
+            state.sessions.remove(&ticket.user);
+        }
+        drop(state);
+        for inquiry in lock(&session.brought).inquiries.drain(..) {
+            // The asker may have given up.
+            let _ = inquiry.answer.send(!matches!(outcome, TargetOutcome::Nothing(_)));
+        }
+        outcome
+    }
+
+    /// What is held of an image; `None` while that cannot be said.
+    fn inquired(
+        &self,
+        host: &dyn TargetHost,
+        user: &UserName,
+        term: Term,
+        handover: HandoverId,
+        released: bool,
+    ) -> Option<bool> {
+        let session = {
+            let mut state = lock(&self.state);
+            let session = state.sessions.get(user).cloned();
+            if session.is_none() && !host.holds(user) {
+                let refused = state.refused.entry(user.clone()).or_default();
+                *refused = (*refused).max(term);
+                return Some(false);
+            }
+            session
+        };
+        match session {
+            Some(session) if session.ticket.handover == handover => {
+                let held = session.inquire(released, self.limits.answer)?;
+                if !held {
+                    let mut state = lock(&self.state);
+                    let refused = state.refused.entry(user.clone()).or_default();
+                    *refused = (*refused).max(term);
+                }
+                Some(held)
+            }
+            _ => Some(true),
+        }
+    }
+}
+
+/// Applies a bulk link's frames until it closes.
+fn receive(session: &Session, link: &mut dyn Link) -> Result<(), String> {
+    loop {
+        let frame = match link.recv(None) {
+            Ok(frame) => frame,
+            // An end between two epochs is the source's business on the switch link.
+            Err(LinkError::Closed) => return Ok(()),
+            Err(error) => return Err(error.to_string()),
+        };
+        let mut receiver = lock(&session.receiver);
+        let Some(receiver) = receiver.as_mut() else {
+            return Err("pages came before there was a shell".into());
+        };
+        match receiver.apply(&frame) {
+            Ok(None) => {}
+            Ok(Some(mark)) => {
+                // Known here before the source knows it, so that its switch finds a whole copy.
+                lock(&session.brought).copy_held = true;
+                session.changed.notify_all();
+                let ack = Frame::new(Kind::EpochAck, mark.emit().to_vec());
+                link.send(&ack).map_err(|error| error.to_string())?;
+            }
+            Err(error) => {
+                if let Some(refusal) = error.as_refusal() {
+                    drop(link.send(&refusal.to_frame()));
+                }
+                return Err(error.to_string());
+            }
+        }
+    }
+}
+
+fn refuse(link: &mut dyn Link, detail: String) {
+    tracing::debug!(peer = %link.peer(), detail, "link refused");
+    // It may be gone already.
+    drop(link.send(&Refusal::new(RefusalCode::Protocol, detail).to_frame()));
+}
+
+/// How far the session's side is made.
+enum Making<'a> {
+    Asked(&'a dyn TargetHost, Prepare),
+    Made(Box<dyn TargetSide>),
+    Refused,
+}
+
+struct Drive<'a> {
+    session: &'a Session,
+    limits: Limits,
+    ownership: Ownership<'a>,
+    work: VecDeque<Action>,
+    deadline: Instant,
+    link: Option<Box<dyn Link>>,
+    lost: String,
+    making: Making<'a>,
+    /// The switch message, until it is applied.
+    offer: Option<Frame>,
+    started: Option<HostInstant>,
+    answers: VecDeque<mpsc::Sender<bool>>,
+    /// Events that came together.
+    ready: VecDeque<TargetEvent>,
+    doubt: Option<Cause>,
+}
+
+impl Drive<'_> {
+    fn run(&mut self, mut target: Target) -> TargetOutcome {
+        loop {
+            let event = match self.work.pop_front() {
+                Some(action) => match self.act(action) {
+                    Some(event) => event,
+                    None => continue,
+                },
+                None => {
+                    if let Some(outcome) = target.outcome() {
+                        return outcome.clone();
+                    }
+                    match self.wait(&target) {
+                        Some(event) => event,
+                        None => return TargetOutcome::Nothing(Cause::TimedOut("waiting for nothing")),
+                    }
+                }
+            };
+            tracing::debug!(user = %self.session.ticket.user, state = ?target.state, ?event, "handover, target");
+            let (next, actions) = target.step(event);
+            target = next;
+            self.work.extend(actions);
+        }
+    }
+
+    fn side(&mut self) -> Option<&mut dyn TargetSide> {
+        match &mut self.making {
+            Making::Made(side) => Some(&mut **side),
+            Making::Asked(..) | Making::Refused => None,
+        }
+    }
+
+    fn act(&mut self, action: Action) -> Option<TargetEvent> {
+        match action {
+            Action::MakeShell => Some(self.make_shell()),
+            Action::Say(what) => {
+                self.say(what);
+                None
+            }
+            Action::Start => Some(self.start()),
+            Action::OpenGate => Some(self.open_gate()),
+            Action::Swap(change) => Some(self.ownership.swap(change).into()),
+            Action::Read => Some(self.ownership.read().into()),
+            Action::Answer { held } => {
+                if let Some(answer) = self.answers.pop_front() {
+                    // The asker may have given up.
+                    let _ = answer.send(held);
+                }
+                None
+            }
+            Action::EndMachine => {
+                if let Some(side) = self.side() {
+                    side.machine().end();
+                }
+                None
+            }
+            Action::Restart => {
+                if let Some(side) = self.side() {
+                    side.restart();
+                }
+                None
+            }
+            Action::ReportInDoubt(cause) => {
+                if self.doubt.as_ref() != Some(&cause) {
+                    tracing::warn!(user = %self.session.ticket.user, %cause, "handover in doubt");
+                    if let Some(side) = self.side() {
+                        side.in_doubt(&cause);
+                    }
+                    self.doubt = Some(cause);
+                }
+                None
+            }
+        }
+    }
+
+    fn make_shell(&mut self) -> TargetEvent {
+        let Making::Asked(host, request) = std::mem::replace(&mut self.making, Making::Refused) else {
+            return TargetEvent::ShellRefused("no request".into());
+        };
+        let mut side = match host.prepare(&self.session.ticket, &request) {
+            Ok(side) => side,
+            Err(why) => return TargetEvent::ShellRefused(why),
+        };
+        let memory = side.machine().memory();
+        if memory.geometry() != request.geometry {
+            side.machine().end();
+            let why = "its shell has another size than the machine; the record was changed".to_owned();
+            side.ended(&self.session.ticket, &TargetOutcome::Nothing(Cause::TargetRefused(why.clone())));
+            return TargetEvent::ShellRefused(why);
+        }
+        *lock(&self.session.receiver) = Some(Receiver::new(memory));
+        self.making = Making::Made(side);
+        TargetEvent::ShellReady
+    }
+
+    fn start(&mut self) -> TargetEvent {
+        match self.try_start() {
+            Ok(at) => {
+                self.started = Some(at);
+                TargetEvent::Started
+            }
+            Err(why) => TargetEvent::StartFailed(why),
+        }
+    }
+
+    fn try_start(&mut self) -> Result<HostInstant, String> {
+        let frame = self.offer.take().ok_or("no switch message")?;
+        let Ok((Message::Switch(switch), last_epoch)) = Message::from_frame(&frame) else {
+            return Err("the switch message is damaged".into());
+        };
+        let state = SavedState::decode(&switch.state).map_err(|error| error.to_string())?;
+        let session = self.session;
+        let side = self.side().ok_or("no shell")?;
+        {
+            let mut receiver = lock(&session.receiver);
+            // Taken out: from here on the pages are the machine's own.
+            let mut receiver = receiver.take().ok_or("no shell")?;
+            receiver.apply_last(last_epoch).map_err(|error| error.to_string())?;
+        }
+        let machine = side.machine();
+        if let Some(expected) = switch.memory_hash
+            && hash_memory(&*machine.memory()) != expected
+        {
+            return Err("memory here differs from the source's".into());
+        }
+        machine
+            .restore(&state, HostInstant { ns: switch.paused_at_ns })
+            .and_then(|()| machine.run_gated())
+            .map(|started| started.at)
+            .map_err(|error| error.to_string())
+    }
+
+    fn say(&mut self, what: ToSource) {
+        let started = what == ToSource::Started;
+        let message = match what {
+            ToSource::Ready => Message::Ready,
+            ToSource::Failed(reason) => Message::Failed { reason },
+            ToSource::Started => Message::Started { at_ns: self.started.unwrap_or_default().ns },
+            ToSource::Running => {
+                let term = self.ownership.seen.as_ref().map(|seen| seen.record.term);
+                Message::Running { term: term.unwrap_or_else(|| self.session.ticket.term.next()) }
+            }
+        };
+        if let Some(link) = &mut self.link
+            && let Err(error) = link.send(&message.to_frame())
+        {
+            self.lost = error.to_string();
+            self.link = None;
+        }
+        if started && let Some(side) = self.side() {
+            side.target_started();
+        }
+    }
+
+    fn open_gate(&mut self) -> TargetEvent {
+        let Some(side) = self.side() else { return TargetEvent::MachineGone("no machine".into()) };
+        match side.machine().open_gate() {
+            Ok(()) => {
+                side.target_running();
+                TargetEvent::Opened
+            }
+            Err(MachineError::Gone(gone)) => TargetEvent::MachineGone(gone.reason),
+            Err(error) => {
+                // A machine that keeps its gate shut is of no more use than one that is gone.
+                side.machine().end();
+                TargetEvent::MachineGone(error.to_string())
+            }
+        }
+    }
+
+    /// Waits for the next event; `None` where none can come.
+    fn wait(&mut self, target: &Target) -> Option<TargetEvent> {
+        let deadline = match target.patience() {
+            Patience::Deadline => self.deadline,
+            // A little longer than the source, so that its take-back meets no claim.
+            Patience::Switch => Instant::now() + self.limits.switch + self.limits.switch / 2,
+            Patience::Poll => Instant::now() + self.limits.poll,
+            Patience::None | Patience::Done => return None,
+        };
+        loop {
+            if let Some(event) = self.ready.pop_front().or_else(|| self.brought(target)) {
+                return Some(event);
+            }
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Some(TargetEvent::Timeout);
+            }
+            if self.link.is_some() {
+                let event = self.hear(left.min(LOOK_INTERVAL));
+                // What the bulk link brought before this message was sent counts first.
+                if let Some(event) = event {
+                    let brought = self.brought(target);
+                    self.ready.extend(brought);
+                    self.ready.push_back(event);
+                }
+            } else if target.listens() {
+                return Some(TargetEvent::LinkLost(self.lost.clone()));
+            } else {
+                let brought = lock(&self.session.brought);
+                if brought.inquiries.is_empty() {
+                    drop(self.session.changed.wait_timeout(brought, left));
+                }
+            }
+        }
+    }
+
+    fn brought(&mut self, target: &Target) -> Option<TargetEvent> {
+        let mut brought = lock(&self.session.brought);
+        if let Some(Inquiry { released, answer }) = brought.inquiries.pop_front() {
+            self.answers.push_back(answer);
+            return Some(TargetEvent::Inquired { released });
+        }
+        if target.state == TargetState::Mirroring && std::mem::take(&mut brought.copy_held) {
+            return Some(TargetEvent::CopyHeld);
+        }
+        let copying = matches!(target.state, TargetState::Mirroring | TargetState::Ready);
+        if copying { brought.copy_failed.take().map(TargetEvent::CopyFailed) } else { None }
+    }
+
+    /// Listens on the switch link for a while.
+    fn hear(&mut self, time: Duration) -> Option<TargetEvent> {
+        let link = self.link.as_mut()?;
+        let frame = match link.recv(Some(Instant::now() + time)) {
+            Ok(frame) => frame,
+            Err(LinkError::Timeout) => return None,
+            Err(error) => {
+                self.lost = error.to_string();
+                self.link = None;
+                return None;
+            }
+        };
+        let event = match Message::from_frame(&frame) {
+            Ok((Message::Probe { sent_ns }, _)) => {
+                let answer = Message::Probed { sent_ns, clock_ns: now().ns };
+                if let Err(error) = link.send(&answer.to_frame()) {
+                    self.lost = error.to_string();
+                    self.link = None;
+                }
+                return None;
+            }
+            Ok((Message::Switch(_), _)) => TargetEvent::Offered,
+            Ok((Message::Released, _)) => TargetEvent::Released,
+            Ok((Message::Cancel, _)) => TargetEvent::Cancelled,
+            Ok((other, _)) => {
+                self.lost = format!("the source said {other:?} where it has no place");
+                self.link = None;
+                return None;
+            }
+            Err(error) => {
+                self.lost = error.to_string();
+                self.link = None;
+                return None;
+            }
+        };
+        if event == TargetEvent::Offered {
+            self.offer = Some(frame);
+        }
+        Some(event)
+    }
+}
+
+impl From<Told> for TargetEvent {
+    fn from(told: Told) -> Self {
+        match told {
+            Told::Swapped => Self::Swapped,
+            Told::Record(standing) => Self::Record(standing),
+            Told::Away(why) => Self::DirectoryAway(why),
+        }
+    }
+}

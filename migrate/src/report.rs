@@ -1,0 +1,96 @@
+//! What a handover reports: the fields of `kage migrate -o json`.
+
+use kage_machine::{HostName, Term, UserName};
+use serde::{Deserialize, Serialize};
+
+use crate::outcome::Outcome;
+
+/// How much of the machine the target already held.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ReplicaHit {
+    /// All of it.
+    Full,
+    /// Part of it.
+    Partial,
+    /// Nothing.
+    #[default]
+    None,
+}
+
+/// One part of a handover.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Phase {
+    /// `prepare`, `copy`, `switch`, `settle`, `drain`.
+    pub name: String,
+    /// How long it took.
+    pub ms: f64,
+    /// Bytes it put on the wire.
+    pub bytes: u64,
+}
+
+/// What became of a handover, and its figures.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Report {
+    /// Whose image.
+    pub user: UserName,
+    /// The source.
+    pub from: HostName,
+    /// The target.
+    pub to: HostName,
+    /// How: `precopy`.
+    pub mode: String,
+    /// How it ended.
+    pub outcome: Outcome,
+    /// Why, unless handed over as asked.
+    pub reason: Option<String>,
+    /// The owner's term now, as far as known.
+    pub term: Term,
+    /// The request … the last page at the target.
+    pub total_ms: f64,
+    /// Last exit at the source … first entry at the target.
+    pub blackout_ms: f64,
+    /// Longest heartbeat gap; filled in by the caller.
+    pub gap_ms: f64,
+    /// Sum of heartbeat gaps; filled in by the caller.
+    pub stall_ms: f64,
+    /// Error of the exchanged clock offset.
+    pub clock_error_us: u64,
+    /// Epochs sent before the switch.
+    pub rounds: u32,
+    /// Pages sent in all.
+    pub pages_sent: u64,
+    /// Pages in the switch message.
+    pub pages_at_switch: u64,
+    /// Bytes on the wire.
+    pub bytes_wire: u64,
+    /// The same pages unencoded.
+    pub bytes_raw: u64,
+    /// Pages asked for after the switch.
+    pub faults: u64,
+    /// Time spent waiting for them.
+    pub fault_wait_ms: f64,
+    /// Frames that the source's tap queue still held, sent on.
+    pub forwarded_frames: u64,
+    /// Frames that may have arrived out of order.
+    pub reordered_frames: u64,
+    /// Frames dropped.
+    pub lost_frames: u64,
+    /// Pages that could not be brought over.
+    pub lost_pages: u64,
+    /// What the target held before.
+    pub replica_hit: ReplicaHit,
+    /// Its parts.
+    pub phases: Vec<Phase>,
+}
+
+/// What was left in the source's tap at the switch.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Drained {
+    /// Frames sent on to the target.
+    pub forwarded_frames: u64,
+    /// Of those, frames that may arrive after later ones.
+    pub reordered_frames: u64,
+    /// Frames dropped.
+    pub lost_frames: u64,
+}
