@@ -1,3 +1,14 @@
-//! kage.
+//! The `kage` program: command line, daemon, VMM process, testbed, demonstration, measurements.
+//!
+//! - [`cli`]: the tree of commands.
+//! - [`client`]: talking to a daemon.
+//! - [`output`]: tables and JSON.
+//! - [`testbed`]: hosts, access points and devices as network namespaces.
 
+pub mod cli;
+pub mod client;
+mod commands;
+pub mod output;
 pub mod testbed;
+
+pub use commands::run;

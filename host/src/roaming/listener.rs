@@ -218,6 +218,8 @@ impl Daemon {
             Err(error) if error.code == crate::api::error::Code::NotFound && self.is_configured(&user) => {
                 self.log_in(&user, &ap).await
             }
+            // A device of somebody who has no machine: its route is all there is to do.
+            Err(error) if error.code == crate::api::error::Code::NotFound => Ok(()),
             Err(error) => Err(error),
         };
         if let Err(error) = outcome {

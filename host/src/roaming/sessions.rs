@@ -51,7 +51,7 @@ pub enum Consequence {
         device: Option<Ipv6Addr>,
         /// When, in milliseconds since 1970.
         at_ms: u64,
-        /// Whether this is the user's first session.
+        /// Whether this begins the user's first session.
         first: bool,
     },
     /// The user's last device has left, and the grace time is over.
@@ -188,7 +188,8 @@ impl Sessions {
             }
         }
         let device = report.framed_ipv6_address.or_else(|| known.and_then(|known| known.device));
-        let first = !self.sessions.keys().any(|(user, _)| *user == key.0);
+        // An interim report speaks of a session that stands: it may be new here, but nobody logs in by it.
+        let first = report.status == Status::Start && !self.sessions.keys().any(|(user, _)| *user == key.0);
         if self.sessions.len() >= MAX_SESSIONS && known.is_none() {
             let oldest =
                 self.sessions.iter().min_by_key(|(_, session)| session.at_ms).map(|(key, _)| key.clone());

@@ -1,0 +1,369 @@
+//! The tree of commands.
+
+use std::{net::Ipv6Addr, path::PathBuf};
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use kage_host::{
+    api::types::State,
+    config::Mode,
+    units::{Rate, Size, Span},
+};
+use kage_machine::{HostName, UserName, identity::ApName};
+
+use crate::testbed::{cli::TestbedCommand, delay};
+
+/// Kage: one machine per user, on the edge host nearest to them.
+#[derive(Debug, Parser)]
+#[command(name = "kage", version, about, max_term_width = 100, propagate_version = true)]
+#[command(
+    after_help = "Exit codes: 0 done, 1 failed, 2 usage, 3 not found, 4 ownership lost, 5 timed out.\n\
+    Example: kage demo"
+)]
+pub struct Cli {
+    /// What to do
+    #[command(subcommand)]
+    pub command: Command,
+    /// How to print results
+    #[command(flatten)]
+    pub common: Common,
+}
+
+/// Options of every command.
+#[derive(Clone, Debug, Args)]
+pub struct Common {
+    /// Form of the result on stdout
+    #[arg(short, long, global = true, value_enum, default_value_t = Format::Table)]
+    pub output: Format,
+    /// No progress on stderr
+    #[arg(long, global = true)]
+    pub quiet: bool,
+    /// Socket of the daemon [default: $KAGE_SOCKET, else the only one under $KAGE_RUN or /run/kage]
+    #[arg(long, global = true, value_name = "PATH")]
+    pub socket: Option<PathBuf>,
+}
+
+/// Form of a result.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Format {
+    /// For people
+    Table,
+    /// One object or one array, nothing else
+    Json,
+}
+
+/// All commands.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Say what this machine has and lacks, with the cure for each lack
+    #[command(after_help = "Example: kage doctor")]
+    Doctor,
+    /// Show a machine following its user over several hosts, here, in network namespaces
+    #[command(after_help = "Example: kage demo --hosts 3 --steps 6")]
+    Demo(DemoArgs),
+    /// Hosts, access points and devices as network namespaces of this machine
+    #[command(subcommand, after_help = "Example: kage testbed up --hosts 3 --link 50mbit")]
+    Testbed(TestbedCommand),
+    /// Make a site's authority, host certificates, operator key and sample configuration
+    #[command(
+        after_help = "Example: kage init --dir site --host edge-a=[2001:db8::a]:7701 --host edge-b=[2001:db8::b]:7701"
+    )]
+    Init(InitArgs),
+    /// Run the edge-host daemon
+    #[command(after_help = "Example: kage host -c /etc/kage/host.toml")]
+    Host {
+        /// Its configuration
+        #[arg(short, long, value_name = "FILE")]
+        config: PathBuf,
+    },
+    /// Start or find a user's machine and print its address
+    #[command(after_help = "Example: kage login alice --at ap-1 --key ~/.ssh/id_ed25519.pub")]
+    Login(LoginArgs),
+    /// Stop a user's machine; its disk and identity are kept
+    #[command(after_help = "Example: kage logout alice")]
+    Logout(User),
+    /// List all images
+    #[command(after_help = "Example: kage ls -o json")]
+    Ls,
+    /// Show one image
+    #[command(after_help = "Example: kage show alice")]
+    Show(User),
+    /// Move a machine to another host
+    #[command(after_help = "Example: kage migrate alice h2 --blackout 5ms -o json")]
+    Migrate(MigrateArgs),
+    /// Say that a user is at an access point now, as an Accounting-Start would
+    #[command(after_help = "Example: kage roam alice ap-2")]
+    Roam {
+        /// The user
+        user: UserName,
+        /// The access point
+        ap: ApName,
+        /// Return without waiting for the move
+        #[arg(long)]
+        no_wait: bool,
+    },
+    /// Show which host a resource is on now
+    #[command(after_help = "Example: kage where fd4b:6167:6500::100:0:1")]
+    Where {
+        /// Its VID
+        vid: Ipv6Addr,
+    },
+    /// List hosts and their access points
+    #[command(after_help = "Example: kage hosts")]
+    Hosts,
+    /// Show what happened on the daemon's host
+    #[command(after_help = "Example: kage events -f")]
+    Events {
+        /// Go on as things happen
+        #[arg(short, long)]
+        follow: bool,
+        /// Only events after this number
+        #[arg(long, default_value_t = 0, value_name = "N")]
+        after: u64,
+    },
+    /// Show what a machine's kernel wrote to its log
+    #[command(after_help = "Example: kage logs alice -f")]
+    Logs {
+        /// The user
+        user: UserName,
+        /// Go on as more is written
+        #[arg(short, long)]
+        follow: bool,
+    },
+    /// Wait until an image is in a state, or at a host
+    #[command(after_help = "Example: kage wait alice --state running --at h2 --timeout 5s")]
+    Wait {
+        /// The user
+        user: UserName,
+        /// The state
+        #[arg(long, value_name = "STATE")]
+        state: Option<State>,
+        /// The host
+        #[arg(long, value_name = "HOST")]
+        at: Option<HostName>,
+        /// Longest wait
+        #[arg(long, default_value = "30s", value_name = "TIME")]
+        timeout: Span,
+    },
+    /// Stop a user's machine
+    #[command(after_help = "Example: kage stop alice")]
+    Stop(User),
+    /// Start a user's stopped machine
+    #[command(after_help = "Example: kage start alice")]
+    Start(User),
+    /// Measure
+    #[command(subcommand, after_help = "Example: kage bench start --runs 20 -o json")]
+    Bench(BenchCommand),
+    /// Print completions for a shell
+    #[command(after_help = "Example: kage completion bash > /etc/bash_completion.d/kage")]
+    Completion {
+        /// The shell
+        shell: clap_complete::Shell,
+    },
+    /// Print the description of the HTTP API (OpenAPI 3)
+    #[command(after_help = "Example: kage openapi > openapi.json")]
+    Openapi,
+    /// Hold one machine; started by the daemon
+    #[command(hide = true)]
+    Vmm {
+        /// Descriptor of the listening control socket
+        #[arg(long, value_name = "NUMBER")]
+        fd: Vec<i32>,
+        /// The same
+        number: Option<i32>,
+    },
+    /// Carry a testbed's frames with a delay; started by `kage testbed up`
+    #[command(hide = true)]
+    TestbedDelay(delay::Args),
+}
+
+/// A user.
+#[derive(Clone, Debug, Args)]
+pub struct User {
+    /// The user
+    pub user: UserName,
+}
+
+/// `kage demo`.
+#[derive(Clone, Debug, Args)]
+pub struct DemoArgs {
+    /// Edge hosts
+    #[arg(long, default_value_t = 3, value_name = "N")]
+    pub hosts: u16,
+    /// Moves to make
+    #[arg(long, default_value_t = 6, value_name = "N")]
+    pub steps: u32,
+    /// Size of the stream that has to survive them
+    #[arg(long, default_value = "200000000", value_name = "BYTES")]
+    pub bytes: u64,
+    /// Rate of each host's link to the others (default: unlimited)
+    #[arg(long, value_name = "RATE")]
+    pub link: Option<Rate>,
+    /// Delay between any two hosts, one way
+    #[arg(long, value_name = "TIME")]
+    pub delay: Option<Span>,
+    /// Leave the testbed running
+    #[arg(long)]
+    pub keep: bool,
+    /// Directory of the testbed
+    #[arg(long, default_value = "/run/kage-demo", value_name = "DIR")]
+    pub dir: PathBuf,
+}
+
+/// `kage init`.
+#[derive(Clone, Debug, Args)]
+pub struct InitArgs {
+    /// Where to
+    #[arg(long, default_value = "kage-site", value_name = "DIR")]
+    pub dir: PathBuf,
+    /// A host, with its peer address for a sample configuration; may be repeated
+    #[arg(long, value_name = "NAME[=ADDRESS:PORT]", default_values = ["edge-a"])]
+    pub host: Vec<String>,
+}
+
+/// `kage login`.
+#[derive(Clone, Debug, Args)]
+pub struct LoginArgs {
+    /// The user
+    pub user: UserName,
+    /// Access point or host to start near
+    #[arg(long, value_name = "AP|HOST")]
+    pub at: Option<String>,
+    /// Public key that may log in to the machine
+    #[arg(long, value_name = "FILE.pub")]
+    pub key: Option<PathBuf>,
+    /// Image to start a new machine from
+    #[arg(long, value_name = "NAME")]
+    pub image: Option<String>,
+}
+
+/// `kage migrate`.
+#[derive(Clone, Debug, Args)]
+pub struct MigrateArgs {
+    /// The user
+    pub user: UserName,
+    /// The target [default: the other host with the fewest images]
+    pub host: Option<HostName>,
+    /// How
+    #[arg(long, value_enum)]
+    pub mode: Option<ModeArg>,
+    /// Longest pause aimed at
+    #[arg(long, value_name = "TIME")]
+    pub blackout: Option<Span>,
+    /// Longest move
+    #[arg(long, value_name = "TIME")]
+    pub timeout: Option<Span>,
+    /// Most it may take of the link
+    #[arg(long, value_name = "RATE")]
+    pub bandwidth: Option<Rate>,
+    /// After a switch with pages missing: do not stream back to the source
+    #[arg(long)]
+    pub no_reverse: bool,
+    /// Only say what would be done
+    #[arg(long)]
+    pub dry_run: bool,
+    /// Tell every phase
+    #[arg(long)]
+    pub verbose: bool,
+    /// Cancel the move under way
+    #[arg(long, conflicts_with_all = ["host", "dry_run"])]
+    pub cancel: bool,
+}
+
+/// `--mode`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum ModeArg {
+    /// Pre-copy, as long as it converges
+    Auto,
+    /// Every page before the switch
+    Precopy,
+    /// Pages after the switch
+    Postcopy,
+}
+
+impl From<ModeArg> for Mode {
+    fn from(mode: ModeArg) -> Self {
+        match mode {
+            ModeArg::Auto => Self::Auto,
+            ModeArg::Precopy => Self::Precopy,
+            ModeArg::Postcopy => Self::Postcopy,
+        }
+    }
+}
+
+/// `kage bench`.
+#[derive(Clone, Debug, Subcommand)]
+pub enum BenchCommand {
+    /// Time from a login to the machine's first answer, cold and warm
+    #[command(after_help = "Example: kage bench start --runs 20")]
+    Start {
+        /// Logins of each kind
+        #[arg(long, default_value_t = 20, value_name = "N")]
+        runs: u32,
+        /// Fewer runs
+        #[arg(long)]
+        quick: bool,
+        /// Memory of the machines
+        #[arg(long, default_value = "64MiB", value_name = "SIZE")]
+        memory: Size,
+    },
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn the_tree_is_sound_and_every_command_has_an_example() {
+        let mut top = Cli::command();
+        top.build();
+        top.clone().debug_assert();
+        fn check(command: &clap::Command, path: &str) {
+            for sub in command.get_subcommands().filter(|sub| sub.get_name() != "help" && !sub.is_hide_set())
+            {
+                let path = format!("{path} {}", sub.get_name());
+                let example = sub.get_after_help().map(ToString::to_string).unwrap_or_default();
+                assert!(example.contains("Example: kage"), "{path} has no example");
+                check(sub, &path);
+            }
+        }
+        check(&top, "kage");
+    }
+
+    #[test]
+    fn the_documented_command_lines_are_read() {
+        for line in [
+            "doctor",
+            "demo --hosts 3 --steps 8 --keep",
+            "testbed up --hosts 3 --devices 2 --link 50mbit --delay 5ms --dir /tmp/x",
+            "init --dir /tmp/site --host a --host b=[::1]:7701",
+            "host -c host.toml",
+            "login alice --at ap-1 --key id.pub --image default",
+            "logout alice",
+            "ls -o json",
+            "show alice -o json --quiet --socket /run/kage/host.sock",
+            "migrate alice h2 --mode precopy --blackout 10ms --timeout 30s --bandwidth 50mbit --no-reverse --dry-run --verbose",
+            "migrate alice --cancel",
+            "roam alice ap-2",
+            "where fd4b:6167:6500::100:0:1",
+            "events -f",
+            "wait alice --state running --at h2 --timeout 5s",
+            "logs alice",
+            "stop alice",
+            "start alice",
+            "bench start --runs 5 --quick",
+            "vmm --fd 3",
+        ] {
+            let words = std::iter::once("kage").chain(line.split(' '));
+            if let Err(error) = Cli::try_parse_from(words) {
+                panic!("{line}: {error}");
+            }
+        }
+        for line in
+            ["migrate", "wait alice --state asleep", "migrate alice --blackout 10", "login -x", "frobnicate"]
+        {
+            assert!(Cli::try_parse_from(std::iter::once("kage").chain(line.split(' '))).is_err(), "{line}");
+        }
+    }
+}

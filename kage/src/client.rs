@@ -1,0 +1,142 @@
+//! Talking to a daemon: which one, and how.
+
+use std::path::{Path, PathBuf};
+
+use kage_host::{
+    api::error::{Code, ErrorBody},
+    http::{Call, Connection, unix},
+};
+use serde::de::DeserializeOwned;
+
+use crate::cli::Common;
+
+/// Where sockets are unless told otherwise.
+const RUN: &str = "/run/kage";
+
+/// Name of a daemon's socket.
+const SOCKET: &str = "host.sock";
+
+/// How a command failed.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Failure {
+    /// What `kage` ends with.
+    pub exit: u8,
+    /// For people; nothing is printed when it is empty.
+    pub message: String,
+}
+
+impl Failure {
+    /// A failure of the general kind.
+    pub fn new(message: impl std::fmt::Display) -> Self {
+        Self { exit: 1, message: message.to_string() }
+    }
+
+    /// A failure of what was typed.
+    pub fn usage(message: impl std::fmt::Display) -> Self {
+        Self { exit: 2, message: message.to_string() }
+    }
+}
+
+impl From<ErrorBody> for Failure {
+    fn from(error: ErrorBody) -> Self {
+        Self { exit: error.code.exit(), message: error.message }
+    }
+}
+
+/// The daemon of this command.
+pub struct Client {
+    socket: PathBuf,
+}
+
+impl Client {
+    /// The daemon that the options and the environment name.
+    ///
+    /// # Errors
+    /// When none or several could be meant.
+    pub fn find(common: &Common) -> Result<Self, Failure> {
+        if let Some(socket) =
+            common.socket.clone().or_else(|| std::env::var_os("KAGE_SOCKET").map(PathBuf::from))
+        {
+            return Ok(Self { socket });
+        }
+        let run = std::env::var_os("KAGE_RUN").map_or_else(|| PathBuf::from(RUN), PathBuf::from);
+        only_socket(&run).map(|socket| Self { socket })
+    }
+
+    /// A daemon whose socket is known.
+    pub fn at(socket: impl Into<PathBuf>) -> Self {
+        Self { socket: socket.into() }
+    }
+
+    /// Opens a connection.
+    ///
+    /// # Errors
+    /// When nobody listens.
+    pub async fn connect(&self) -> Result<Connection, Failure> {
+        Ok(unix(&self.socket).await?)
+    }
+
+    /// Makes one call.
+    ///
+    /// # Errors
+    /// What the daemon says.
+    pub async fn call<T: DeserializeOwned>(&self, call: &Call) -> Result<T, ErrorBody> {
+        unix(&self.socket).await?.call(call).await?.into_value()
+    }
+}
+
+/// The socket in a run directory, or in the only directory below it that has one.
+fn only_socket(run: &Path) -> Result<PathBuf, Failure> {
+    let own = run.join(SOCKET);
+    if own.exists() {
+        return Ok(own);
+    }
+    let entries = std::fs::read_dir(run).into_iter().flatten().filter_map(Result::ok);
+    let mut found: Vec<PathBuf> = entries
+        .flat_map(|entry| [entry.path().join(SOCKET), entry.path().join("run").join(SOCKET)])
+        .filter(|path| path.exists())
+        .collect();
+    found.sort();
+    match found.as_slice() {
+        [only] => Ok(only.clone()),
+        [] => Err(Failure::new(format!(
+            "no daemon's socket under {}; start one with `kage host -c host.toml`, or name it with --socket",
+            run.display()
+        ))),
+        several => {
+            let names: Vec<_> = several.iter().map(|path| path.display().to_string()).collect();
+            Err(Failure::usage(format!(
+                "several daemons run here; choose one with --socket: {}",
+                names.join(", ")
+            )))
+        }
+    }
+}
+
+/// Whether an error is one that waiting longer would not have cured.
+#[must_use]
+pub fn is_timeout(error: &ErrorBody) -> bool {
+    error.code == Code::TimedOut
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_only_socket_is_found_and_several_are_listed() {
+        let run = std::env::temp_dir().join(format!("kage-client-{}", std::process::id()));
+        let _ = std::fs::remove_dir_all(&run);
+        assert_eq!(only_socket(&run).unwrap_err().exit, 1);
+        std::fs::create_dir_all(run.join("h1")).unwrap();
+        std::fs::create_dir_all(run.join("h2/run")).unwrap();
+        std::fs::write(run.join("h1/host.sock"), "").unwrap();
+        assert_eq!(only_socket(&run).unwrap(), run.join("h1/host.sock"));
+        std::fs::write(run.join("h2/run/host.sock"), "").unwrap();
+        let failure = only_socket(&run).unwrap_err();
+        assert!(failure.exit == 2 && failure.message.contains("h2/run/host.sock"), "{failure:?}");
+        std::fs::write(run.join("host.sock"), "").unwrap();
+        assert_eq!(only_socket(&run).unwrap(), run.join("host.sock"));
+        std::fs::remove_dir_all(&run).unwrap();
+    }
+}

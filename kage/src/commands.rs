@@ -1,0 +1,84 @@
+//! What each command does.
+
+mod doctor;
+mod images;
+mod migrate;
+mod site;
+mod watch;
+
+use std::future::Future;
+
+use clap::CommandFactory;
+
+use crate::{
+    cli::{BenchCommand, Cli, Command},
+    client::{Client, Failure},
+    output::{Output, print},
+    testbed,
+};
+
+/// Runs a command.
+///
+/// # Errors
+/// What to print and the exit code.
+pub fn run(cli: Cli) -> Result<(), Failure> {
+    let output = Output::new(&cli.common);
+    let client = || Client::find(&cli.common);
+    match cli.command {
+        Command::Doctor => doctor::run(output),
+        Command::Init(args) => site::init(&args, output),
+        Command::Host { config } => {
+            log_to_stderr(cli.common.quiet);
+            Ok(kage_host::daemon::run(&config)?)
+        }
+        Command::Login(args) => wait_for(images::login(client()?, args, output)),
+        Command::Logout(user) => wait_for(images::logout(client()?, user.user, output)),
+        Command::Stop(user) => wait_for(images::stop(client()?, user.user, output)),
+        Command::Start(user) => wait_for(images::start(client()?, user.user, output)),
+        Command::Ls => wait_for(images::ls(client()?, output)),
+        Command::Show(user) => wait_for(images::show(client()?, user.user, output)),
+        Command::Where { vid } => wait_for(images::find(client()?, vid, output)),
+        Command::Wait { user, state, at, timeout } => {
+            wait_for(watch::wait(client()?, user, state, at, timeout.duration(), output))
+        }
+        Command::Migrate(args) => wait_for(migrate::migrate(client()?, args, output)),
+        Command::Roam { user, ap, no_wait } => wait_for(migrate::roam(client()?, user, ap, !no_wait, output)),
+        Command::Hosts => wait_for(site::hosts(client()?, output)),
+        Command::Events { follow, after } => wait_for(watch::events(client()?, follow, after, output)),
+        Command::Logs { user, follow } => wait_for(watch::logs(client()?, user, follow, output)),
+        Command::Testbed(command) => testbed::cli::run(command, output.is_json(), output.is_quiet())
+            .map_err(|error| Failure { exit: error.exit_code(), message: error.to_string() }),
+        Command::TestbedDelay(args) => testbed::delay::run(&args).map_err(Failure::new),
+        Command::Vmm { fd, number } => {
+            let number = fd.last().copied().or(number).ok_or_else(|| Failure::usage("--fd is missing"))?;
+            kage_vmm::process::main(number).map_err(Failure::new)
+        }
+        Command::Completion { shell } => {
+            let mut text = Vec::new();
+            clap_complete::generate(shell, &mut Cli::command(), "kage", &mut text);
+            print(&String::from_utf8_lossy(&text))
+        }
+        Command::Openapi => {
+            let text = serde_json::to_string_pretty(&kage_host::api::description()).map_err(Failure::new)?;
+            print(&text)
+        }
+        Command::Demo(_) | Command::Bench(BenchCommand::Start { .. }) => Err(Failure::new("not yet")),
+    }
+}
+
+/// Runs a client command on a thread of its own.
+fn wait_for(command: impl Future<Output = Result<(), Failure>>) -> Result<(), Failure> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(Failure::new)?;
+    runtime.block_on(command)
+}
+
+/// Sends the log to stderr; `RUST_LOG` chooses what.
+fn log_to_stderr(quiet: bool) {
+    let default = if quiet { "warn" } else { "info" };
+    let filter = tracing_subscriber::EnvFilter::try_from_default_env()
+        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new(default));
+    let ansi = std::io::IsTerminal::is_terminal(&std::io::stderr());
+    let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(ansi);
+    // Somebody else's log stays.
+    let _ = log.try_init();
+}

@@ -1,0 +1,169 @@
+//! `login logout stop start ls show where`.
+
+use std::{net::Ipv6Addr, time::Duration};
+
+use http::Method;
+use kage_host::{
+    api::{
+        error::{Code, ErrorBody},
+        types::{ImageView, LoginReply, LoginRequest, ReplicaKind},
+    },
+    http::Call,
+    lifecycle::check_key,
+};
+use kage_machine::UserName;
+use serde::Serialize;
+
+use crate::{
+    cli::LoginArgs,
+    client::{Client, Failure},
+    output::{Output, bytes, table},
+};
+
+/// How long a start may take.
+const START: Duration = Duration::from_secs(40);
+
+fn path(user: &UserName, action: &str) -> String {
+    format!("/v1/images/{user}{action}")
+}
+
+/// `kage login`.
+pub async fn login(client: Client, args: LoginArgs, output: Output) -> Result<(), Failure> {
+    let key = match &args.key {
+        None => None,
+        Some(file) => {
+            let text = std::fs::read_to_string(file)
+                .map_err(|error| Failure::usage(format!("--key {}: {error}", file.display())))?;
+            let key = check_key(&text)
+                .map_err(|error| Failure::usage(format!("--key {}: {error}", file.display())))?;
+            Some(key)
+        }
+    };
+    let request = LoginRequest { at: args.at, key, image: args.image };
+    let call = Call::new(Method::PUT, path(&args.user, "")).json(&request).patience(START);
+    let reply: LoginReply = cancellable(&client, &args.user, client.call(&call)).await?;
+    if let Some(note) = &reply.note {
+        output.progress(note);
+    }
+    let verb = if reply.found { "found at" } else { "started at" };
+    output.progress(format!("{} {verb} {} after {:.1} ms", reply.user, reply.host, reply.started_ms));
+    output.result(&reply, |reply| reply.address.to_string())
+}
+
+/// Waits for a start; ^C stops what it started.
+async fn cancellable(
+    client: &Client,
+    user: &UserName,
+    start: impl Future<Output = Result<LoginReply, ErrorBody>>,
+) -> Result<LoginReply, Failure> {
+    tokio::pin!(start);
+    tokio::select! {
+        reply = &mut start => Ok(reply?),
+        _ = tokio::signal::ctrl_c() => {
+            // The daemon goes on with it; only what this command has started is stopped again.
+            if let Ok(reply) = start.await && !reply.found {
+                let _: Result<ImageView, _> = client.call(&Call::new(Method::POST, path(user, "/stop"))).await;
+            }
+            Err(ErrorBody::new(Code::Cancelled, "cancelled").into())
+        }
+    }
+}
+
+/// `kage start`.
+pub async fn start(client: Client, user: UserName, output: Output) -> Result<(), Failure> {
+    let call = Call::new(Method::POST, path(&user, "/start")).patience(START);
+    let reply = cancellable(&client, &user, client.call(&call)).await?;
+    output.progress(format!("{user} {} at {}", if reply.found { "runs" } else { "started" }, reply.host));
+    output.result(&reply, |reply| reply.address.to_string())
+}
+
+/// `kage logout`.
+pub async fn logout(client: Client, user: UserName, output: Output) -> Result<(), Failure> {
+    let view: ImageView = client.call(&Call::new(Method::DELETE, path(&user, ""))).await?;
+    output.progress(format!("{user} is logged out; disk and identity are kept at {}", view.host));
+    output.result(&view, |_| String::new())
+}
+
+/// `kage stop`.
+pub async fn stop(client: Client, user: UserName, output: Output) -> Result<(), Failure> {
+    let view: ImageView = client.call(&Call::new(Method::POST, path(&user, "/stop"))).await?;
+    output.progress(format!("{user} is stopped at {}", view.host));
+    output.result(&view, |_| String::new())
+}
+
+/// `kage ls`.
+pub async fn ls(client: Client, output: Output) -> Result<(), Failure> {
+    let views: Vec<ImageView> = client.call(&Call::new(Method::GET, "/v1/images")).await?;
+    output.result(&views, |views| {
+        let rows: Vec<_> = views.iter().map(row).collect();
+        table(&["USER", "ADDRESS", "HOST", "TERM", "STATE", "MEMORY", "REPLICAS", "NOTE"], &rows)
+    })
+}
+
+fn row(view: &ImageView) -> Vec<String> {
+    vec![
+        view.user.to_string(),
+        view.address.to_string(),
+        view.host.to_string(),
+        view.term.0.to_string(),
+        view.state.name().to_owned(),
+        bytes(view.memory_bytes),
+        view.replicas.len().to_string(),
+        view.note.clone().unwrap_or_default(),
+    ]
+}
+
+/// `kage show`.
+pub async fn show(client: Client, user: UserName, output: Output) -> Result<(), Failure> {
+    let view: ImageView = client.call(&Call::new(Method::GET, path(&user, ""))).await?;
+    output.result(&view, |view| {
+        let mut lines = vec![
+            format!("user      {}", view.user),
+            format!("address   {}", view.address),
+            format!("host      {}", view.host),
+            format!("term      {}", view.term.0),
+            format!("state     {}", view.state.name()),
+            format!("memory    {}", bytes(view.memory_bytes)),
+            format!("at risk   {}", bytes(view.dirty_bytes)),
+        ];
+        for replica in &view.replicas {
+            let kind = match replica.kind {
+                ReplicaKind::Mirror => "mirror",
+                ReplicaKind::Checkpoint => "checkpoint",
+            };
+            let (lag, missing) = (replica.lag_ms, bytes(replica.missing_bytes));
+            lines.push(format!("replica   {kind} at {}, {lag:.0} ms behind, lacks {missing}", replica.host));
+        }
+        lines.extend(view.operation.as_ref().map(|operation| format!("moving    operation {operation}")));
+        lines.extend(view.note.as_ref().map(|note| format!("note      {note}")));
+        lines.join("\n")
+    })
+}
+
+/// Answer of `kage where`.
+#[derive(Debug, Serialize)]
+struct Place {
+    vid: Ipv6Addr,
+    user: UserName,
+    host: kage_machine::HostName,
+    kind: &'static str,
+}
+
+/// `kage where`.
+pub async fn find(client: Client, vid: Ipv6Addr, output: Output) -> Result<(), Failure> {
+    // An image's /88 is what its own VID has above bit 40.
+    let image = |address: Ipv6Addr| u128::from(address) >> 40;
+    let views: Vec<ImageView> = client.call(&Call::new(Method::GET, "/v1/images")).await?;
+    let view = views.into_iter().find(|view| image(view.vid) == image(vid)).ok_or_else(|| {
+        ErrorBody::new(Code::NotFound, format!("{vid} belongs to no image; `kage ls` lists them"))
+    })?;
+    let kind = match (u128::from(vid) >> 36) & 0xf {
+        0 => "image",
+        1 => "process",
+        2 => "file",
+        3 => "socket",
+        _ => "unknown",
+    };
+    let place = Place { vid, user: view.user, host: view.host, kind };
+    output.result(&place, |place| place.host.to_string())
+}
