@@ -28,6 +28,10 @@ use crate::remote::{BaseFile, RemoteMachine, Spawn};
 /// Longest boot of a template.
 const BOOT_LIMIT: Duration = Duration::from_secs(10);
 
+/// How long nothing must have been taken before the pool refills: making a machine takes a few
+/// milliseconds of a CPU, which a machine that was just taken, for a login or a handover, needs itself.
+const QUIET: Duration = Duration::from_millis(500);
+
 /// What a pool keeps ready.
 #[derive(Clone, Debug)]
 pub struct PoolSpec {
@@ -95,6 +99,14 @@ struct Ready {
     logins: VecDeque<RemoteMachine>,
     shells: VecDeque<RemoteMachine>,
     closed: bool,
+    last_take: Option<Instant>,
+}
+
+impl Ready {
+    /// How long the refill is still to wait.
+    fn disturbed_for(&self) -> Option<Duration> {
+        QUIET.checked_sub(self.last_take?.elapsed()).filter(|left| !left.is_zero())
+    }
 }
 
 /// A pool and the thread that refills it.
@@ -151,8 +163,7 @@ impl Pool {
     /// # Errors
     /// [`PoolError`].
     pub fn take_login(&self) -> Result<RemoteMachine, PoolError> {
-        let ready = self.lock().logins.pop_front();
-        self.shared.wanted.notify_one();
+        let ready = self.shared.take(|ready| ready.logins.pop_front());
         ready.map_or_else(|| self.shared.make_login(), Ok)
     }
 
@@ -169,8 +180,7 @@ impl Pool {
     /// # Errors
     /// [`PoolError`].
     pub fn take_shell(&self) -> Result<RemoteMachine, PoolError> {
-        let ready = self.lock().shells.pop_front();
-        self.shared.wanted.notify_one();
+        let ready = self.shared.take(|ready| ready.shells.pop_front());
         ready.map_or_else(|| self.shared.make_shell(), Ok)
     }
 
@@ -226,10 +236,21 @@ impl Shared {
         self.ready.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    fn take(&self, from: impl FnOnce(&mut Ready) -> Option<RemoteMachine>) -> Option<RemoteMachine> {
+        let mut ready = self.lock();
+        ready.last_take = Some(Instant::now());
+        let taken = from(&mut ready);
+        self.wanted.notify_all();
+        taken
+    }
+
     fn make_shell(&self) -> Result<RemoteMachine, PoolError> {
         let number = self.next.fetch_add(1, Ordering::Relaxed);
         let path = self.spec.socket_dir.join(format!("pool-{}-{number}.sock", std::process::id()));
-        Ok(RemoteMachine::spawn(&self.spec.spawn, &path, self.kvm.as_fd(), &self.base, self.spec.geometry)?)
+        // A user of its own for each process: one that broke out could not even signal another.
+        let jail = self.spec.spawn.jail.map(|first| first + (number % 65_536) as u32);
+        let spawn = Spawn { jail, ..self.spec.spawn.clone() };
+        Ok(RemoteMachine::spawn(&spawn, &path, self.kvm.as_fd(), &self.base, self.spec.geometry)?)
     }
 
     fn make_login(&self) -> Result<RemoteMachine, PoolError> {
@@ -248,7 +269,10 @@ impl Shared {
 fn refill(shared: &Shared) {
     loop {
         let (login, shell) = {
-            let ready = shared.lock();
+            let mut ready = shared.lock();
+            while let (false, Some(left)) = (ready.closed, ready.disturbed_for()) {
+                ready = shared.wanted.wait_timeout(ready, left).unwrap_or_else(PoisonError::into_inner).0;
+            }
             if ready.closed {
                 return;
             }
@@ -271,8 +295,9 @@ fn refill(shared: &Shared) {
         shared.wanted.notify_all();
         if pause {
             let ready = shared.lock();
-            if ready.closed {
-                return;
+            // A take between the look above and here is seen by its time.
+            if ready.closed || ready.disturbed_for().is_some() {
+                continue;
             }
             drop(shared.wanted.wait(ready).unwrap_or_else(PoisonError::into_inner));
         }

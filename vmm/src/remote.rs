@@ -66,7 +66,8 @@ pub struct Spawn {
     pub program: PathBuf,
     /// Arguments before the descriptor's number: `["vmm", "--fd"]`.
     pub arguments: Vec<String>,
-    /// User to become; see [`Setup::jail`].
+    /// First of 65,536 users and groups without rights, one of which each process becomes; `None`
+    /// keeps the caller's (tests).
     pub jail: Option<u32>,
 }
 

@@ -80,7 +80,7 @@ impl Lab {
             spawn: Spawn {
                 program: env!("CARGO_BIN_EXE_kage-vmm").into(),
                 arguments: Vec::new(),
-                jail: Some(65_534),
+                jail: Some(0x6b61_0000),
             },
             socket_dir: dir.clone(),
             geometry: Geometry::from_bytes(64 << 20, 0).unwrap(),
