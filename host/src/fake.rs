@@ -13,7 +13,7 @@ use kage_machine::{
     Geometry, Gone, HostInstant, HostName, ImageNumber, Machine, MachineError, Memory, PageBytes, PageIndex,
     PageSet, PauseCause, Paused, SavedState, Started, UserName, Vid, identity::ApName,
 };
-use kage_migrate::recover::Found;
+use kage_migrate::{recover::Found, report::Drained};
 
 use crate::machines::{Adopted, Hosted, Label, MachineSpec, Machines, Net, OnEnd, Via};
 
@@ -84,6 +84,12 @@ impl Net for FakeNet {
     fn access_point(&self, ap: &ApName, _bridge: Option<&str>) -> Result<(), String> {
         self.call("ap", ap.to_string())
     }
+    fn drain(&self, _tap: &OwnedFd) -> Drained {
+        Drained { forwarded_frames: 2, ..Drained::default() }
+    }
+    fn tap_drops(&self, _image: ImageNumber) -> u64 {
+        0
+    }
     fn first_answer(&self, address: Ipv6Addr, _patience: Duration) -> Result<(), String> {
         self.call("answer", address.to_string())
     }
@@ -119,6 +125,11 @@ impl Process {
             state: Mutex::new(state),
             memory: Arc::new(FakeMemory { geometry: spec.geometry, pages: Mutex::default() }),
         })
+    }
+
+    /// What the machine holds.
+    pub fn memory(&self) -> Arc<dyn Memory> {
+        self.memory.clone()
     }
 
     /// As if killed.

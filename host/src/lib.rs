@@ -16,6 +16,7 @@ pub mod daemon;
 pub mod events;
 #[cfg(test)]
 mod fake;
+pub mod handover;
 pub mod http;
 pub mod init;
 pub mod lifecycle;

@@ -32,6 +32,7 @@ use std::{
 
 use kage_directory::{Directory, ImageRecord, Records as _, Versioned, Wanted};
 use kage_machine::{HostName, Memory, Term, UserName, Vid};
+use kage_migrate::drive::{Limits, target::Targets};
 use tokio::{runtime::Handle, sync::watch};
 
 use crate::{
@@ -82,6 +83,8 @@ pub struct Daemon {
     pub runtime: Handle,
     /// Keys that enter every machine.
     operator_keys: Vec<String>,
+    /// Handovers to this host.
+    pub targets: Targets,
     images: Mutex<BTreeMap<UserName, Arc<Image>>>,
     began: Instant,
 }
@@ -118,6 +121,8 @@ pub struct Slot {
     pub machine: Option<Box<dyn Hosted>>,
     /// What it was made of.
     pub spec: Option<MachineSpec>,
+    /// Its tap, to send on what is left in it after a move.
+    pub tap: Option<std::os::fd::OwnedFd>,
     /// The handover by which the machine came, until its right is settled.
     pub ticket: Option<kage_migrate::Ticket>,
     /// Counts machines of this image here, so that a late word of one's end is not taken for the next one's.
@@ -203,6 +208,7 @@ impl Daemon {
             runtime: Handle::current(),
             images: Mutex::default(),
             began: Instant::now(),
+            targets: Targets::new(me.clone(), directory.clone(), Limits::default()),
             operator_keys,
             config,
             me,

@@ -12,7 +12,7 @@ use kage_machine::{
     Geometry, HostName, ImageNumber, Machine, SitePrefix, Term, UserName, Vid, identity::ApName,
     page::GeometryError,
 };
-use kage_migrate::{Ticket, recover::Found};
+use kage_migrate::{Ticket, recover::Found, report::Drained};
 use serde::{Deserialize, Serialize};
 
 /// All that is needed to make a user's machine on any host.
@@ -192,6 +192,10 @@ pub trait Net: Send + Sync {
     /// # Errors
     /// In words.
     fn forget_device(&self, address: Ipv6Addr) -> Result<(), String>;
+    /// Sends on, by the route as it is now, what a machine that no longer runs here has not read from its tap.
+    fn drain(&self, tap: &OwnedFd) -> Drained;
+    /// Frames to the machine that its tap has dropped since it was made.
+    fn tap_drops(&self, image: ImageNumber) -> u64;
     /// Sends packets to a machine until it answers one.
     ///
     /// # Errors

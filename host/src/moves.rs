@@ -4,9 +4,7 @@ use std::{sync::Arc, time::Duration};
 
 use kage_directory::Records as _;
 use kage_machine::{HostName, UserName};
-use kage_migrate::{Ticket, source, source::Source, target, target::Target};
 use serde_json::json;
-use tokio::sync::OwnedMutexGuard;
 
 use crate::{
     api::{
@@ -18,17 +16,9 @@ use crate::{
     },
     config::Mode,
     http::Call,
-    lifecycle::{Daemon, Image, Slot, blocking, decide},
+    lifecycle::{Daemon, blocking, decide},
     operations::Operations,
 };
-
-/// A handover that an earlier daemon began.
-pub enum Resumed {
-    /// As its source.
-    Source(Ticket, Source, Vec<source::Action>),
-    /// As its target.
-    Target(Ticket, Target, Vec<target::Action>),
-}
 
 impl Daemon {
     /// Where a move of this request goes.
@@ -108,9 +98,12 @@ impl Daemon {
         }
         let handle = self.operations.begin("migrate", user);
         let id = handle.id();
-        let (daemon, request) = (self.clone(), request.clone());
+        let (daemon, request, handle) = (self.clone(), request.clone(), Arc::new(handle));
         self.runtime.spawn(async move {
-            let outcome = daemon.carry_out(&image, &to, &request, &handle).await;
+            let outcome = daemon.carry_out(&image, &to, &request, handle.clone()).await;
+            if outcome.is_err() {
+                image.move_over();
+            }
             handle.end(outcome.map(|report| json!(report)));
         });
         self.operations.get(&id, Duration::ZERO).await
@@ -221,36 +214,5 @@ impl Daemon {
             (None, Some(error)) => Err(error),
             (None, None) => Err(ErrorBody::failed(format!("operation {id} ended without a result"))),
         }
-    }
-}
-
-impl Daemon {
-    async fn carry_out(
-        self: &Arc<Self>,
-        _image: &Arc<Image>,
-        _to: &HostName,
-        _request: &MigrateRequest,
-        _handle: &crate::operations::Handle,
-    ) -> Result<MoveReport, ErrorBody> {
-        Err(ErrorBody::failed("not wired"))
-    }
-
-    pub(crate) async fn resume(
-        self: &Arc<Self>,
-        _image: &Arc<Image>,
-        slot: OwnedMutexGuard<Slot>,
-        _resumed: Resumed,
-    ) -> OwnedMutexGuard<Slot> {
-        slot
-    }
-}
-
-impl Daemon {
-    pub(crate) fn take_handover_link(
-        self: &Arc<Self>,
-        link: kage_replicate::link::TlsLink,
-        purpose: kage_wire::Purpose,
-    ) {
-        let _ = (link, purpose);
     }
 }

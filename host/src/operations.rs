@@ -2,14 +2,12 @@
 
 use std::{
     collections::BTreeMap,
-    sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicBool, Ordering},
-    },
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
 
 use kage_machine::{HostName, UserName};
+use kage_migrate::drive::Control;
 use serde_json::Value;
 use tokio::sync::watch;
 
@@ -34,13 +32,13 @@ struct Table {
 
 struct Entry {
     state: watch::Sender<Operation>,
-    cancelled: Arc<AtomicBool>,
+    control: Arc<Control>,
 }
 
 /// The side of whoever carries an operation out. Dropped without an end, it counts as failed.
 pub struct Handle {
     state: watch::Sender<Operation>,
-    cancelled: Arc<AtomicBool>,
+    control: Arc<Control>,
 }
 
 impl Handle {
@@ -50,10 +48,10 @@ impl Handle {
         self.state.borrow().id.clone()
     }
 
-    /// Whether somebody asked to stop; a flag, so that blocking threads can look.
+    /// Through which it is asked to stop.
     #[must_use]
-    pub fn cancelled(&self) -> Arc<AtomicBool> {
-        self.cancelled.clone()
+    pub fn control(&self) -> Arc<Control> {
+        self.control.clone()
     }
 
     /// Says how far it is.
@@ -62,8 +60,9 @@ impl Handle {
     }
 
     /// Ends it.
-    pub fn end(self, outcome: Result<Value, ErrorBody>) {
+    pub fn end(&self, outcome: Result<Value, ErrorBody>) {
         self.state.send_modify(|operation| match outcome {
+            _ if operation.state != OperationState::Running => {}
             Ok(result) => {
                 operation.state = OperationState::Done;
                 operation.result = Some(result);
@@ -115,8 +114,8 @@ impl Operations {
             result: None,
             error: None,
         };
-        let (state, cancelled) = (watch::Sender::new(operation), Arc::new(AtomicBool::new(false)));
-        table.entries.insert(number, Entry { state: state.clone(), cancelled: cancelled.clone() });
+        let (state, control) = (watch::Sender::new(operation), Arc::<Control>::default());
+        table.entries.insert(number, Entry { state: state.clone(), control: control.clone() });
         let ended = |entry: &Entry| entry.state.borrow().state != OperationState::Running;
         while table.entries.len() > KEPT {
             let Some(oldest) =
@@ -126,7 +125,7 @@ impl Operations {
             };
             table.entries.remove(&oldest);
         }
-        Handle { state, cancelled }
+        Handle { state, control }
     }
 
     fn subscribe(&self, id: &str) -> Result<watch::Receiver<Operation>, ErrorBody> {
@@ -180,9 +179,9 @@ impl Operations {
     pub fn cancel(&self, id: &str) -> Result<Operation, ErrorBody> {
         let receiver = self.subscribe(id)?;
         if let Some(entry) =
-            Self::number(id).and_then(|number| self.table().entries.get(&number).map(|e| e.cancelled.clone()))
+            Self::number(id).and_then(|number| self.table().entries.get(&number).map(|e| e.control.clone()))
         {
-            entry.store(true, Ordering::Release);
+            entry.cancel();
         }
         let operation = receiver.borrow().clone();
         Ok(operation)
@@ -218,7 +217,7 @@ mod tests {
         let handle = operations.begin("migrate", &alice);
         let id = handle.id();
         operations.cancel(&id).unwrap();
-        assert!(handle.cancelled().load(Ordering::Acquire));
+        assert!(handle.control().is_cancelled());
         drop(handle);
         assert_eq!(operations.get(&id, Duration::ZERO).await.unwrap().state, OperationState::Failed);
         assert_eq!(operations.cancel("h1:99").unwrap_err().code, Code::NotFound);

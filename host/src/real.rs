@@ -10,7 +10,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use kage_fabric::{Fabric, FabricSpec, names};
+use kage_fabric::{Fabric, FabricSpec, drain_until_quiet, names};
 use kage_images::{ImageFile, Symbols};
 use kage_machine::{
     Geometry, HostInstant, HostName, ImageNumber, Machine, MachineError, Memory, PageSet, PauseCause, Paused,
@@ -18,7 +18,7 @@ use kage_machine::{
     control::{Identity, Phase},
     identity::ApName,
 };
-use kage_migrate::recover::Found;
+use kage_migrate::{recover::Found, report::Drained};
 use kage_vmm::{
     pool::{Pool, PoolSpec},
     remote::{RemoteMachine, Spawn},
@@ -38,10 +38,18 @@ const LOGINS: usize = 2;
 /// Empty machines kept waiting.
 const SHELLS: usize = 2;
 
+/// First of the users and groups that VMM processes become: a range no distribution gives out.
+const JAIL: u32 = 0x6b61_0000;
+
 /// VXLAN network identifier of a site: "kag".
 const VXLAN_ID: u32 = 0x6b_61_67;
 /// UDP port of VXLAN (RFC 7348 §5).
 const VXLAN_PORT: u16 = 4789;
+
+/// A tap on which no frame has come for so long after its route went elsewhere is drained …
+const DRAIN_QUIET: Duration = Duration::from_millis(5);
+/// … and any tap after so long.
+const DRAIN_LONGEST: Duration = Duration::from_millis(100);
 
 /// Port of a machine's UDP echo service.
 const ECHO_PORT: u16 = 7;
@@ -71,7 +79,7 @@ impl VmmMachines {
             std::env::current_exe().map_err(|error| format!("cannot find this program: {error}"))?;
         let sockets = run_dir.join("vmm");
         std::fs::create_dir_all(&sockets).map_err(|error| format!("{}: {error}", sockets.display()))?;
-        let spawn = Spawn { program, arguments: vec!["vmm".into(), "--fd".into()], jail: None };
+        let spawn = Spawn { program, arguments: vec!["vmm".into(), "--fd".into()], jail: Some(JAIL) };
         Ok(Self { sockets, spawn, pools: Mutex::default() })
     }
 
@@ -409,6 +417,25 @@ impl Net for FabricNet {
 
     fn access_point(&self, ap: &ApName, _bridge: Option<&str>) -> Result<(), String> {
         Self::said(self.fabric.ensure_ap_bridge(ap)).map(|_| ())
+    }
+
+    fn drain(&self, tap: &OwnedFd) -> Drained {
+        match drain_until_quiet(tap, DRAIN_QUIET, Instant::now() + DRAIN_LONGEST) {
+            Ok(drained) => Drained {
+                forwarded_frames: drained.forwarded,
+                // Each may be overtaken by a frame that took the new route at once.
+                reordered_frames: drained.forwarded,
+                lost_frames: drained.lost,
+            },
+            Err(error) => {
+                tracing::warn!(%error, "what a tap still held was not sent on");
+                Drained::default()
+            }
+        }
+    }
+
+    fn tap_drops(&self, image: ImageNumber) -> u64 {
+        self.fabric.tap_counters(&names::tap(image)).map_or(0, |counters| counters.to_machine_dropped)
     }
 
     fn first_answer(&self, address: Ipv6Addr, patience: Duration) -> Result<(), String> {

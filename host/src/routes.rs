@@ -1,12 +1,12 @@
 //! Which routes this host has to have, from the directory's records. Pure, except [`apply`].
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::BTreeMap,
     net::{IpAddr, Ipv6Addr},
 };
 
 use kage_directory::{DeviceRecord, HostRecord, ImageRecord, Wanted};
-use kage_machine::{HostName, SitePrefix, UserName, Vid};
+use kage_machine::{HostName, SitePrefix, Term, UserName, Vid};
 
 use crate::machines::{Net, Via};
 
@@ -19,6 +19,8 @@ pub struct Table {
     pub images: BTreeMap<Ipv6Addr, (Vid, Via)>,
     /// Where each device's address goes.
     pub devices: BTreeMap<Ipv6Addr, Via>,
+    /// The owner's term of each image, by its VID, whether or not it has a route.
+    pub terms: BTreeMap<Ipv6Addr, Term>,
 }
 
 /// What the directory says, as far as routes depend on it.
@@ -44,6 +46,7 @@ pub fn desired(records: &Records, me: &HostName, prefix: SitePrefix) -> Table {
     }
     for image in records.images.values() {
         let vid = Vid::of_image(prefix, image.number);
+        table.terms.insert(vid.address(), image.term);
         if image.owner == *me {
             if image.wanted == Wanted::Running {
                 table.images.insert(vid.address(), (vid, Via::Tap));
@@ -62,13 +65,23 @@ pub fn desired(records: &Records, me: &HostName, prefix: SitePrefix) -> Table {
     table
 }
 
-/// Whether the routes of an image are left alone for now: this host's lifecycle is changing them.
-pub type Held = BTreeSet<Ipv6Addr>;
+/// Images whose routes are left alone for now, because this host's lifecycle is changing them: until the
+/// directory shows at least that term, or, without one, until the lifecycle says so.
+pub type Held = BTreeMap<Ipv6Addr, Option<Term>>;
+
+fn is_held(held: &Held, wanted: &Table, address: Ipv6Addr) -> bool {
+    match held.get(&address) {
+        None => false,
+        Some(None) => true,
+        Some(Some(term)) => wanted.terms.get(&address).is_none_or(|seen| seen < term),
+    }
+}
 
 /// Brings the network from `now` to `wanted` and returns what it has then: what failed stays as it was,
 /// so that the next call tries again. Routes of images in `held` are not touched.
 pub fn apply(net: &dyn Net, now: &Table, wanted: &Table, held: &Held) -> Table {
     let mut have = now.clone();
+    have.terms.clone_from(&wanted.terms);
     let report = |what: &str, result: Result<(), String>| match result {
         Ok(()) => true,
         Err(reason) => {
@@ -83,13 +96,13 @@ pub fn apply(net: &dyn Net, now: &Table, wanted: &Table, held: &Held) -> Table {
     }
     for (address, (vid, via)) in &wanted.images {
         let same = have.images.get(address).is_some_and(|(_, there)| there == via);
-        if !held.contains(address) && !same && report("image", net.route_image(*vid, via)) {
+        if !is_held(held, wanted, *address) && !same && report("image", net.route_image(*vid, via)) {
             have.images.insert(*address, (*vid, via.clone()));
         }
     }
     for (address, (vid, _)) in &now.images {
         if !wanted.images.contains_key(address)
-            && !held.contains(address)
+            && !is_held(held, wanted, *address)
             && report("image", net.forget_image(*vid))
         {
             have.images.remove(address);
@@ -117,7 +130,20 @@ pub struct Keeper {
 #[derive(Default)]
 struct Kept {
     table: Table,
+    wanted: Table,
     held: Held,
+}
+
+impl Kept {
+    fn apply(&mut self, net: &dyn Net) {
+        let (held, wanted) = (&self.held, &self.wanted);
+        self.table = apply(net, &self.table, wanted, held);
+        let over = |address: &Ipv6Addr| !is_held(held, wanted, *address);
+        let settled: Vec<_> = self.held.keys().copied().filter(over).collect();
+        for address in settled {
+            self.held.remove(&address);
+        }
+    }
 }
 
 impl Keeper {
@@ -132,22 +158,22 @@ impl Keeper {
     }
 
     /// Follows the directory.
-    pub fn follow(&self, wanted: &Table) {
+    pub fn follow(&self, wanted: Table) {
         let mut kept = self.kept();
-        kept.table = apply(&*self.net, &kept.table, wanted, &kept.held);
+        kept.wanted = wanted;
+        kept.apply(&*self.net);
     }
 
     /// Leaves an image's route to the lifecycle until [`Keeper::let_go`].
     pub fn hold(&self, vid: Vid) {
-        self.kept().held.insert(vid.address());
+        self.kept().held.insert(vid.address(), None);
     }
 
-    /// The directory decides again.
-    pub fn let_go(&self, vid: Vid) {
+    /// The directory decides again, as soon as what was last seen of it is of `term` or later.
+    pub fn let_go(&self, vid: Vid, term: Term) {
         let mut kept = self.kept();
-        kept.held.remove(&vid.address());
-        // Whatever was done meanwhile, the next `follow` sets the route again.
-        kept.table.images.remove(&vid.address());
+        kept.held.insert(vid.address(), Some(term));
+        kept.apply(&*self.net);
     }
 
     /// Sets an image's route now.

@@ -19,7 +19,9 @@ use super::{
     App, Hops, Reply, Route, Wait, body,
     error::{Code, ErrorBody},
     name,
-    types::{ImageView, LogView, LoginRequest, MigrateRequest, Operation, State as MachineState},
+    types::{
+        ImageView, LogView, LoginRequest, MigrateRequest, Operation, PulseRequest, State as MachineState,
+    },
 };
 use crate::{
     http::Call,
@@ -100,6 +102,15 @@ pub(super) fn routes() -> Vec<Route> {
             "LogView",
             &["after"],
             get(logs),
+        ),
+        route(
+            Method::POST,
+            "/v1/images/{user}/pulse",
+            "Turns a machine's heartbeat on or off, and says what it saw.",
+            Some("PulseRequest"),
+            "Pulse",
+            &[],
+            post(pulse),
         ),
         route(
             Method::GET,
@@ -288,6 +299,21 @@ async fn logs(
     }
     let view: LogView = blocking(move || app.logs(&user, after)).await?;
     Ok(Json(view).into_response())
+}
+
+async fn pulse(
+    State(app): State<App>,
+    Path(user): Path<String>,
+    hops: Hops,
+    bytes: Bytes,
+) -> Result<Response, ErrorBody> {
+    let user: UserName = name(&user)?;
+    let request: PulseRequest = body(&bytes)?;
+    if let Some(owner) = app.elsewhere(&user).await? {
+        let path = format!("/v1/images/{user}/pulse");
+        return app.pass_on(&owner, hops, Call::new(Method::POST, path).json(&request)).await;
+    }
+    Ok(Json(app.pulse(&user, request.on).await?).into_response())
 }
 
 /// The host an operation is at, when it is not this one.

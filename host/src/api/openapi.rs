@@ -7,8 +7,8 @@ use super::{
     routes,
     types::{
         ApView, HostView, ImageView, LogView, LoginReply, LoginRequest, MigrateRequest, MoveOutcome,
-        MovePlan, MoveReport, Operation, OperationState, PhaseView, Ready, Replica, ReplicaHit, ReplicaKind,
-        RoamAction, RoamReply, RoamRequest, State,
+        MovePlan, MoveReport, Operation, OperationState, PhaseView, Pulse, PulseRequest, Ready, Replica,
+        ReplicaHit, ReplicaKind, RoamAction, RoamReply, RoamRequest, State,
     },
 };
 use crate::events::Event;
@@ -120,6 +120,8 @@ fn schemas() -> Value {
     add("ApView", serde_json::to_value(&samples.ap));
     add("RoamRequest", serde_json::to_value(&samples.roam));
     add("RoamReply", serde_json::to_value(&samples.roamed));
+    add("PulseRequest", serde_json::to_value(PulseRequest { on: true }));
+    add("Pulse", serde_json::to_value(Pulse { gap_ms: 0.25, stall_ms: 0.5, ..Pulse::default() }));
     add("Ready", serde_json::to_value(&samples.ready));
     add("Event", serde_json::to_value(&samples.event));
     // What a Duration or a rate looks like is text with a unit; the defaults above do not show it.

@@ -176,111 +176,10 @@ pub struct MigrateRequest {
     pub no_reverse: bool,
 }
 
-/// How a move ended.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum MoveOutcome {
-    /// It runs at the target.
-    HandedOver,
-    /// It runs on at the source.
-    Kept,
-    /// Paused on both sides until the directory answers.
-    InDoubt,
-    /// Its process ended; it was started again.
-    Restarted,
-}
-
-impl MoveOutcome {
-    /// The name in JSON.
-    #[must_use]
-    pub const fn name(self) -> &'static str {
-        match self {
-            Self::HandedOver => "handed_over",
-            Self::Kept => "kept",
-            Self::InDoubt => "in_doubt",
-            Self::Restarted => "restarted",
-        }
-    }
-}
-
-/// How much of the image the target held before the move.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum ReplicaHit {
-    /// All but what changed since.
-    Full,
-    /// Some.
-    Partial,
-    /// Nothing.
-    #[default]
-    None,
-}
-
-/// A part of a move.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct PhaseView {
-    /// Its name.
-    pub name: String,
-    /// How long.
-    pub ms: f64,
-    /// Bytes on the wire.
-    pub bytes: u64,
-}
-
-/// What `kage migrate` reports.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct MoveReport {
-    /// Whose image.
-    pub user: UserName,
-    /// The source.
-    pub from: HostName,
-    /// The target.
-    pub to: HostName,
-    /// How: `precopy`.
-    pub mode: String,
-    /// How it ended.
-    pub outcome: MoveOutcome,
-    /// Why, unless handed over.
-    pub reason: Option<String>,
-    /// The owner's term now.
-    pub term: Term,
-    /// The request … the last page at the target.
-    pub total_ms: f64,
-    /// Last exit at the source … first entry at the target.
-    pub blackout_ms: f64,
-    /// Longest heartbeat gap, request … last page + 1 s.
-    pub gap_ms: f64,
-    /// Sum of (gap − interval) over gaps above 1 ms in that time.
-    pub stall_ms: f64,
-    /// Error of the exchanged clock offset.
-    pub clock_error_us: u64,
-    /// Epochs sent before the switch.
-    pub rounds: u32,
-    /// Pages sent in all.
-    pub pages_sent: u64,
-    /// Pages in the switch message.
-    pub pages_at_switch: u64,
-    /// Bytes on the wire.
-    pub bytes_wire: u64,
-    /// The same pages unencoded.
-    pub bytes_raw: u64,
-    /// Pages asked for after the switch.
-    pub faults: u64,
-    /// Time spent waiting for them.
-    pub fault_wait_ms: f64,
-    /// Frames that the source's tap queue still held.
-    pub forwarded_frames: u64,
-    /// Frames that may have arrived out of order.
-    pub reordered_frames: u64,
-    /// Frames dropped at taps and by full queues.
-    pub lost_frames: u64,
-    /// Pages that could not be brought over.
-    pub lost_pages: u64,
-    /// What the target held before.
-    pub replica_hit: ReplicaHit,
-    /// Its parts.
-    pub phases: Vec<PhaseView>,
-}
+pub use kage_migrate::{
+    Outcome as MoveOutcome, Report as MoveReport,
+    report::{Phase as PhaseView, ReplicaHit},
+};
 
 /// Answer to a dry run.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -422,6 +321,27 @@ pub struct LogView {
     pub next: u64,
     /// Whether text before this is lost.
     pub truncated: bool,
+}
+
+/// Body of `POST /v1/images/{user}/pulse`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PulseRequest {
+    /// Whether the heartbeat goes on; either way its figures start anew.
+    pub on: bool,
+}
+
+/// What the heartbeat saw since its figures were started.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Pulse {
+    /// Beats.
+    pub beats: u64,
+    /// Longest time between two.
+    pub gap_ms: f64,
+    /// Sum of what gaps above 1 ms were too long.
+    pub stall_ms: f64,
+    /// Frames that this host dropped of the machine's, since the machine is here.
+    pub dropped_frames: u64,
 }
 
 /// Answer of `/readyz`.

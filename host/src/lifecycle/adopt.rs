@@ -13,8 +13,8 @@ use tokio::sync::OwnedMutexGuard;
 use super::{Daemon, Image, Slot, blocking};
 use crate::{
     api::{error::ErrorBody, types::State},
+    handover::Resumed,
     machines::{Adopted, Via},
-    moves::Resumed,
 };
 
 impl Daemon {
@@ -101,8 +101,9 @@ impl Daemon {
                 Ok(Next::Settled) => return,
                 Ok(Next::Again(guard)) => slot = guard,
                 Ok(Next::Resume(guard, resumed)) => {
-                    slot = self.resume(&image, guard, *resumed).await;
+                    self.resume(&image, guard, *resumed).await;
                     // What a resumed handover ended with is judged once more.
+                    slot = image.slot.clone().lock_owned().await;
                 }
                 Ok(Next::Wait(guard)) => {
                     tokio::time::sleep(super::AGAIN).await;

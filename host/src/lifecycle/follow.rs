@@ -62,7 +62,7 @@ impl Daemon {
             };
             match step {
                 Ok((records, revision)) => {
-                    daemon.routes.follow(&desired(&records, &daemon.me, daemon.config.network.prefix));
+                    daemon.routes.follow(desired(&records, &daemon.me, daemon.config.network.prefix));
                     daemon.seen.send_replace(Arc::new(records.clone()));
                     state = Some((records, revision));
                 }

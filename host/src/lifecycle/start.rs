@@ -258,12 +258,25 @@ impl Daemon {
     ) -> Result<(), ErrorBody> {
         let spec = self.spec(&image.user, record)?;
         let vid = spec.vid;
-        let tap = self.net.tap(spec.number).map_err(ErrorBody::failed)?;
+        slot.tap = None;
+        let tap = self.fresh_tap(spec.number)?;
+        slot.tap = tap.try_clone().ok();
         self.routes.hold(vid);
         let machine = self.routes.image(vid, &Via::Tap).and_then(|()| self.machines.start(&spec, tap));
-        self.routes.let_go(vid);
+        self.routes.let_go(vid, record.term);
         self.install(image, slot, spec, machine.map_err(ErrorBody::failed)?);
         Ok(())
+    }
+
+    /// Makes an image's tap; one that a former machine still holds gives way.
+    pub(crate) fn fresh_tap(
+        &self,
+        number: kage_machine::ImageNumber,
+    ) -> Result<std::os::fd::OwnedFd, ErrorBody> {
+        self.net
+            .tap(number)
+            .or_else(|_| self.net.remove_tap(number).and_then(|()| self.net.tap(number)))
+            .map_err(ErrorBody::failed)
     }
 
     /// What a machine of this record is made of here.
@@ -346,7 +359,7 @@ impl Daemon {
         if let Some(mut machine) = slot.machine.take() {
             machine.end();
         }
-        slot.spec = None;
+        (slot.spec, slot.tap, slot.ticket) = (None, None, None);
         if let Err(reason) = self.net.remove_tap(record.number) {
             tracing::warn!(reason, "a tap was not removed");
         }

@@ -164,7 +164,7 @@ impl TestSite {
     }
 }
 
-async fn until(what: &str, mut is: impl AsyncFnMut() -> bool) {
+pub(crate) async fn until(what: &str, mut is: impl AsyncFnMut() -> bool) {
     let deadline = tokio::time::Instant::now() + Duration::from_secs(10);
     while !is().await {
         assert!(tokio::time::Instant::now() < deadline, "{what}: not within 10 s");

@@ -86,16 +86,18 @@ fn a_held_route_is_left_to_the_lifecycle() {
     let keeper = Keeper::new(net.clone());
     let vid = Vid::of_image(prefix(), ImageNumber(1));
     let mut records = records();
-    keeper.follow(&desired(&records, &host("a"), prefix()));
+    keeper.follow(desired(&records, &host("a"), prefix()));
     keeper.hold(vid);
     keeper.image(vid, &Via::Host(host("b"))).unwrap();
     let calls = net.calls().len();
-    keeper.follow(&desired(&records, &host("a"), prefix()));
+    keeper.follow(desired(&records, &host("a"), prefix()));
     assert_eq!(net.calls().len(), calls);
+    keeper.let_go(vid, Term(2));
+    keeper.follow(desired(&records, &host("a"), prefix()));
+    assert_eq!(net.calls().len(), calls, "the directory as last seen is older than the change");
     if let Some(image) = records.images.get_mut(&"alice".parse().unwrap()) {
-        image.owner = host("b");
+        (image.owner, image.term) = (host("a"), Term(3));
     }
-    keeper.let_go(vid);
-    keeper.follow(&desired(&records, &host("a"), prefix()));
-    assert!(net.calls().last().unwrap().contains("Host"), "{:?}", net.calls());
+    keeper.follow(desired(&records, &host("a"), prefix()));
+    assert!(net.calls().last().unwrap().contains("Tap"), "{:?}", net.calls());
 }

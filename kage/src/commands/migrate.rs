@@ -96,11 +96,13 @@ fn verdict(report: &MoveReport) -> Result<(), Failure> {
     let reason = report.reason.as_deref().unwrap_or("no reason given");
     match report.outcome {
         MoveOutcome::HandedOver => Ok(()),
-        MoveOutcome::Kept if reason.contains("timed out") || reason.contains("not converging") => {
+        MoveOutcome::KeptHere if reason.contains("timed out") || reason.contains("not converging") => {
             let message = format!("{} stays at {}: {reason}", report.user, report.from);
             Err(ErrorBody::new(Code::TimedOut, message).into())
         }
-        MoveOutcome::Kept => Err(Failure::new(format!("{} stays at {}: {reason}", report.user, report.from))),
+        MoveOutcome::KeptHere => {
+            Err(Failure::new(format!("{} stays at {}: {reason}", report.user, report.from)))
+        }
         MoveOutcome::InDoubt => {
             let message = format!("{} is paused until it is known who owns it: {reason}", report.user);
             Err(ErrorBody::new(Code::OwnershipLost, message).into())
@@ -116,7 +118,7 @@ fn line(report: &MoveReport) -> String {
         report.user,
         report.from,
         report.to,
-        report.outcome.name(),
+        report.outcome,
         report.total_ms,
         report.blackout_ms,
         report.gap_ms,

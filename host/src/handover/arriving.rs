@@ -1,0 +1,219 @@
+//! This host is the target of a handover.
+
+use std::{sync::Arc, time::Duration};
+
+use kage_directory::Wanted;
+use kage_machine::{HandoverId, Machine, Term, UserName};
+use kage_migrate::{
+    Cause, Ticket,
+    drive::target::{TargetHost, TargetSide},
+    recover::Found,
+    target::TargetOutcome,
+};
+use kage_replicate::{Link, link::TlsLink};
+use kage_wire::{Purpose, handover::Prepare};
+use serde_json::json;
+use tokio::sync::OwnedMutexGuard;
+
+use crate::{
+    api::types::State,
+    lifecycle::{Daemon, Image, Slot},
+    machines::{Hosted, MachineSpec, Via},
+};
+
+/// How long a former copy may take to be gone before a new one is taken.
+const SLOT: Duration = Duration::from_secs(2);
+
+/// The daemon as the sessions see it.
+struct Receiving(Arc<Daemon>);
+
+impl TargetHost for Receiving {
+    fn prepare(&self, ticket: &Ticket, request: &Prepare) -> Result<Box<dyn TargetSide>, String> {
+        Arriving::prepare(&self.0, ticket, request).map(|side| Box::new(side) as Box<dyn TargetSide>)
+    }
+
+    fn holds(&self, user: &UserName) -> bool {
+        let Some(image) = self.0.known(user) else { return false };
+        match image.slot.try_lock() {
+            Ok(mut slot) => slot.machine.as_mut().is_some_and(|machine| {
+                !matches!(machine.found(), Found::None | Found::Shell | Found::Released)
+            }),
+            // Somebody is at work on it, and will be asked again.
+            Err(_) => true,
+        }
+    }
+}
+
+impl Daemon {
+    /// Serves a peer's link of a handover until it ends; blocks.
+    pub(crate) fn take_handover_link(self: &Arc<Self>, mut link: TlsLink, purpose: Purpose) {
+        let peer = link.peer().clone();
+        if let Err(error) = link.welcome(self.me.clone(), purpose) {
+            tracing::debug!(%peer, %error, "a link ended");
+            return;
+        }
+        match purpose {
+            Purpose::Switch => self.targets.serve_switch(&Receiving(self.clone()), Box::new(link)),
+            Purpose::Bulk { handover } => self.attach_bulk(handover, link),
+            Purpose::Directory => {}
+        }
+    }
+
+    fn attach_bulk(&self, handover: HandoverId, link: TlsLink) {
+        self.targets.attach_bulk(handover, Box::new(link));
+    }
+}
+
+/// What the target's driver is lent.
+pub struct Arriving {
+    daemon: Arc<Daemon>,
+    image: Arc<Image>,
+    slot: OwnedMutexGuard<Slot>,
+    machine: Box<dyn Hosted>,
+    spec: MachineSpec,
+    term: Term,
+}
+
+impl Arriving {
+    fn prepare(daemon: &Arc<Daemon>, ticket: &Ticket, request: &Prepare) -> Result<Self, String> {
+        let record = daemon.existing(&ticket.user).map_err(|error| error.message)?.record;
+        if record.owner != ticket.source || record.term != ticket.term {
+            return Err(format!(
+                "the directory names {} as owner under term {}",
+                record.owner, record.term.0
+            ));
+        }
+        if record.wanted == Wanted::Stopped {
+            return Err("its user wants it stopped".to_owned());
+        }
+        let image = daemon.image(&ticket.user);
+        let mut slot = daemon
+            .runtime
+            .block_on(async { tokio::time::timeout(SLOT, image.slot.clone().lock_owned()).await })
+            .map_err(|_| "something of it is still under way at this host; try again".to_owned())?;
+        if let Some(machine) = &mut slot.machine {
+            match machine.found() {
+                Found::None | Found::Shell | Found::Released => daemon.end_here(&image, &mut slot),
+                Found::Running | Found::Gated | Found::Paused => {
+                    return Err("this host holds a machine of it".to_owned());
+                }
+            }
+        }
+        let spec = daemon.spec(&ticket.user, &record).map_err(|error| error.message)?;
+        if spec.geometry != request.geometry {
+            return Err("its size in the directory is another than its machine's".to_owned());
+        }
+        slot.tap = None;
+        let tap = daemon.fresh_tap(spec.number).map_err(|error| error.message)?;
+        let kept = tap.try_clone().ok();
+        let mut machine = daemon.machines.shell(&spec, tap)?;
+        let mut label = spec.label();
+        label.ticket = Some(ticket.clone());
+        if let Err(error) = machine.relabel(&label) {
+            machine.end();
+            return Err(error.to_string());
+        }
+        slot.tap = kept;
+        slot.ticket = Some(ticket.clone());
+        daemon.routes.hold(spec.vid);
+        let term = ticket.term.next();
+        Ok(Self { daemon: daemon.clone(), image, slot, machine, spec, term })
+    }
+
+    /// With a machine that an earlier daemon had taken.
+    pub fn adopted(
+        daemon: &Arc<Daemon>,
+        image: &Arc<Image>,
+        mut slot: OwnedMutexGuard<Slot>,
+    ) -> Option<Self> {
+        let record = daemon.seen.borrow().images.get(&image.user).cloned();
+        let record = match record {
+            Some(record) => record,
+            None => daemon.existing(&image.user).ok()?.record,
+        };
+        let spec = daemon.spec(&image.user, &record).ok()?;
+        let machine = slot.machine.take()?;
+        let term = slot.ticket.as_ref().map_or(record.term, |ticket| ticket.term.next());
+        daemon.routes.hold(spec.vid);
+        Some(Self { daemon: daemon.clone(), image: image.clone(), slot, machine, spec, term })
+    }
+
+    fn route_here(&self) {
+        if let Err(reason) = self.daemon.routes.image(self.spec.vid, &Via::Tap) {
+            tracing::error!(reason, user = %self.image.user, "the route to an arrived machine was not set");
+        }
+    }
+}
+
+impl TargetSide for Arriving {
+    fn machine(&mut self) -> &mut dyn Machine {
+        self.machine.as_machine()
+    }
+
+    fn target_started(&mut self) {
+        self.route_here();
+    }
+
+    fn target_running(&mut self) {
+        self.route_here();
+        let (memory, pid, term) = (self.machine.memory(), self.machine.pid(), self.term);
+        self.image.update(|status| {
+            *status = crate::lifecycle::Status {
+                state: State::Running,
+                term,
+                memory: Some(memory),
+                pid,
+                ..Default::default()
+            };
+        });
+    }
+
+    fn restart(&mut self) {
+        // Its machine has ended; once the slot is free the image is looked at anew and started.
+        self.machine.end();
+    }
+
+    fn in_doubt(&mut self, cause: &Cause) {
+        self.image.set(State::InDoubt, Some(cause.to_string()));
+        let details = json!({ "reason": cause.to_string() });
+        self.daemon.events.emit("in_doubt", Some(&self.image.user), details);
+    }
+
+    fn ended(self: Box<Self>, ticket: &Ticket, outcome: &TargetOutcome) {
+        let Self { daemon, image, mut slot, mut machine, mut spec, term } = *self;
+        let vid = spec.vid;
+        slot.ticket = None;
+        match outcome {
+            TargetOutcome::Owner => {
+                spec.term = term;
+                if let Err(error) = machine.relabel(&spec.label()) {
+                    tracing::warn!(%error, "an arrived machine keeps its old label");
+                }
+                daemon.install(&image, &mut slot, spec, machine);
+                daemon.routes.let_go(vid, term);
+                let details = json!({ "from": ticket.source, "term": term });
+                daemon.events.emit("arrived", Some(&image.user), details);
+            }
+            TargetOutcome::Restarted(cause) => {
+                machine.end();
+                slot.tap = None;
+                daemon.routes.let_go(vid, Term(0));
+                image.set(State::Starting, Some(cause.to_string()));
+                let (again, user, reason) = (daemon.clone(), image.user.clone(), cause.to_string());
+                drop(slot);
+                daemon.runtime.spawn(async move { again.settle(user, reason).await });
+            }
+            TargetOutcome::Nothing(cause) => {
+                machine.end();
+                slot.tap = None;
+                if let Err(reason) = daemon.net.remove_tap(spec.number) {
+                    tracing::warn!(reason, "a tap was not removed");
+                }
+                daemon.routes.let_go(vid, Term(0));
+                image.update(|status| *status = crate::lifecycle::Status::default());
+                let details = json!({ "from": ticket.source, "reason": cause.to_string() });
+                daemon.events.emit("not_taken", Some(&image.user), details);
+            }
+        }
+    }
+}

@@ -1,0 +1,284 @@
+//! This host is the source of a handover.
+
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use kage_machine::{HostName, Machine, Term, Vid};
+use kage_migrate::{
+    Cause, Outcome, Report, Ticket,
+    drive::{Control, source, source::SourceSide},
+    report::Drained,
+};
+use kage_replicate::{Link, link::tls};
+use kage_wire::{Hello, Purpose};
+use serde_json::json;
+use tokio::sync::OwnedMutexGuard;
+
+use super::{CONNECT, new_handover, on_thread};
+use crate::{
+    api::{
+        error::{Code, ErrorBody},
+        types::{MigrateRequest, State},
+    },
+    lifecycle::{Daemon, Image, Slot, Status, blocking},
+    machines::Via,
+    operations::Handle,
+};
+
+/// After the last page the heartbeat is watched for so long.
+const AFTERGLOW: Duration = Duration::from_secs(1);
+
+/// What the source's driver is lent.
+pub struct Leaving {
+    daemon: Arc<Daemon>,
+    image: Arc<Image>,
+    slot: OwnedMutexGuard<Slot>,
+    target: HostName,
+    vid: Option<Vid>,
+    progress: Option<Box<dyn Fn(&'static str) + Send>>,
+}
+
+impl Leaving {
+    pub fn new(
+        daemon: &Arc<Daemon>,
+        image: &Arc<Image>,
+        slot: OwnedMutexGuard<Slot>,
+        ticket: &Ticket,
+        progress: Option<Box<dyn Fn(&'static str) + Send>>,
+    ) -> Self {
+        let seen = daemon.seen.borrow().clone();
+        let vid = slot.spec.as_ref().map(|spec| spec.vid);
+        let vid = vid.or_else(|| seen.images.get(&image.user).map(|record| daemon.vid(record)));
+        if let Some(vid) = vid {
+            daemon.routes.hold(vid);
+        }
+        Self {
+            daemon: daemon.clone(),
+            image: image.clone(),
+            slot,
+            target: ticket.target.clone(),
+            vid,
+            progress,
+        }
+    }
+
+    /// Leaves the image as the handover ended; gives the slot back.
+    pub fn over(mut self, report: &Report) {
+        let (daemon, image) = (&self.daemon, &self.image);
+        match report.outcome {
+            Outcome::HandedOver => {
+                let number = self.slot.spec.as_ref().map(|spec| spec.number);
+                self.slot.tap = None;
+                daemon.end_here(image, &mut self.slot);
+                if let Some(number) = number
+                    && let Err(reason) = daemon.net.remove_tap(number)
+                {
+                    tracing::warn!(reason, "a tap was not removed");
+                }
+            }
+            Outcome::KeptHere if self.slot.machine.is_some() => image.update(|status| {
+                status.state = State::Running;
+                status.note = None;
+                status.operation = None;
+                status.term = report.term;
+            }),
+            // Nothing runs, or nothing is settled: looked at anew.
+            Outcome::KeptHere | Outcome::InDoubt | Outcome::Restarted => image.update(|status| {
+                status.operation = None;
+                status.note.clone_from(&report.reason);
+            }),
+        }
+        if let Some(vid) = self.vid {
+            let term = if report.outcome == Outcome::HandedOver { report.term } else { Term(0) };
+            daemon.routes.let_go(vid, term);
+        }
+        if matches!(report.outcome, Outcome::Restarted | Outcome::InDoubt)
+            || (report.outcome == Outcome::KeptHere && self.slot.machine.is_none())
+        {
+            let (daemon, user) = (daemon.clone(), image.user.clone());
+            let reason = report.reason.clone().unwrap_or_else(|| "its handover failed".to_owned());
+            self.daemon.runtime.spawn(async move { daemon.settle(user, reason).await });
+        }
+    }
+}
+
+impl SourceSide for Leaving {
+    fn machine(&mut self) -> Option<&mut dyn Machine> {
+        self.slot.machine.as_mut().map(|machine| machine.as_machine())
+    }
+
+    fn connect(&mut self, purpose: Purpose) -> Result<Box<dyn Link>, String> {
+        let address = self.daemon.address(&self.target).map_err(|error| error.message)?;
+        let identity = self.daemon.peers.identity();
+        let hello = Hello::new(self.daemon.me.clone(), purpose);
+        tls::connect(address, &self.target, identity.links(), &hello, CONNECT)
+            .map(|link| Box::new(link) as Box<dyn Link>)
+            .map_err(|error| format!("host {} at {address}: {error}", self.target))
+    }
+
+    fn announced(&mut self) -> Result<(), String> {
+        Ok(())
+    }
+
+    fn source_released(&mut self) {
+        if let Some(vid) = self.vid
+            && let Err(reason) = self.daemon.routes.image(vid, &Via::Host(self.target.clone()))
+        {
+            tracing::error!(reason, user = %self.image.user, "the route to the image's new host was not set");
+        }
+    }
+
+    fn drain(&mut self) -> Drained {
+        self.slot.tap.as_ref().map(|tap| self.daemon.net.drain(tap)).unwrap_or_default()
+    }
+
+    fn restart(&mut self) {
+        // The machine has ended; once the slot is free the image is looked at anew and started.
+        if let Some(mut machine) = self.slot.machine.take() {
+            machine.end();
+        }
+    }
+
+    fn in_doubt(&mut self, cause: &Cause) {
+        self.image.set(State::InDoubt, Some(cause.to_string()));
+        let details = json!({ "reason": cause.to_string(), "to": self.target });
+        self.daemon.events.emit("in_doubt", Some(&self.image.user), details);
+    }
+
+    fn phase(&mut self, name: &'static str) {
+        if let Some(progress) = &self.progress {
+            progress(name);
+        }
+    }
+}
+
+impl Daemon {
+    /// Moves an image that this host owns, and says what came of it.
+    pub(crate) async fn carry_out(
+        self: &Arc<Self>,
+        image: &Arc<Image>,
+        to: &HostName,
+        request: &MigrateRequest,
+        handle: Arc<Handle>,
+    ) -> Result<Report, ErrorBody> {
+        let slot = image.slot.clone().lock_owned().await;
+        if handle.control().is_cancelled() {
+            return Err(ErrorBody::new(Code::Cancelled, "cancelled before it began"));
+        }
+        let (daemon, user) = (self.clone(), image.user.clone());
+        let record = blocking(move || daemon.existing(&user)).await?.record;
+        if record.owner != self.me {
+            let message = format!("{}'s machine went to host {} meanwhile", image.user, record.owner);
+            return Err(ErrorBody::new(Code::OwnershipLost, message));
+        }
+        if slot.machine.is_none() || image.status().state == State::Failed {
+            return Err(ErrorBody::new(Code::Busy, format!("{}'s machine is not running", image.user)));
+        }
+        let ticket = Ticket {
+            user: image.user.clone(),
+            term: record.term,
+            handover: new_handover(),
+            source: self.me.clone(),
+            target: to.clone(),
+        };
+        image.update(|status| {
+            status.state = State::Moving;
+            status.operation = Some(handle.id());
+        });
+        let begun = Instant::now();
+        let spec = self.source_spec(ticket, request);
+        let (daemon, holder, control) = (self.clone(), image.clone(), handle.control());
+        let mut report =
+            on_thread("kage-source", move || daemon.hand_over(&holder, slot, spec, &handle, &control))
+                .await?;
+        let pulse = if report.outcome == Outcome::HandedOver || report.outcome == Outcome::KeptHere {
+            tokio::time::sleep(AFTERGLOW).await;
+            self.pulse_anywhere(&image.user, &report).await
+        } else {
+            Err(ErrorBody::failed("nothing runs"))
+        };
+        match pulse {
+            Ok(pulse) => {
+                // The guest's own word, but not beyond what can have been.
+                let most = begun.elapsed().as_secs_f64() * 1e3;
+                report.gap_ms = pulse.gap_ms.max(report.blackout_ms).min(most);
+                report.stall_ms = pulse.stall_ms.min(most);
+                if report.outcome == Outcome::HandedOver {
+                    report.lost_frames += pulse.dropped_frames;
+                }
+            }
+            // Without the guest's word the switch itself is the least it must have felt.
+            Err(error) => {
+                tracing::debug!(%error, "no heartbeat");
+                report.gap_ms = report.blackout_ms;
+                report.stall_ms = report.blackout_ms;
+            }
+        }
+        self.tell_move(&report);
+        Ok(report)
+    }
+
+    /// The blocking part of a move.
+    fn hand_over(
+        self: &Arc<Self>,
+        image: &Arc<Image>,
+        mut slot: OwnedMutexGuard<Slot>,
+        spec: source::SourceSpec,
+        handle: &Arc<Handle>,
+        control: &Control,
+    ) -> Report {
+        let number = slot.spec.as_ref().map(|spec| spec.number);
+        let drops = |daemon: &Daemon, slot: &mut Slot| {
+            let tap = number.map_or(0, |number| daemon.net.tap_drops(number));
+            tap + slot.machine.as_mut().map_or(0, |machine| machine.dropped_frames())
+        };
+        let before = drops(self, &mut slot);
+        if let Some(machine) = &mut slot.machine
+            && let Err(error) = machine.heartbeat(true)
+        {
+            tracing::debug!(%error, "no heartbeat");
+        }
+        let told = handle.clone();
+        let progress = Box::new(move |phase| told.progress(json!({ "phase": phase })));
+        let mut side = Leaving::new(self, image, slot, &spec.ticket, Some(progress));
+        let directory = self.directory.clone();
+        let mut report = source::run(&spec, &mut side, &*directory, control);
+        let tap = number.map_or(0, |number| self.net.tap_drops(number));
+        report.lost_frames += tap.saturating_sub(before);
+        side.over(&report);
+        report
+    }
+
+    /// Writes a move into figures and events.
+    pub(crate) fn tell_move(&self, report: &Report) {
+        let outcome = report.outcome.to_string();
+        let labels = [("mode", report.mode.as_str()), ("outcome", outcome.as_str())];
+        self.metrics.add("kage_handovers_total", &labels, 1);
+        let mode = [("mode", report.mode.as_str())];
+        if report.outcome == Outcome::HandedOver {
+            let span = |ms: f64| Duration::from_secs_f64(ms.max(0.0) / 1e3);
+            self.metrics.observe("kage_handover_total_seconds", &mode, span(report.total_ms));
+            self.metrics.observe("kage_handover_blackout_seconds", &mode, span(report.blackout_ms));
+        }
+        for phase in &report.phases {
+            self.metrics.add("kage_handover_bytes_total", &[("phase", &phase.name)], phase.bytes);
+        }
+        self.metrics.add("kage_forwarded_frames_total", &[], report.forwarded_frames);
+        self.metrics.add("kage_lost_frames_total", &[], report.lost_frames);
+        self.events.emit(&outcome, Some(&report.user), json!(report));
+    }
+}
+
+impl Image {
+    /// Ends the status of a move that could not begin.
+    pub(crate) fn move_over(&self) {
+        self.update(|status: &mut Status| {
+            status.operation = None;
+            if status.state == State::Moving {
+                status.state = State::Running;
+            }
+        });
+    }
+}

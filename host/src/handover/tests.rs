@@ -1,0 +1,154 @@
+//! Moves between daemons on loopback: real links, real directory, simulated machines.
+
+use std::time::Duration;
+
+use http::Method;
+use kage_machine::{PAGE_SIZE, PageIndex};
+use serde_json::{Value, json};
+
+use crate::{
+    api::types::{MoveOutcome, MoveReport, Operation, OperationState, State},
+    http::Call,
+    lifecycle::tests::{TestHost, TestSite, until},
+};
+
+async fn migrate(host: &TestHost, user: &str, body: Value) -> Operation {
+    let (status, reply) =
+        host.call(&Call::new(Method::POST, format!("/v1/images/{user}/migrate")).json(&body)).await;
+    assert_eq!(status, 202, "{reply}");
+    let mut operation: Operation = serde_json::from_value(reply).unwrap();
+    while operation.state == OperationState::Running {
+        let path = format!("/v1/operations/{}?wait=5s", operation.id);
+        let (status, reply) = host.call(&Call::new(Method::GET, path)).await;
+        assert_eq!(status, 200, "{reply}");
+        operation = serde_json::from_value(reply).unwrap();
+    }
+    operation
+}
+
+fn report(operation: Operation) -> MoveReport {
+    let result = operation.result.unwrap_or_else(|| panic!("{:?}", operation.error));
+    serde_json::from_value(result).unwrap()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_machine_moves_with_its_memory_and_its_route() {
+    let (_site, hosts) = TestSite::new("move", 3).await;
+    let login = hosts[0].login("alice", json!({})).await;
+    let memory = hosts[0].machines.process("alice").unwrap().memory();
+    for page in 0..200 {
+        memory.write(PageIndex(page * 7), &[page as u8 + 1; PAGE_SIZE]);
+    }
+    // Asked of a host that has nothing to do with it.
+    let report = report(migrate(&hosts[2], "alice", json!({ "to": "h2" })).await);
+    assert_eq!(
+        (report.outcome, report.term.0, report.to.as_str()),
+        (MoveOutcome::HandedOver, 2, "h2"),
+        "{report:?}"
+    );
+    assert!(report.pages_sent >= 200 && report.forwarded_frames == 2, "{report:?}");
+    let arrived = hosts[1].machines.process("alice").unwrap().memory();
+    for page in 0..1400 {
+        let (mut before, mut after) = ([0; PAGE_SIZE], [0; PAGE_SIZE]);
+        memory.read(PageIndex(page), &mut before);
+        arrived.read(PageIndex(page), &mut after);
+        assert!(before == after, "page {page}");
+    }
+    assert!(hosts[0].machines.process("alice").is_none());
+    let view = hosts[0].show("alice?state=running&at=h2&timeout=5s").await;
+    assert_eq!(view.address, login.address);
+    let vid = login.vid.to_string();
+    until("routes", async || {
+        let last = |host: &TestHost| {
+            host.net.calls().into_iter().rfind(|call| call.starts_with("image") && call.contains(&vid))
+        };
+        let (a, b, c) = (last(&hosts[0]), last(&hosts[1]), last(&hosts[2]));
+        [(a, "h2"), (b, "Tap"), (c, "h2")]
+            .into_iter()
+            .all(|(call, to)| call.is_some_and(|call| call.contains(to)))
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_machine_follows_its_user_back_and_forth() {
+    let (_site, hosts) = TestSite::new("walk", 2).await;
+    hosts[0].login("alice", json!({})).await;
+    for step in 0..4 {
+        let (ap, to) = [("ap-2", "h2"), ("ap-1", "h1")][step % 2];
+        let body = json!({ "user": "alice", "ap": ap, "wait": true });
+        let (status, reply) = hosts[step % 2].call(&Call::new(Method::POST, "/v1/roam").json(&body)).await;
+        assert_eq!(
+            (status, &reply["action"], &reply["report"]["outcome"]),
+            (200, &json!("moves"), &json!("handed_over")),
+            "{reply}"
+        );
+        let view = hosts[0].show(&format!("alice?state=running&at={to}&timeout=5s")).await;
+        assert_eq!(view.term.0, step as u64 + 2);
+    }
+    let body = json!({ "user": "alice", "ap": "ap-1" });
+    let (_, reply) = hosts[1].call(&Call::new(Method::POST, "/v1/roam").json(&body)).await;
+    assert_eq!(reply["action"], "stays");
+    assert!(hosts[0].machines.process("alice").is_some() && hosts[1].machines.process("alice").is_none());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_move_to_a_host_that_is_down_keeps_the_machine() {
+    let (_site, mut hosts) = TestSite::new("move-down", 3).await;
+    hosts[0].login("alice", json!({})).await;
+    hosts.remove(1).kill();
+    let report = report(migrate(&hosts[0], "alice", json!({ "to": "h2" })).await);
+    assert_eq!(report.outcome, MoveOutcome::KeptHere);
+    assert!(report.reason.unwrap().contains("h2"));
+    let view = hosts[0].show("alice").await;
+    assert_eq!((view.state, view.host.as_str(), view.operation), (State::Running, "h1", None));
+    // And it can go elsewhere at once.
+    let again = migrate(&hosts[0], "alice", json!({ "to": "h3" })).await;
+    assert_eq!(self::report(again).outcome, MoveOutcome::HandedOver);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stopped_machine_is_not_moved_and_a_login_elsewhere_brings_it_near() {
+    let (_site, hosts) = TestSite::new("move-stopped", 2).await;
+    hosts[0].login("alice", json!({})).await;
+    hosts[0].call(&Call::new(Method::POST, "/v1/images/alice/stop")).await;
+    let (status, body) = hosts[0]
+        .call(&Call::new(Method::POST, "/v1/images/alice/migrate").json(&json!({ "to": "h2" })))
+        .await;
+    assert_eq!(status, 409, "{body}");
+    assert!(body["message"].as_str().unwrap().contains("kage start alice"));
+    let reply = hosts[1].login("alice", json!({ "at": "ap-2" })).await;
+    assert_eq!((reply.host.as_str(), reply.found), ("h2", false), "{reply:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_plan_changes_nothing() {
+    let (_site, hosts) = TestSite::new("move-plan", 2).await;
+    hosts[0].login("alice", json!({})).await;
+    let memory = hosts[0].machines.process("alice").unwrap().memory();
+    memory.write(PageIndex(3), &[1; PAGE_SIZE]);
+    let call = Call::new(Method::POST, "/v1/images/alice/migrate").json(&json!({ "dry_run": true }));
+    let (status, plan) = hosts[1].call(&call).await;
+    assert_eq!(
+        (status, &plan["to"], &plan["pages"], &plan["dry_run"]),
+        (200, &json!("h2"), &json!(1), &json!(true)),
+        "{plan}"
+    );
+    assert_eq!(hosts[0].show("alice").await.host.as_str(), "h1");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn moves_asked_for_at_the_same_time_come_one_after_the_other() {
+    let (_site, hosts) = TestSite::new("move-queue", 3).await;
+    hosts[0].login("alice", json!({})).await;
+    let (a, b) = tokio::join!(
+        migrate(&hosts[0], "alice", json!({ "to": "h2" })),
+        migrate(&hosts[0], "alice", json!({ "to": "h3" }))
+    );
+    let handed = [&a, &b].iter().filter(|operation| operation.state == OperationState::Done).count();
+    assert!(handed >= 1, "{a:?} {b:?}");
+    let holders = hosts.iter().filter(|host| host.machines.process("alice").is_some()).count();
+    assert_eq!(holders, 1);
+    tokio::time::sleep(Duration::from_millis(10)).await;
+    assert_eq!(hosts[0].show("alice?state=running&timeout=5s").await.state, State::Running);
+}
