@@ -29,7 +29,7 @@ use rustix::{
         socket_with,
         sockopt::{Timeout, set_socket_timeout, socket_peercred},
     },
-    process::{Pid, PidfdFlags, Signal, WaitId, WaitIdOptions, pidfd_open, pidfd_send_signal, waitid},
+    process::{Pid, PidfdFlags, Signal, WaitId, WaitIdOptions, getpid, pidfd_open, pidfd_send_signal, waitid},
 };
 
 use crate::{packet, sys::Mapping};
@@ -257,7 +257,14 @@ impl RemoteMachine {
         set_socket_timeout(&socket, Timeout::Recv, Some(ANSWER_TIMEOUT)).map_err(refused)?;
         let pid = match pid {
             Some(pid) => pid,
-            None => socket_peercred(&socket).map_err(refused)?.pid,
+            None => {
+                let pid = socket_peercred(&socket).map_err(refused)?.pid;
+                // Before it says so anew the credentials are those of whoever bound the socket: this daemon.
+                if pid == getpid() {
+                    return Err(gone(format!("{}: its process has not begun", path.display())));
+                }
+                pid
+            }
         };
         let pid = pidfd_open(pid, PidfdFlags::empty()).map_err(refused)?;
         Ok(Self {
