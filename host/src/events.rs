@@ -71,11 +71,14 @@ impl Events {
 
     /// Adds an event; `details` is a JSON object.
     pub fn emit(&self, kind: &str, user: Option<&UserName>, details: Value) {
-        let details = match details {
+        let mut details = match details {
             Value::Object(details) => details,
             Value::Null => Map::new(),
             other => Map::from_iter([("detail".to_owned(), other)]),
         };
+        for own in ["id", "at_ms", "host", "kind", "user"] {
+            details.remove(own);
+        }
         let shown = serde_json::to_string(&details).unwrap_or_default();
         tracing::info!(target: "kage::event", kind, user = user.map(UserName::as_str), details = shown);
         let at_ms = now_ms();
@@ -140,6 +143,19 @@ mod tests {
         assert!(!since.gap);
         assert!(events.since(5).events.is_empty());
         assert_eq!(*events.newest().borrow(), 5);
+    }
+
+    #[test]
+    fn details_never_hide_an_events_own_fields() {
+        let events = Events::new("h1".parse().unwrap());
+        events.emit(
+            "handed_over",
+            "alice".parse().ok().as_ref(),
+            json!({ "user": "bob", "id": "x", "from": "h1" }),
+        );
+        let text = serde_json::to_string(&events.since(0).events[0]).unwrap();
+        let event: Event = serde_json::from_str(&text).unwrap();
+        assert_eq!((event.id, event.user.unwrap().as_str()), (1, "alice"));
     }
 
     #[test]

@@ -112,7 +112,7 @@ impl VmmMachines {
     }
 
     fn socket(&self, spec: &MachineSpec) -> PathBuf {
-        self.sockets.join(format!("{}.sock", spec.user))
+        self.sockets.join(format!("user-{}.sock", spec.user))
     }
 
     /// Gives a machine out of a pool its disk, tap, name and label.
@@ -207,21 +207,27 @@ impl Machines for VmmMachines {
             if path.extension().is_none_or(|extension| extension != "sock") {
                 continue;
             }
-            match RemoteMachine::adopt(&path) {
-                Ok(mut machine) => match postcard::from_bytes::<Label>(machine.label()) {
-                    Ok(label) => {
-                        let symbols = Arc::new(Symbols::of(ImageFile::embedded().kernel()));
-                        let mut machine = VmmMachine { machine, symbols };
-                        let found = machine.found();
-                        all.push(Adopted { label, found, machine: Box::new(machine) });
-                    }
-                    // A machine out of a former daemon's pool: nobody's, and it ends by itself.
-                    Err(_) => machine.end(),
-                },
+            // Sockets of a pool: this daemon's own, or of one that ended and took its pool with it.
+            let name = path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
+            if name.starts_with("pool-") || name == "template.sock" {
+                continue;
+            }
+            let mut machine = match RemoteMachine::adopt(&path) {
+                Ok(machine) => machine,
                 Err(error) => {
                     tracing::debug!(path = %path.display(), %error, "nobody to adopt");
                     let _ = std::fs::remove_file(&path);
+                    continue;
                 }
+            };
+            match postcard::from_bytes::<Label>(machine.label()) {
+                Ok(label) => {
+                    let symbols = Arc::new(Symbols::of(ImageFile::embedded().kernel()));
+                    let mut machine = VmmMachine { machine, symbols };
+                    let found = machine.found();
+                    all.push(Adopted { label, found, machine: Box::new(machine) });
+                }
+                Err(_) => machine.end(),
             }
         }
         all

@@ -234,12 +234,17 @@ impl Daemon {
             old.end();
         }
         image.update(|status| *status = super::Status { state: State::Starting, ..Default::default() });
+        let before = record.term;
         record.term = record.term.next();
         record.wanted = Wanted::Running;
+        // Once the swap is seen, the directory's view wants a route to a tap that is not there yet.
+        let vid = self.vid(&record);
+        self.routes.hold(vid);
         let result = self
             .swap(&image.user, revision, &record)
             .map_err(ErrorBody::from)
             .and_then(|_| self.bring_up(image, slot, &record));
+        self.routes.let_go(vid, if result.is_ok() { record.term } else { before });
         match result {
             Ok(()) => Ok(record),
             Err(error) => {
@@ -261,9 +266,7 @@ impl Daemon {
         slot.tap = None;
         let tap = self.fresh_tap(spec.number)?;
         slot.tap = tap.try_clone().ok();
-        self.routes.hold(vid);
         let machine = self.routes.image(vid, &Via::Tap).and_then(|()| self.machines.start(&spec, tap));
-        self.routes.let_go(vid, record.term);
         self.install(image, slot, spec, machine.map_err(ErrorBody::failed)?);
         Ok(())
     }

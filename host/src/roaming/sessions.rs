@@ -23,8 +23,8 @@ use kage_machine::{UserName, identity::ApName};
 
 use super::radius::{Accounting, Status};
 
-/// How far a report's time may lie ahead before it is not believed.
-const AHEAD_MS: u64 = 60_000;
+/// How old a report's time may be for the report to count as fresh.
+const FRESH_MS: u64 = 3_000;
 
 /// Sessions kept; the oldest give way.
 const MAX_SESSIONS: usize = 100_000;
@@ -93,8 +93,27 @@ impl Ignored {
     }
 }
 
+/// What tells two reports of one session apart.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Fingerprint {
+    session: Option<String>,
+    at: Option<u32>,
+    device: Option<Ipv6Addr>,
+}
+
+impl Fingerprint {
+    fn of(report: &Accounting) -> Self {
+        Self {
+            session: report.session_id.clone(),
+            at: report.event_timestamp,
+            device: report.framed_ipv6_address,
+        }
+    }
+}
+
 #[derive(Clone, Debug)]
 struct Session {
+    report: Fingerprint,
     ap: ApName,
     device: Option<Ipv6Addr>,
     at_ms: u64,
@@ -172,19 +191,18 @@ impl Sessions {
         let at_ms = event_time(report, now_ms);
         let known = self.sessions.get(&key);
         if let Some(known) = known {
-            if known.ap == ap
-                && known.leaving.is_none()
-                && (report.framed_ipv6_address.is_none() || report.framed_ipv6_address == known.device)
-            {
+            // Word of the same event again. A new Start at the same place is none: the user may have been at
+            // access points of which this host hears nothing.
+            if known.ap == ap && known.leaving.is_none() && known.report == Fingerprint::of(report) {
                 return Err(Ignored::Duplicate);
             }
             // Event-Timestamp counts seconds: of two in one second the later arrival counts.
             if at_ms / 1000 < known.at_ms / 1000 {
                 return Err(Ignored::Late);
             }
-            if report.status == Status::InterimUpdate && known.ap != ap {
-                // An old access point still counts; only a Start is a move.
-                return Err(Ignored::NotCurrent);
+            if report.status == Status::InterimUpdate && (known.ap != ap || known.leaving.is_none()) {
+                // An old access point still counts, or nothing is new; only a Start is a move.
+                return Err(if known.ap == ap { Ignored::Duplicate } else { Ignored::NotCurrent });
             }
         }
         let device = report.framed_ipv6_address.or_else(|| known.and_then(|known| known.device));
@@ -198,7 +216,10 @@ impl Sessions {
             }
         }
         let user = key.0.clone();
-        self.sessions.insert(key, Session { ap: ap.clone(), device, at_ms, leaving: None });
+        self.sessions.insert(
+            key,
+            Session { ap: ap.clone(), device, at_ms, leaving: None, report: Fingerprint::of(report) },
+        );
         Ok(Some(Consequence::Arrived { user, ap, device, at_ms, first }))
     }
 
@@ -249,17 +270,14 @@ impl Sessions {
     }
 }
 
-/// When the reported event was, in milliseconds since 1970: Event-Timestamp less nothing, else the arrival less
-/// Acct-Delay-Time. A time in the future is not believed.
+/// When the reported event was, in milliseconds since 1970. Event-Timestamp counts seconds, which orders a walk
+/// badly: a fresh report is placed by its arrival less Acct-Delay-Time, only an old one by its timestamp. A time in
+/// the future is not believed.
 fn event_time(report: &Accounting, now_ms: u64) -> u64 {
-    let delay = u64::from(report.delay_seconds.unwrap_or(0)) * 1000;
-    let told = report.event_timestamp.map(|seconds| u64::from(seconds) * 1000);
-    match told {
-        Some(told) if told <= now_ms + AHEAD_MS => {
-            // Within the same second the arrival orders better than the second's start.
-            if told / 1000 == now_ms / 1000 { now_ms } else { told }
-        }
-        _ => now_ms.saturating_sub(delay),
+    let arrival = now_ms.saturating_sub(u64::from(report.delay_seconds.unwrap_or(0)) * 1000);
+    match report.event_timestamp.map(|seconds| u64::from(seconds) * 1000) {
+        Some(told) if told + FRESH_MS < now_ms => told,
+        _ => arrival,
     }
 }
 

@@ -114,7 +114,7 @@ fn line(event: &Event) -> String {
     format!(
         "{hours:02}:{minutes:02}:{rest:02}.{millis:03} {:>5} {:<6} {:<14} {user:<10} {}",
         event.id,
-        event.host,
+        event.host.as_str(),
         event.kind,
         details.join(" ")
     )

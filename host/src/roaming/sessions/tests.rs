@@ -18,6 +18,7 @@ fn report(status: Status, user: &str, nas: &str) -> Accounting {
     Accounting {
         user_name: Some(user.into()),
         calling_station_id: Some("02-00-00-00-00-01".into()),
+        session_id: Some("1".into()),
         nas_identifier: Some(nas.into()),
         ..Accounting::new(status)
     }
@@ -49,6 +50,33 @@ fn a_start_at_a_new_access_point_is_a_move() {
         arrived(sessions.take(&at("nas-1"), now, NOW_MS + 20)),
         Some(("alice".into(), "ap-1".into(), false))
     );
+}
+
+#[test]
+fn a_new_start_at_the_same_place_counts_since_the_user_may_have_been_at_another_hosts() {
+    let (mut sessions, now) = (sessions(), Instant::now());
+    let at = |session: &str| Accounting {
+        session_id: Some(session.into()),
+        ..report(Status::Start, "bob", "nas-1")
+    };
+    assert!(arrived(sessions.take(&at("1"), now, NOW_MS)).is_some());
+    assert_eq!(sessions.take(&at("1"), now, NOW_MS + 1), Err(Ignored::Duplicate));
+    assert!(arrived(sessions.take(&at("2"), now, NOW_MS + 2)).is_some());
+    let interim =
+        Accounting { session_id: Some("2".into()), ..report(Status::InterimUpdate, "bob", "nas-1") };
+    assert_eq!(sessions.take(&interim, now, NOW_MS + 3), Err(Ignored::Duplicate));
+}
+
+#[test]
+fn a_walk_within_one_second_keeps_its_order() {
+    let mut report = report(Status::Start, "bob", "nas-1");
+    report.event_timestamp = Some(1_700_000_000);
+    assert_eq!(event_time(&report, 1_700_000_000_900), 1_700_000_000_900);
+    assert_eq!(event_time(&report, 1_700_000_001_010), 1_700_000_001_010);
+    assert_eq!(event_time(&report, 1_700_000_009_000), 1_700_000_000_000);
+    report.event_timestamp = Some(1_800_000_000);
+    report.delay_seconds = Some(2);
+    assert_eq!(event_time(&report, 1_700_000_009_000), 1_700_000_007_000);
 }
 
 #[test]
