@@ -186,6 +186,13 @@ impl State {
         }
     }
 
+    /// Guest time passes, though the guest does not run.
+    fn pass_time(&mut self) {
+        let now = (self.clock)();
+        self.guest_ns += now.since(self.ran_to).as_nanos() as u64;
+        self.ran_to = now;
+    }
+
     fn tick(&mut self, spec: &SimSpec) -> Emission {
         let mut guest = self.guest();
         for _ in 0..spec.writes_per_tick {
@@ -370,6 +377,7 @@ impl Machine for SimMachine {
                 return refused("only a running machine with an open gate is paused");
             }
             state.phase = Phase::Paused;
+            state.pass_time();
             let guest = state.guest();
             Ok(Paused {
                 state: SavedState {
@@ -393,7 +401,7 @@ impl Machine for SimMachine {
         self.call(Call::Resume, |_, _, state| match state.phase {
             Phase::Paused => {
                 state.phase = Phase::Running { gate_open: true };
-                state.ran_to = (state.clock)();
+                state.pass_time();
                 Ok(())
             }
             Phase::Released => refused("it is released"),
@@ -425,11 +433,9 @@ impl Machine for SimMachine {
             if state.phase != Phase::Restored {
                 return refused("it has no state, or runs already");
             }
-            let now = (state.clock)();
-            state.guest_ns += now.since(state.ran_to).as_nanos() as u64;
-            state.ran_to = now;
+            state.pass_time();
             state.phase = Phase::Running { gate_open: false };
-            Ok(Started { at: now })
+            Ok(Started { at: state.ran_to })
         })
     }
 
