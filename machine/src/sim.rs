@@ -242,7 +242,7 @@ impl SimVmm {
             random ^= random << 13;
             random ^= random >> 7;
             random ^= random << 17;
-            if random % 3 == 0 {
+            if random.is_multiple_of(3) {
                 let bytes = random.to_le_bytes();
                 for chunk in state.pages[page].chunks_exact_mut(8).step_by(1 + random as usize % 7) {
                     chunk.copy_from_slice(&bytes);

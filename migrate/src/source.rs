@@ -22,6 +22,9 @@
 //!
 //! Pure: no clock, no I/O. The driver executes [`Action`]s in order and reports what came of each.
 
+#[cfg(test)]
+mod tests;
+
 use crate::{
     converge::{Convergence, Goal, Round, Verdict},
     outcome::{Cause, Outcome},

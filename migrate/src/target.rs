@@ -20,6 +20,9 @@
 //!
 //! Pure: no clock, no I/O.
 
+#[cfg(test)]
+mod tests;
+
 use crate::{
     outcome::Cause,
     ownership::{Change, Standing},

@@ -1021,7 +1021,7 @@ impl Sim {
         if !matches!(verdict, Recovery::Nothing | Recovery::Keep | Recovery::Wait) {
             self.note(|| format!("host {host} finds {found:?}: {verdict:?}"));
         }
-        let seen = answered.then(|| (self.revision, record));
+        let seen = answered.then_some((self.revision, record));
         let now = self.now;
         match verdict {
             Recovery::Nothing | Recovery::Keep | Recovery::Wait => {}

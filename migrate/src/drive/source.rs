@@ -24,8 +24,11 @@ use crate::{
     source::{Action, Patience, Source, SourceEvent, SourceState, ToTarget},
 };
 
-/// Probes before the first round, and after each.
-const PROBES: [u32; 2] = [8, 2];
+/// Probes before the first round, and before each further one.
+const PROBES: [u32; 2] = [8, 1];
+
+/// On a long link so much time for probes before the first round is enough.
+const PROBE_TIME: Duration = Duration::from_millis(20);
 
 /// While it may still be cancelled, a wait looks so often whether it was.
 const CANCEL_INTERVAL: Duration = Duration::from_millis(20);
@@ -474,7 +477,11 @@ impl Drive<'_> {
     }
 
     fn probe(&mut self, count: u32) {
+        let begun = Instant::now();
         for _ in 0..count {
+            if begun.elapsed() > PROBE_TIME {
+                return;
+            }
             let Some(link) = &mut self.switch else { return };
             if let Err(error) = link.send(&Message::Probe { sent_ns: now().ns }.to_frame()) {
                 return self.lose(error);
