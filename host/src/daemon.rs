@@ -73,6 +73,12 @@ async fn serve(config: Config) -> Result<(), ErrorBody> {
             tracing::error!(%error, "the API's socket failed");
         }
     });
+    let adopting = daemon.clone();
+    blocking(move || {
+        adopting.adopt();
+        Ok(())
+    })
+    .await?;
     tokio::spawn(serve::serve_peers(daemon.clone(), listener, served));
     if let Some(address) = daemon.config.api.listen {
         tokio::spawn(serve::serve_peers(daemon.clone(), listen(address).await?, None));
@@ -113,7 +119,7 @@ async fn serve(config: Config) -> Result<(), ErrorBody> {
     Ok(())
 }
 
-/// Publishes this host, follows the directory, adopts what is here; again until the directory answers.
+/// Publishes this host, follows the directory, starts what is missing; again until the directory answers.
 async fn join(daemon: Arc<Daemon>) {
     let follower = daemon.clone();
     // Routes of machines that run on must not wait for anything else.
@@ -125,7 +131,7 @@ async fn join(daemon: Arc<Daemon>) {
     loop {
         let publisher = daemon.clone();
         let joined = match blocking(move || publisher.publish()).await {
-            Ok(()) => daemon.adopt_all().await,
+            Ok(()) => daemon.start_missing().await,
             Err(error) => Err(error),
         };
         match joined {

@@ -161,6 +161,13 @@ impl FakeMachines {
             .cloned()
     }
 
+    /// As if the daemon that watched them had died.
+    pub fn unwatch(&self) {
+        for process in self.living.lock().unwrap().values() {
+            process.state.lock().unwrap().on_end = None;
+        }
+    }
+
     fn make(&self, spec: &MachineSpec, found: Found) -> Box<dyn Hosted> {
         let process = Process::new(spec, found);
         self.living.lock().unwrap().insert(spec.user.clone(), process.clone());

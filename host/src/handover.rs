@@ -73,13 +73,13 @@ impl Daemon {
         SourceSpec { ticket, goal, bandwidth, verify, limits: Limits::default() }
     }
 
-    /// Goes on with a handover that an earlier daemon began, until it is settled.
+    /// Goes on with a handover that an earlier daemon began, until it is settled; whether it could.
     pub(crate) async fn resume(
         self: &Arc<Self>,
         image: &Arc<Image>,
         slot: OwnedMutexGuard<Slot>,
         resumed: Resumed,
-    ) {
+    ) -> bool {
         let (daemon, image) = (self.clone(), image.clone());
         let settled = match resumed {
             Resumed::Source(ticket, source, actions) => {
@@ -98,6 +98,7 @@ impl Daemon {
                     );
                     side.over(&report);
                     daemon.tell_move(&report);
+                    true
                 })
                 .await
             }
@@ -106,17 +107,20 @@ impl Daemon {
                     Some(side) => {
                         let outcome = daemon.targets.resume(ticket, target, actions, Box::new(side));
                         tracing::info!(user = %image.user, ?outcome, "a handover was settled");
+                        true
                     }
                     None => {
-                        tracing::error!(user = %image.user, "a handover was to be settled without a machine")
+                        tracing::error!(user = %image.user, "a handover was to be settled without a machine");
+                        false
                     }
                 })
                 .await
             }
         };
-        if let Err(error) = settled {
+        settled.unwrap_or_else(|error| {
             tracing::error!(%error, "a handover was not settled");
-        }
+            false
+        })
     }
 }
 

@@ -60,6 +60,27 @@ impl MachineSpec {
         })
     }
 
+    /// Of a machine that is here already: from what its process keeps. What only a start needs is left empty.
+    #[must_use]
+    pub fn adopted(label: &Label, geometry: Geometry, prefix: SitePrefix, mtu: u16) -> Self {
+        Self {
+            user: label.user.clone(),
+            number: label.number,
+            vid: Vid::of_image(prefix, label.number),
+            term: label.term,
+            geometry,
+            profile: Profile {
+                image: String::new(),
+                memory_bytes: geometry.memory_bytes(),
+                disk_bytes: geometry.disk_bytes(),
+                host_key_seed: [0; 32],
+                authorized_keys: Vec::new(),
+            },
+            mtu,
+            disk: PathBuf::new(),
+        }
+    }
+
     /// What is kept with the machine's process for a daemon that adopts it.
     #[must_use]
     pub fn label(&self) -> Label {

@@ -126,14 +126,9 @@ impl Arriving {
         image: &Arc<Image>,
         mut slot: OwnedMutexGuard<Slot>,
     ) -> Option<Self> {
-        let record = daemon.seen.borrow().images.get(&image.user).cloned();
-        let record = match record {
-            Some(record) => record,
-            None => daemon.existing(&image.user).ok()?.record,
-        };
-        let spec = daemon.spec(&image.user, &record).ok()?;
+        let spec = slot.spec.clone()?;
         let machine = slot.machine.take()?;
-        let term = slot.ticket.as_ref().map_or(record.term, |ticket| ticket.term.next());
+        let term = slot.ticket.as_ref().map_or(spec.term, |ticket| ticket.term.next());
         daemon.routes.hold(spec.vid);
         Some(Self { daemon: daemon.clone(), image: image.clone(), slot, machine, spec, term })
     }

@@ -14,53 +14,50 @@ use super::{Daemon, Image, Slot, blocking};
 use crate::{
     api::{error::ErrorBody, types::State},
     handover::Resumed,
-    machines::{Adopted, Via},
+    machines::{Adopted, MachineSpec, Via},
 };
 
+/// Why a machine is started when a daemon starts.
+const NOT_FOUND: &str = "this host's daemon found no process of it";
+
 impl Daemon {
-    /// Takes over what an earlier daemon left, and starts what should run and does not.
+    /// Takes over what an earlier daemon left; blocks. Done before any peer is listened to: what this host says
+    /// that it holds is binding.
+    pub fn adopt(self: &Arc<Self>) {
+        for Adopted { label, found, machine } in self.machines.adopt() {
+            let image = self.image(&label.user);
+            let Ok(mut slot) = image.slot.clone().try_lock_owned() else { continue };
+            let details = json!({ "found": format!("{found:?}").to_lowercase(), "pid": machine.pid() });
+            self.events.emit("adopted", Some(&label.user), details);
+            image.update(|status| {
+                status.state = if found == Found::Running { State::Running } else { State::InDoubt };
+                status.term = label.term;
+                status.memory = Some(machine.memory());
+                status.pid = machine.pid();
+            });
+            slot.spec = Some(MachineSpec::adopted(
+                &label,
+                machine.memory().geometry(),
+                self.config.network.prefix,
+                self.net.mtu(),
+            ));
+            slot.ticket = label.ticket;
+            slot.machine = Some(machine);
+            let (daemon, user) = (self.clone(), label.user);
+            self.runtime.spawn(async move { daemon.settle(user, NOT_FOUND.to_owned()).await });
+        }
+    }
+
+    /// Starts what should run here and does not.
     ///
     /// # Errors
-    /// When the directory does not answer: machines run on, and the call is made again later.
-    pub async fn adopt_all(self: &Arc<Self>) -> Result<(), ErrorBody> {
+    /// When the directory does not answer; the call is made again later.
+    pub async fn start_missing(self: &Arc<Self>) -> Result<(), ErrorBody> {
         let daemon = self.clone();
-        let users = blocking(move || {
-            let mut users = Vec::new();
-            for Adopted { label, found, machine } in daemon.machines.adopt() {
-                let image = daemon.image(&label.user);
-                let Ok(mut slot) = image.slot.clone().try_lock_owned() else { continue };
-                if slot.machine.is_some() {
-                    continue;
-                }
-                let details = json!({ "found": format!("{found:?}").to_lowercase(), "pid": machine.pid() });
-                daemon.events.emit("adopted", Some(&label.user), details);
-                image.update(|status| {
-                    status.state = if found == Found::Running { State::Running } else { State::InDoubt };
-                    status.term = label.term;
-                    status.memory = Some(machine.memory());
-                    status.pid = machine.pid();
-                });
-                slot.machine = Some(machine);
-                slot.ticket = label.ticket;
-                users.push(label.user);
-            }
-            let (records, _) = daemon.directory.read_all::<ImageRecord>()?;
-            users.extend(
-                records
-                    .into_iter()
-                    .filter(|(_, found)| found.record.owner == daemon.me)
-                    .map(|(user, _)| user),
-            );
-            users.sort();
-            users.dedup();
-            Ok(users)
-        })
-        .await?;
-        for user in users {
+        let records = blocking(move || Ok(daemon.directory.read_all::<ImageRecord>()?.0)).await?;
+        for (user, _) in records.into_iter().filter(|(_, found)| found.record.owner == self.me) {
             let daemon = self.clone();
-            self.runtime.spawn(async move {
-                daemon.settle(user, "this host's daemon found no process of it".to_owned()).await;
-            });
+            self.runtime.spawn(async move { daemon.settle(user, NOT_FOUND.to_owned()).await });
         }
         Ok(())
     }
@@ -101,7 +98,9 @@ impl Daemon {
                 Ok(Next::Settled) => return,
                 Ok(Next::Again(guard)) => slot = guard,
                 Ok(Next::Resume(guard, resumed)) => {
-                    self.resume(&image, guard, *resumed).await;
+                    if !self.resume(&image, guard, *resumed).await {
+                        tokio::time::sleep(super::AGAIN).await;
+                    }
                     // What a resumed handover ended with is judged once more.
                     slot = image.slot.clone().lock_owned().await;
                 }
@@ -134,6 +133,7 @@ impl Daemon {
             record: record.as_ref().map(|found| found.as_ref().map(|found| &found.record)).map_err(|_| ()),
         };
         let verdict = recover(&scene);
+        tracing::debug!(user = %image.user, ?found, ?verdict, "looked at");
         let record = record.ok().flatten();
         let wanted = record.as_ref().map_or(Wanted::Stopped, |found| found.record.wanted);
         match verdict {

@@ -38,6 +38,7 @@ impl TestHost {
         for task in self.tasks {
             task.abort();
         }
+        self.machines.unwatch();
         (self.machines, self.net, self.embedded)
     }
 
@@ -138,6 +139,13 @@ impl TestSite {
             peers: Peers::new(identity),
         };
         let daemon = Daemon::new(parts).unwrap();
+        let adopting = daemon.clone();
+        blocking(move || {
+            adopting.adopt();
+            Ok(())
+        })
+        .await
+        .unwrap();
         let unix = serve::open_unix(&socket).await.unwrap();
         let mut tasks = Vec::new();
         let (api, peers, served) = (daemon.clone(), daemon.clone(), embedded.clone());
@@ -147,7 +155,7 @@ impl TestSite {
         blocking(move || publisher.publish()).await.unwrap();
         let follower = daemon.clone();
         std::thread::spawn(move || follower.follow());
-        daemon.adopt_all().await.unwrap();
+        daemon.start_missing().await.unwrap();
         TestHost { daemon, machines, net, socket, tasks, embedded }
     }
 
