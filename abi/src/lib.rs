@@ -24,6 +24,9 @@
 //! Deliberately not here: anything of virtio that its specification fixes.
 #![no_std]
 
+pub mod content;
+pub mod stream;
+
 /// Version of everything in this crate; a kernel built for another is refused.
 pub const ABI_VERSION: u32 = 1;
 

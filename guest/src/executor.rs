@@ -1,7 +1,8 @@
 //! Tasks and timers of the one thread.
 //!
-//! A task that has long work yields ([`yield_now`]): between two rounds the kernel knocks, and rounds
-//! are what bounds the time between two doors.
+//! A task that has long work charges for it ([`charge`]) and yields ([`yield_now`]): between two rounds the
+//! kernel knocks, and what a round may cost is what bounds the time between two doors. There is no clock to
+//! look at between doors, so costs are estimates.
 
 use alloc::{
     boxed::Box,
@@ -19,20 +20,33 @@ use core::{
 
 use crate::local::Local;
 
+/// What a round may cost, in nanoseconds of estimated work. A heartbeat wants a door each 250 µs, and the network
+/// and the host have their share of that.
+const ROUND_COST: u64 = 120_000;
+
 /// Names a task; never reused.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub struct TaskId(u64);
 
-type Task = Pin<Box<dyn Future<Output = ()>>>;
+struct Task {
+    name: &'static str,
+    /// Taken while the task is polled.
+    future: Option<Pin<Box<dyn Future<Output = ()>>>>,
+    waker: Waker,
+}
 
 struct Executor {
-    tasks: BTreeMap<TaskId, (&'static str, Task)>,
+    tasks: BTreeMap<TaskId, Task>,
     runnable: VecDeque<TaskId>,
     queued: BTreeSet<TaskId>,
-    timers: BTreeMap<(Duration, u64), Waker>,
+    timers: BTreeMap<Timer, Waker>,
     next_task: u64,
     next_timer: u64,
+    cost: u64,
 }
+
+/// Names a timer: when it rings, and a number of its own.
+pub type Timer = (Duration, u64);
 
 static EXECUTOR: Local<Executor> = Local::new();
 
@@ -45,6 +59,7 @@ pub fn start() {
         timers: BTreeMap::new(),
         next_task: 0,
         next_timer: 0,
+        cost: 0,
     });
 }
 
@@ -68,18 +83,33 @@ pub fn spawn(name: &'static str, future: impl Future<Output = ()> + 'static) -> 
     let mut executor = EXECUTOR.get();
     let id = TaskId(executor.next_task);
     executor.next_task += 1;
-    executor.tasks.insert(id, (name, Box::pin(future)));
+    let waker = Waker::from(Arc::new(TaskWaker(id)));
+    executor.tasks.insert(id, Task { name, future: Some(Box::pin(future)), waker });
     executor.queued.insert(id);
     executor.runnable.push_back(id);
     id
 }
 
-/// Wakes `waker` once guest time reaches `at`.
-pub fn wake_at(at: Duration, waker: &Waker) {
+/// Ends a task and frees what it holds. The task that calls this cannot end itself so.
+pub fn end(id: TaskId) {
+    // The task's destructors use the executor: they run when it is free again.
+    let task = EXECUTOR.get().tasks.remove(&id);
+    drop(task);
+}
+
+/// Has a timer ring at `at`.
+pub fn wake_at(at: Duration, waker: &Waker) -> Timer {
     let mut executor = EXECUTOR.get();
-    let number = executor.next_timer;
+    let timer = (at, executor.next_timer);
     executor.next_timer += 1;
-    executor.timers.insert((at, number), waker.clone());
+    executor.timers.insert(timer, waker.clone());
+    timer
+}
+
+/// Forgets a timer.
+pub fn forget_timer(timer: Timer) {
+    let waker = EXECUTOR.get().timers.remove(&timer);
+    drop(waker);
 }
 
 /// Lets the kernel knock and other tasks run.
@@ -95,32 +125,65 @@ pub async fn yield_now() {
     .await;
 }
 
+/// Accounts for work of about `nanoseconds`; true when the round has had enough, and the caller is to yield.
+pub fn charge(nanoseconds: u64) -> bool {
+    let mut executor = EXECUTOR.get();
+    executor.cost = executor.cost.saturating_add(nanoseconds);
+    executor.cost >= ROUND_COST
+}
+
+/// [`charge`], and [`yield_now`] when it says so.
+pub async fn work(nanoseconds: u64) {
+    if charge(nanoseconds) {
+        yield_now().await;
+    }
+}
+
 /// Wakes tasks whose timers have come.
 pub fn fire_timers(now: Duration) {
     let due: Vec<Waker> = {
         let mut executor = EXECUTOR.get();
+        if executor.timers.keys().next().is_none_or(|(at, _)| *at > now) {
+            return;
+        }
         let later = executor.timers.split_off(&(now + Duration::from_nanos(1), 0));
         core::mem::replace(&mut executor.timers, later).into_values().collect()
     };
     due.into_iter().for_each(Waker::wake);
 }
 
-/// Runs each task that is runnable now once, `most` at the most.
+/// Runs each task that is runnable now once, `most` at the most, until the round costs enough.
 pub fn run_round(most: usize) {
-    let waiting = EXECUTOR.get().runnable.len().min(most);
+    let waiting = {
+        let mut executor = EXECUTOR.get();
+        executor.cost = 0;
+        executor.runnable.len().min(most)
+    };
     for _ in 0..waiting {
-        let (id, name, mut task) = {
+        let (id, mut future, waker) = {
             let mut executor = EXECUTOR.get();
+            if executor.cost >= ROUND_COST {
+                return;
+            }
             let Some(id) = executor.runnable.pop_front() else { return };
             executor.queued.remove(&id);
-            // A task that is not there has ended, or is the one that polls right now.
-            let Some((name, task)) = executor.tasks.remove(&id) else { continue };
-            (id, name, task)
+            // A task that is not there has ended.
+            let Some(task) = executor.tasks.get_mut(&id) else { continue };
+            let Some(future) = task.future.take() else { continue };
+            (id, future, task.waker.clone())
         };
-        let waker = Waker::from(Arc::new(TaskWaker(id)));
-        if task.as_mut().poll(&mut Context::from_waker(&waker)).is_pending() {
-            EXECUTOR.get().tasks.insert(id, (name, task));
-        }
+        let done = future.as_mut().poll(&mut Context::from_waker(&waker)).is_ready();
+        let rest = {
+            let mut executor = EXECUTOR.get();
+            match executor.tasks.get_mut(&id) {
+                Some(task) if !done => {
+                    task.future = Some(future);
+                    None
+                }
+                _ => Some((executor.tasks.remove(&id), future)),
+            }
+        };
+        drop(rest);
     }
 }
 
@@ -134,7 +197,7 @@ pub fn next_run() -> Option<Duration> {
     }
 }
 
-/// Names of the tasks there are, oldest first.
+/// Numbers and names of the tasks there are, oldest first.
 pub fn tasks() -> Vec<(u64, &'static str)> {
-    EXECUTOR.get().tasks.iter().map(|(id, (name, _))| (id.0, *name)).collect()
+    EXECUTOR.get().tasks.iter().map(|(id, task)| (id.0, task.name)).collect()
 }

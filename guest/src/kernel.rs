@@ -6,7 +6,9 @@ use kage_abi::{DOOR_INTERVAL_NS, HEARTBEAT_INTERVAL_NS, Heartbeat, status};
 
 use crate::{
     arch::{self, Mail},
-    executor, log, net, random, service,
+    executor,
+    local::Local,
+    log, net, random, service,
     virtio::{block, entropy::Entropy, net::Net},
 };
 
@@ -18,6 +20,7 @@ const ROUND: usize = 16;
 pub fn run() -> ! {
     crate::heap::start();
     executor::start();
+    PULSE.set(None);
     let device = Net::start();
     block::start();
     let mut entropy = Entropy::start();
@@ -35,6 +38,45 @@ pub fn run() -> ! {
     arch::set_status(status::RUNNING);
     log!("generation {}", mail.generation);
     Kernel { generation: mail.generation, heartbeat: Heartbeat::default(), entropy }.serve(mail)
+}
+
+/// How long the machine's own heartbeat goes on after it was last asked for.
+const PULSE_SPAN: Duration = Duration::from_secs(600);
+
+/// The machine's own heartbeat, which its user asks for.
+struct Pulse {
+    until: Duration,
+    since: Duration,
+    last: Duration,
+    longest: Duration,
+}
+
+static PULSE: Local<Option<Pulse>> = Local::new();
+
+/// The longest gap since last asked and how long ago that was; nothing the first time. The heartbeat goes on.
+pub fn ask_pulse() -> Option<(Duration, Duration)> {
+    let now = crate::time::now();
+    let next = Pulse { until: now + PULSE_SPAN, since: now, last: now, longest: Duration::ZERO };
+    let before = PULSE.get().replace(next);
+    before.filter(|before| before.until > now).map(|before| (before.longest, now - before.since))
+}
+
+/// Stops the machine's own heartbeat.
+pub fn stop_pulse() {
+    *PULSE.get() = None;
+}
+
+/// Notes a beat of the machine's own heartbeat when one is due; returns when the next one is.
+fn pulse(now: Duration) -> Option<u64> {
+    let mut pulse = PULSE.get();
+    let beating = pulse.as_mut().filter(|pulse| pulse.until > now)?;
+    let interval = Duration::from_nanos(HEARTBEAT_INTERVAL_NS);
+    let gap = now.saturating_sub(beating.last);
+    if gap >= interval {
+        beating.longest = beating.longest.max(gap);
+        beating.last = now;
+    }
+    Some((beating.last + interval).as_nanos() as u64)
 }
 
 struct Kernel {
@@ -63,6 +105,7 @@ impl Kernel {
             if mail.heartbeat_on {
                 deadline = deadline.min(self.beat(&mail));
             }
+            deadline = pulse(now).map_or(deadline, |next| deadline.min(next));
             mail = arch::door(if deadline <= mail.now_ns { 0 } else { deadline });
         }
     }

@@ -4,7 +4,7 @@
 //! - [`kernel`]: the loop: knock, poll the network, run what is runnable.
 //! - [`executor`]: tasks and timers; [`local`]: state of the one thread.
 //! - [`virtio`]: drivers; [`net`]: TCP and UDP as async streams; [`random`]: randomness of a generation.
-//! - [`service`]: what listens.
+//! - [`service`]: what listens; [`shell`]: what a user runs; [`files`]: what a user keeps.
 #![no_std]
 #![no_main]
 
@@ -12,6 +12,7 @@ extern crate alloc;
 
 mod arch;
 mod executor;
+mod files;
 mod heap;
 mod kernel;
 mod local;
@@ -19,5 +20,6 @@ mod log;
 mod net;
 mod random;
 mod service;
+mod shell;
 mod time;
 mod virtio;

@@ -1,6 +1,13 @@
 //! Guest time: what the last door returned.
 
-use core::{future::poll_fn, task::Poll, time::Duration};
+use core::{
+    future::Future,
+    pin::Pin,
+    task::{Context, Poll, Waker},
+    time::Duration,
+};
+
+use crate::executor::{self, Timer};
 
 /// Monotonic time since the template was started.
 pub fn now() -> Duration {
@@ -13,18 +20,47 @@ pub fn wall() -> Duration {
 }
 
 /// Waits until guest time reaches `at`.
-pub async fn sleep_until(at: Duration) {
-    poll_fn(|context| {
-        if now() >= at {
-            return Poll::Ready(());
-        }
-        crate::executor::wake_at(at, context.waker());
-        Poll::Pending
-    })
-    .await;
+pub fn sleep_until(at: Duration) -> Sleep {
+    Sleep { at, timer: None }
 }
 
 /// Waits for `span`.
-pub async fn sleep(span: Duration) {
-    sleep_until(now() + span).await;
+pub fn sleep(span: Duration) -> Sleep {
+    sleep_until(now().saturating_add(span))
+}
+
+/// A wait; its timer goes with it.
+pub struct Sleep {
+    at: Duration,
+    timer: Option<(Timer, Waker)>,
+}
+
+impl Sleep {
+    fn forget(&mut self) {
+        if let Some((timer, _)) = self.timer.take() {
+            executor::forget_timer(timer);
+        }
+    }
+}
+
+impl Future for Sleep {
+    type Output = ();
+
+    fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<()> {
+        if now() >= self.at {
+            self.forget();
+            return Poll::Ready(());
+        }
+        if self.timer.as_ref().is_none_or(|(_, waker)| !waker.will_wake(context.waker())) {
+            self.forget();
+            self.timer = Some((executor::wake_at(self.at, context.waker()), context.waker().clone()));
+        }
+        Poll::Pending
+    }
+}
+
+impl Drop for Sleep {
+    fn drop(&mut self) {
+        self.forget();
+    }
 }

@@ -6,7 +6,7 @@
 mod tcp;
 mod udp;
 
-pub use tcp::{Listener, Stream, connections};
+pub use tcp::{Buffers, Closed, Listener, Stream, connections};
 pub use udp::Socket as UdpSocket;
 
 use core::time::Duration;
@@ -89,4 +89,9 @@ pub fn next_poll(now: Duration) -> Option<Duration> {
     }
     let at = stack.interface.poll_at(instant(now), &stack.sockets)?;
     Some(Duration::from_micros(at.total_micros().max(0) as u64))
+}
+
+/// Fills the device's rings with nonsense: what the host makes of it is its test.
+pub fn spoil_rings() {
+    STACK.get().device.spoil_rings();
 }

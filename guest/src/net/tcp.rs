@@ -2,63 +2,96 @@
 
 use alloc::vec::Vec;
 use core::{
-    future::poll_fn,
+    future::{Future, poll_fn},
+    pin::Pin,
     task::{Context, Poll},
 };
 
 use smoltcp::{
     iface::SocketHandle,
     socket::tcp::{self, CongestionControl, State},
+    time::Duration,
     wire::IpEndpoint,
 };
 
 use super::STACK;
+use crate::heap;
 
-/// Bytes of a connection's receive and send buffers.
-const RECEIVE: usize = 128 << 10;
-const SEND: usize = 256 << 10;
-/// Sockets that wait for a connection at one port.
-const BACKLOG: usize = 4;
+/// A peer that acknowledges nothing for so long is gone. Long, because a user's laptop sleeps in a lift.
+const SILENCE: Duration = Duration::from_secs(900);
+/// An idle connection asks for a sign of life this often.
+const KEEP_ALIVE: Duration = Duration::from_secs(75);
+/// How often a listener without memory for another connection looks again.
+const SHORT_OF_MEMORY: core::time::Duration = core::time::Duration::from_millis(500);
+/// Longest wait for a peer to take part in closing a connection.
+const LINGER: core::time::Duration = core::time::Duration::from_secs(30);
+/// Memory a listener leaves to others.
+const LEFT: usize = 1 << 20;
+
+/// What the connections of a port may hold.
+#[derive(Clone, Copy)]
+pub struct Buffers {
+    /// Bytes received and not read.
+    pub receive: usize,
+    /// Bytes written and not acknowledged.
+    pub send: usize,
+    /// Sockets that wait for a connection.
+    pub backlog: usize,
+}
 
 /// The connection is closed by the peer, reset, or never was.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Closed;
 
-fn new_socket() -> SocketHandle {
-    let buffer = |bytes| tcp::SocketBuffer::new(alloc::vec![0; bytes]);
-    let mut socket = tcp::Socket::new(buffer(RECEIVE), buffer(SEND));
-    socket.set_nagle_enabled(false);
-    socket.set_congestion_control(CongestionControl::Reno);
-    socket.set_ack_delay(None);
-    STACK.get().sockets.add(socket)
-}
-
 /// Accepts connections at one port.
 pub struct Listener {
     port: u16,
+    buffers: Buffers,
     waiting: Vec<SocketHandle>,
 }
 
 impl Listener {
     /// Listens at a port of all addresses of the image.
-    pub fn bind(port: u16) -> Self {
-        let mut listener = Self { port, waiting: Vec::new() };
+    pub fn bind(port: u16, buffers: Buffers) -> Self {
+        let mut listener = Self { port, buffers, waiting: Vec::new() };
         listener.fill();
         listener
     }
 
-    fn fill(&mut self) {
-        while self.waiting.len() < BACKLOG {
-            let handle = new_socket();
+    /// Makes sockets that wait, as long as there is memory for them: a flood of connections must not take the
+    /// machine's last. Returns whether there are enough.
+    fn fill(&mut self) -> bool {
+        let Buffers { receive, send, backlog } = self.buffers;
+        while self.waiting.len() < backlog {
+            if heap::free_bytes() < receive + send + LEFT {
+                return false;
+            }
+            let mut socket = tcp::Socket::new(
+                tcp::SocketBuffer::new(heap::buffer(receive)),
+                tcp::SocketBuffer::new(heap::buffer(send)),
+            );
+            socket.set_nagle_enabled(false);
+            socket.set_congestion_control(CongestionControl::Reno);
+            socket.set_ack_delay(None);
             // A new socket is closed and the port is not 0, the only two reasons to refuse.
-            let _ = STACK.get().sockets.get_mut::<tcp::Socket>(handle).listen(self.port);
-            self.waiting.push(handle);
+            let _ = socket.listen(self.port);
+            self.waiting.push(STACK.get().sockets.add(socket));
         }
+        true
     }
 
     /// The next connection.
     pub async fn accept(&mut self) -> Stream {
+        let mut look_again = None;
         let handle = poll_fn(|context| {
+            if self.fill() {
+                look_again = None;
+            } else {
+                let sleep = look_again.insert(crate::time::sleep(SHORT_OF_MEMORY));
+                if Pin::new(sleep).poll(context).is_ready() {
+                    context.waker().wake_by_ref();
+                }
+            }
             let mut stack = STACK.get();
             for (index, &handle) in self.waiting.iter().enumerate() {
                 let socket = stack.sockets.get_mut::<tcp::Socket>(handle);
@@ -82,6 +115,12 @@ impl Listener {
         })
         .await;
         self.fill();
+        {
+            let mut stack = STACK.get();
+            let socket = stack.sockets.get_mut::<tcp::Socket>(handle);
+            socket.set_timeout(Some(SILENCE));
+            socket.set_keep_alive(Some(KEEP_ALIVE));
+        }
         Stream { handle }
     }
 }
@@ -121,6 +160,45 @@ impl Stream {
         })
     }
 
+    /// Polls for received bytes and has `take` use some where they lie; `Ok(None)` means the peer sends no more.
+    /// `take` says how many it used and must not use the network.
+    pub fn poll_take<R>(
+        &mut self,
+        context: &mut Context<'_>,
+        take: impl FnOnce(&[u8]) -> (usize, R),
+    ) -> Poll<Result<Option<R>, Closed>> {
+        self.with(|socket| {
+            if socket.may_recv() && !socket.can_recv() {
+                socket.register_recv_waker(context.waker());
+                return Poll::Pending;
+            }
+            match socket.recv(|bytes| take(bytes)) {
+                Ok(result) => Poll::Ready(Ok(Some(result))),
+                Err(tcp::RecvError::Finished) => Poll::Ready(Ok(None)),
+                Err(tcp::RecvError::InvalidState) => Poll::Ready(Err(Closed)),
+            }
+        })
+    }
+
+    /// Polls for room to send and has `fill` write into it; returns what it wrote. `fill` must not use the network.
+    pub fn poll_fill(
+        &mut self,
+        context: &mut Context<'_>,
+        fill: impl FnOnce(&mut [u8]) -> usize,
+    ) -> Poll<Result<usize, Closed>> {
+        self.with(|socket| {
+            if socket.may_send() && !socket.can_send() {
+                socket.register_send_waker(context.waker());
+                return Poll::Pending;
+            }
+            let filled = socket.send(|room| {
+                let count = fill(room);
+                (count, count)
+            });
+            Poll::Ready(filled.map_err(|_| Closed))
+        })
+    }
+
     /// Reads; `Ok(0)` means the peer sends no more.
     ///
     /// # Errors
@@ -156,32 +234,25 @@ impl Drop for Stream {
     fn drop(&mut self) {
         let handle = self.handle;
         STACK.get().sockets.get_mut::<tcp::Socket>(handle).close();
-        // The socket must outlive the closing handshake.
+        // The socket must outlive the closing handshake, but not for ever.
         crate::executor::spawn("close", async move {
-            let limit = crate::time::now() + core::time::Duration::from_secs(30);
-            loop {
-                let open = {
-                    let mut stack = STACK.get();
-                    let socket = stack.sockets.get_mut::<tcp::Socket>(handle);
-                    !matches!(socket.state(), State::Closed | State::TimeWait)
-                };
-                if !open || crate::time::now() >= limit {
-                    break;
+            let mut limit = crate::time::sleep(LINGER);
+            poll_fn(|context| {
+                let mut stack = STACK.get();
+                let socket = stack.sockets.get_mut::<tcp::Socket>(handle);
+                if matches!(socket.state(), State::Closed | State::TimeWait) {
+                    return Poll::Ready(());
                 }
-                poll_fn(|context| {
-                    let mut stack = STACK.get();
-                    let socket = stack.sockets.get_mut::<tcp::Socket>(handle);
-                    if matches!(socket.state(), State::Closed | State::TimeWait) || crate::time::now() >= limit {
-                        return Poll::Ready(());
-                    }
-                    socket.register_recv_waker(context.waker());
-                    socket.register_send_waker(context.waker());
-                    crate::executor::wake_at(limit, context.waker());
-                    Poll::Pending
-                })
-                .await;
-            }
-            STACK.get().sockets.remove(handle);
+                // What still arrives has no reader; room for it lets the peer come to its own end.
+                let _ = socket.recv(|bytes| (bytes.len(), ()));
+                socket.register_recv_waker(context.waker());
+                socket.register_send_waker(context.waker());
+                drop(stack);
+                Pin::new(&mut limit).poll(context)
+            })
+            .await;
+            let socket = STACK.get().sockets.remove(handle);
+            drop(socket);
         });
     }
 }

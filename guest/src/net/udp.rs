@@ -20,7 +20,8 @@ pub struct Socket {
 impl Socket {
     /// Binds a port.
     pub fn bind(port: u16) -> Self {
-        let buffer = || PacketBuffer::new(alloc::vec![PacketMetadata::EMPTY; PACKETS], alloc::vec![0; BYTES]);
+        let buffer =
+            || PacketBuffer::new(alloc::vec![PacketMetadata::EMPTY; PACKETS], crate::heap::buffer(BYTES));
         let mut socket = udp::Socket::new(buffer(), buffer());
         // A new socket is not open and the port is not 0, the only two reasons to refuse.
         let _ = socket.bind(port);

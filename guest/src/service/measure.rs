@@ -2,10 +2,11 @@
 
 use crate::{
     executor::spawn,
-    net::{Listener, Stream, UdpSocket},
+    net::{Buffers, Listener, Stream, UdpSocket},
 };
 
 const CHUNK: usize = 16 << 10;
+const BUFFERS: Buffers = Buffers { receive: 128 << 10, send: 128 << 10, backlog: 2 };
 
 /// Starts the services.
 pub fn start() {
@@ -17,7 +18,7 @@ pub fn start() {
 
 fn serve(port: u16, name: &'static str, start: impl Fn(Stream) -> crate::executor::TaskId + 'static) {
     spawn(name, async move {
-        let mut listener = Listener::bind(port);
+        let mut listener = Listener::bind(port, BUFFERS);
         loop {
             start(listener.accept().await);
         }

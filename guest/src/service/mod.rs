@@ -1,7 +1,10 @@
 //! What listens: measuring services, HTTP, SSH.
 
+mod http;
 mod measure;
+mod ssh;
 
+use alloc::string::String;
 use core::time::Duration;
 
 use kage_abi::Config;
@@ -18,7 +21,24 @@ pub struct Machine {
 pub static MACHINE: Local<Machine> = Local::new();
 
 /// Starts all services.
-pub fn start(_config: &'static Config, now: Duration) {
+pub fn start(config: &'static Config, now: Duration) {
     MACHINE.set(Machine { started: now });
+    crate::files::start(&user(config));
     measure::start();
+    http::start();
+    ssh::start();
+}
+
+/// The user's name as it may stand in paths and prompts.
+pub fn user(config: &Config) -> String {
+    let bytes = config.user.get(..usize::from(config.user_length)).unwrap_or_default();
+    let name = String::from_utf8_lossy(bytes);
+    name.chars()
+        .map(|character| if character.is_control() || character == '/' { '_' } else { character })
+        .collect()
+}
+
+/// Guest time since the user's machine began.
+pub fn uptime() -> Duration {
+    crate::time::now().saturating_sub(MACHINE.get().started)
 }

@@ -6,7 +6,10 @@ use super::{
 };
 use crate::local::Local;
 use alloc::{collections::BTreeMap, vec::Vec};
-use core::{future::poll_fn, task::{Poll, Waker}};
+use core::{
+    future::poll_fn,
+    task::{Poll, Waker},
+};
 use kage_abi::device;
 
 /// Bytes in a block.
@@ -72,7 +75,12 @@ pub fn poll() {
     wake.into_iter().for_each(Waker::wake);
 }
 
-async fn transfer(kind: u32, block: u64, write: Option<&[u8; BLOCK]>, mut read: Option<&mut [u8; BLOCK]>) -> Result<(), DiskError> {
+async fn transfer(
+    kind: u32,
+    block: u64,
+    write: Option<&[u8; BLOCK]>,
+    mut read: Option<&mut [u8; BLOCK]>,
+) -> Result<(), DiskError> {
     let slot = poll_fn(|context| {
         let mut disk = DISK.get();
         match disk.free.pop() {
@@ -103,7 +111,11 @@ async fn transfer(kind: u32, block: u64, write: Option<&[u8; BLOCK]>, mut read: 
         let status = Part { address: at + BLOCK as u64 + 16, length: 1, writable: true };
         let data = Part { address: at, length: BLOCK as u32, writable: read.is_some() };
         let parts = [header, data, status];
-        let head = if write.is_some() || read.is_some() { disk.queue[0].push(&parts) } else { disk.queue[0].push(&[header, status]) };
+        let head = if write.is_some() || read.is_some() {
+            disk.queue[0].push(&parts)
+        } else {
+            disk.queue[0].push(&[header, status])
+        };
         match head {
             Some(head) => {
                 disk.running.insert(head, (slot, None));

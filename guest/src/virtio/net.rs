@@ -7,7 +7,9 @@ use alloc::vec::Vec;
 
 use kage_abi::device;
 use smoltcp::{
-    phy::{Checksum, ChecksumCapabilities, Device as PhyDevice, DeviceCapabilities, Medium, RxToken, TxToken},
+    phy::{
+        Checksum, ChecksumCapabilities, Device as PhyDevice, DeviceCapabilities, Medium, RxToken, TxToken,
+    },
     time::Instant,
 };
 
@@ -82,6 +84,11 @@ impl Net {
         }
     }
 
+    /// Fills both rings with nonsense.
+    pub fn spoil_rings(&mut self) {
+        self.queues.iter_mut().for_each(Queue::spoil);
+    }
+
     /// Whether frames wait to be sent at the next door.
     pub fn is_sending(&self) -> bool {
         self.free.len() < usize::from(TRANSMIT)
@@ -111,12 +118,16 @@ impl Net {
                 self.frame.extend_from_slice(bytes);
                 self.offer(buffer);
                 if first {
-                    left = if length >= HEADER { u16::from_le_bytes([bytes[10], bytes[11]]).max(1) } else { 1 };
+                    left =
+                        if length >= HEADER { u16::from_le_bytes([bytes[10], bytes[11]]).max(1) } else { 1 };
                     first = false;
                 }
                 left -= 1;
             }
-            if self.frame.len() > HEADER && (self.frame[0] & (NEEDS_CSUM | DATA_VALID) != 0 || tcp_checksum_holds(&self.frame[HEADER..])) {
+            if self.frame.len() > HEADER
+                && (self.frame[0] & (NEEDS_CSUM | DATA_VALID) != 0
+                    || tcp_checksum_holds(&self.frame[HEADER..]))
+            {
                 return true;
             }
         }
@@ -147,7 +158,8 @@ fn pseudo_header(frame: &[u8], length: usize) -> u64 {
 
 /// TCP's bytes when the frame is TCP directly over IPv6.
 fn tcp_of(frame: &[u8]) -> Option<&[u8]> {
-    let is_tcp = frame.len() >= ETHERNET + IPV6 + 20 && frame[12..14] == [0x86, 0xdd] && frame[ETHERNET + 6] == 6;
+    let is_tcp =
+        frame.len() >= ETHERNET + IPV6 + 20 && frame[12..14] == [0x86, 0xdd] && frame[ETHERNET + 6] == 6;
     is_tcp.then(|| &frame[ETHERNET + IPV6..])
 }
 

@@ -125,12 +125,22 @@ impl Queue {
         for _ in 0..self.size {
             self.free.push(index);
             // SAFETY: `index` < size.
-            let descriptor = unsafe { self.base.cast::<Descriptor>().add(usize::from(index)).read_volatile() };
+            let descriptor =
+                unsafe { self.base.cast::<Descriptor>().add(usize::from(index)).read_volatile() };
             if descriptor.flags & NEXT == 0 {
                 break;
             }
             index = descriptor.next % self.size;
         }
         Some((head, entry[1]))
+    }
+
+    /// Fills descriptor table and available ring with nonsense.
+    pub fn spoil(&mut self) {
+        let bytes = 16 * usize::from(self.size) + 6 + 2 * usize::from(self.size);
+        for at in 0..bytes {
+            // SAFETY: table and available ring lie in the allocation, one behind the other.
+            unsafe { self.base.add(at).write_volatile((at as u8).wrapping_mul(151) | 1) };
+        }
     }
 }

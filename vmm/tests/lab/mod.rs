@@ -96,7 +96,19 @@ impl Lab {
     }
 
     /// A machine with identity and network.
+    #[allow(dead_code)]
     pub fn login(&self) -> RemoteMachine {
+        self.login_with(String::new(), [7; 32], [9; 32])
+    }
+
+    /// The same with the keys that may log in, the host key's seed and the generation's.
+    #[allow(dead_code)]
+    pub fn login_with(
+        &self,
+        authorized_keys: String,
+        host_key_seed: [u8; 32],
+        seed: [u8; 32],
+    ) -> RemoteMachine {
         let mut machine = self.pool.take_login().unwrap();
         machine.set_label(b"alice".to_vec()).unwrap();
         machine.attach_tap(self.tap.as_fd()).unwrap();
@@ -105,12 +117,17 @@ impl Lab {
             address: self.vid.address().octets(),
             prefix_length: Vid::IMAGE_PREFIX_LENGTH,
             mtu: self.fabric.guest_mtu() as u16,
-            host_key_seed: [7; 32],
-            authorized_keys: fs::read_to_string(std::env::var("KAGE_TEST_KEY").unwrap_or_default())
-                .unwrap_or_default(),
+            host_key_seed,
+            authorized_keys,
         };
-        machine.give_generation(Some(identity), [9; 32]).unwrap();
+        machine.give_generation(Some(identity), seed).unwrap();
         machine
+    }
+
+    /// A directory that is removed with the lab.
+    #[allow(dead_code)]
+    pub fn dir(&self) -> &std::path::Path {
+        &self.dir
     }
 
     /// Moves a machine to another process the plain way: everything that is not zero, then the state.

@@ -1,0 +1,190 @@
+//! Fills memory and keeps rewriting a part of it: the load that moves are measured with.
+
+use alloc::{format, rc::Rc, string::String, vec::Vec};
+use core::{
+    future::{Future, poll_fn},
+    pin::{Pin, pin},
+    task::Poll,
+    time::Duration,
+};
+
+use kage_abi::content::{Content, PAGE_WORDS, fill_page, mix};
+
+use super::measure::seconds;
+use crate::{
+    executor, heap,
+    shell::{Failure, Session, stdio::Stdio},
+    time,
+};
+
+const USAGE: &str = "dirty W% R/s [--content mixed|zero|random] [--words 8] [--for SECONDS]";
+/// Pages allocated at once.
+const EXTENT: usize = 64;
+/// Filling a page, and summing one up, in estimated nanoseconds.
+const FILL_COST: u64 = 4_000;
+const SUM_COST: u64 = 700;
+/// Rewriting words of a page.
+const TOUCH_COST: u64 = 200;
+/// Shortest pause between two batches.
+const BATCH: Duration = Duration::from_micros(200);
+/// Rewriting that was missed, by a pause or for want of time, and is made up for.
+const DEBT: u64 = 2_000;
+
+#[repr(align(4096))]
+struct Page([u64; PAGE_WORDS]);
+
+/// What was asked for.
+struct Load {
+    percent: u64,
+    rate: u64,
+    content: Content,
+    words: usize,
+    limit: Option<Duration>,
+}
+
+impl Load {
+    fn parse(arguments: &[String]) -> Option<Self> {
+        let [percent, rate, options @ ..] = arguments else { return None };
+        let percent =
+            percent.strip_suffix('%').unwrap_or(percent).parse().ok().filter(|percent| *percent <= 100)?;
+        let rate = rate.strip_suffix("/s").unwrap_or(rate).parse().ok().filter(|rate| *rate <= 10_000_000)?;
+        let mut load = Self { percent, rate, content: Content::Mixed, words: 8, limit: None };
+        for option in options.chunks(2) {
+            let [name, value] = option else { return None };
+            match name.as_str() {
+                "--content" => load.content = Content::parse(value)?,
+                "--words" => {
+                    load.words = value.parse().ok().filter(|words| (1..=PAGE_WORDS).contains(words))?
+                }
+                "--for" => load.limit = Some(seconds(value)?),
+                _ => return None,
+            }
+        }
+        Some(load)
+    }
+}
+
+/// The pages that were filled. The working set is the first of them.
+struct Pages {
+    extents: Vec<Vec<Page>>,
+    count: usize,
+}
+
+impl Pages {
+    /// Takes all memory but the reserve.
+    async fn fill(content: Content) -> Self {
+        let mut pages = Self { extents: Vec::new(), count: 0 };
+        let bytes = EXTENT * size_of::<Page>();
+        while heap::free_bytes() > heap::RESERVE + 2 * bytes {
+            let mut extent = Vec::new();
+            if extent.try_reserve_exact(EXTENT).is_err() {
+                break;
+            }
+            for _ in 0..EXTENT {
+                let mut page = Page([0; PAGE_WORDS]);
+                fill_page(content, pages.count as u64, &mut page.0);
+                extent.push(page);
+                pages.count += 1;
+                executor::work(FILL_COST).await;
+            }
+            pages.extents.push(extent);
+        }
+        pages
+    }
+
+    fn page(&mut self, index: usize) -> Option<&mut Page> {
+        self.extents.get_mut(index / EXTENT)?.get_mut(index % EXTENT)
+    }
+
+    /// A checksum of the pages from `first` on, and whether they are as they were filled.
+    async fn check(&mut self, first: usize, content: Content) -> (u64, bool) {
+        let mut sum = 0;
+        let mut whole = true;
+        let mut expected = [0; PAGE_WORDS];
+        for index in first..self.count {
+            fill_page(content, index as u64, &mut expected);
+            let Some(page) = self.page(index) else { break };
+            whole &= page.0 == expected;
+            sum = page.0.iter().fold(sum, |sum: u64, word| (sum ^ word).wrapping_mul(0x0000_0100_0000_01b3));
+            executor::work(FILL_COST + SUM_COST).await;
+        }
+        (sum, whole)
+    }
+}
+
+/// Runs until interrupted, or for the time given.
+pub async fn run(session: &Rc<Session>, arguments: &[String], stdio: &Stdio) -> Result<u32, Failure> {
+    let load = Load::parse(arguments).ok_or(Failure::Usage(USAGE))?;
+    let mut pages = Pages::fill(load.content).await;
+    let set = (pages.count as u64 * load.percent / 100) as usize;
+    let text = format!("dirty: {} pages, {set} of them rewritten at {}/s\n", pages.count, load.rate);
+    stdio.output.write(text.as_bytes()).await?;
+
+    let touched = rewrite(session, &load, &mut pages, set).await;
+
+    let untouched = pages.count - set;
+    let (sum, whole) = pages.check(set, load.content).await;
+    let verdict = if whole { "whole" } else { "DAMAGED" };
+    let text = format!(
+        "dirty: rewrote {touched} pages; {untouched} untouched pages {verdict}, checksum {sum:016x}\n"
+    );
+    stdio.output.write(text.as_bytes()).await?;
+    Ok(u32::from(!whole))
+}
+
+/// Rewrites until it is time to stop; returns how many pages were.
+async fn rewrite(session: &Session, load: &Load, pages: &mut Pages, set: usize) -> u64 {
+    let started = time::now();
+    let stop_at = load.limit.map(|limit| started.saturating_add(limit));
+    let (mut done, mut forgiven) = (0u64, 0u64);
+    let mut turn = 0u64;
+    loop {
+        let now = time::now();
+        if stop_at.is_some_and(|at| now >= at) {
+            return done;
+        }
+        let elapsed = u64::try_from((now - started).as_micros()).unwrap_or(u64::MAX);
+        let due = (u128::from(elapsed) * u128::from(load.rate) / 1_000_000) as u64;
+        let mut owed = due.saturating_sub(done + forgiven);
+        forgiven += owed.saturating_sub(DEBT.max(load.rate / 100));
+        owed = owed.min(DEBT.max(load.rate / 100));
+        while owed > 0 && set > 0 {
+            // Each word of the index is mixed, so that the order has no pattern a tracker could follow.
+            let index = (mix(turn) % set as u64) as usize;
+            if let Some(page) = pages.page(index) {
+                for word in 0..load.words {
+                    let at = mix(turn ^ (word as u64) << 40) as usize % PAGE_WORDS;
+                    page.0[at] = mix(turn.wrapping_mul(31) ^ word as u64);
+                }
+            }
+            (turn, done, owed) = (turn + 1, done + 1, owed - 1);
+            if executor::charge(TOUCH_COST) {
+                break;
+            }
+        }
+        let next = if owed > 0 && set > 0 {
+            now
+        } else {
+            let micros = if load.rate == 0 { 1_000_000 } else { (1_000_000 / load.rate).max(1) };
+            now + BATCH.max(Duration::from_micros(micros))
+        };
+        if interrupted(session, stop_at.map_or(next, |at| at.min(next)), owed > 0 && set > 0).await {
+            return done;
+        }
+    }
+}
+
+/// Waits until `next`, or just for a door; true when an interrupt came.
+async fn interrupted(session: &Session, next: Duration, at_once: bool) -> bool {
+    let mut sleep = time::sleep_until(next);
+    let mut yielding = pin!(executor::yield_now());
+    poll_fn(|context| {
+        if session.interrupt.poll(context).is_ready() {
+            return Poll::Ready(true);
+        }
+        let waited =
+            if at_once { yielding.as_mut().poll(context) } else { Pin::new(&mut sleep).poll(context) };
+        waited.map(|()| false)
+    })
+    .await
+}

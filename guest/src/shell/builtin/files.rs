@@ -1,0 +1,105 @@
+//! Commands on files.
+
+use alloc::{format, string::String, vec};
+
+use super::say;
+use crate::{
+    executor,
+    files::{self, FileError},
+    shell::{
+        Failure, Session,
+        stdio::{Input, Stdio},
+    },
+};
+
+const CHUNK: usize = 16 << 10;
+/// Copying a byte, in estimated nanoseconds per 16.
+const COPY_COST: u64 = 8;
+
+fn at(path: &str) -> impl Fn(FileError) -> Failure {
+    move |error| Failure::File(path.into(), error)
+}
+
+pub async fn ls(session: &Session, arguments: &[String], stdio: &Stdio) -> Result<u32, Failure> {
+    let mut text = String::new();
+    let here = [String::from(".")];
+    for path in if arguments.is_empty() { &here[..] } else { arguments } {
+        for (name, facts) in files::list(&session.path(path)).map_err(at(path))? {
+            text.push_str(&name);
+            text.push_str(if facts.directory { "/\n" } else { "\n" });
+        }
+    }
+    say(stdio, &text).await
+}
+
+pub fn cd(session: &Session, arguments: &[String]) -> Result<u32, Failure> {
+    let path = match arguments {
+        [] => session.home.clone(),
+        [path] => session.path(path),
+        _ => return Err(Failure::Usage("cd [PATH]")),
+    };
+    if !files::stat(&path).map_err(at(&path))?.directory {
+        return Err(Failure::File(path, FileError::NotDirectory));
+    }
+    *session.directory.borrow_mut() = path;
+    Ok(0)
+}
+
+pub async fn pwd(session: &Session, stdio: &Stdio) -> Result<u32, Failure> {
+    let text = format!("{}\n", session.directory.borrow());
+    say(stdio, &text).await
+}
+
+pub async fn cat(session: &Session, arguments: &[String], mut stdio: Stdio) -> Result<u32, Failure> {
+    let mut buffer = vec![0; CHUNK];
+    let mut copy = async |input: &mut Input| -> Result<(), Failure> {
+        loop {
+            let count = input.read(&mut buffer).await?;
+            if count == 0 {
+                return Ok(());
+            }
+            stdio.output.write(&buffer[..count]).await?;
+            executor::work(count as u64 * COPY_COST / 16).await;
+        }
+    };
+    if arguments.is_empty() {
+        copy(&mut stdio.input).await?;
+    }
+    for path in arguments {
+        if path == "-" {
+            copy(&mut stdio.input).await?;
+        } else {
+            copy(&mut Input::File { path: session.path(path), offset: 0 }).await?;
+        }
+    }
+    Ok(0)
+}
+
+pub async fn stat(session: &Session, arguments: &[String], stdio: &Stdio) -> Result<u32, Failure> {
+    if arguments.is_empty() {
+        return Err(Failure::Usage("stat PATH…"));
+    }
+    let mut text = String::new();
+    for path in arguments {
+        let whole = session.path(path);
+        let facts = files::stat(&whole).map_err(at(path))?;
+        let (kind, unit) = if facts.directory { ("directory", "entries") } else { ("file", "bytes") };
+        text.push_str(&format!("{whole}: {kind}, {} {unit}, number {}\n", facts.size, facts.number));
+    }
+    say(stdio, &text).await
+}
+
+pub fn each(
+    session: &Session,
+    arguments: &[String],
+    act: fn(&str) -> Result<(), FileError>,
+    usage: &'static str,
+) -> Result<u32, Failure> {
+    if arguments.is_empty() {
+        return Err(Failure::Usage(usage));
+    }
+    for path in arguments {
+        act(&session.path(path)).map_err(at(path))?;
+    }
+    Ok(0)
+}

@@ -1,0 +1,135 @@
+//! The commands, by name.
+
+mod crash;
+mod dirty;
+mod files;
+mod measure;
+mod system;
+
+use alloc::{format, rc::Rc, string::String};
+
+use super::{Failure, Session, stdio::Stdio};
+
+/// Status of a command that does not exist.
+const UNKNOWN: u32 = 127;
+
+/// Name, arguments, what it does.
+const HELP: &[(&str, &str, &str)] = &[
+    ("help", "", "this list"),
+    ("ls", "[PATH]", "names in a directory"),
+    ("cd", "[PATH]", "change directory"),
+    ("pwd", "", "the directory"),
+    ("cat", "[PATH…]", "copy files, or input, to output"),
+    ("stat", "PATH…", "what a path is"),
+    ("mkdir", "PATH…", "make directories"),
+    ("rm", "PATH…", "remove files and empty directories"),
+    ("echo", "[-n] TEXT…", "print text"),
+    ("ps", "", "tasks"),
+    ("uptime", "", "guest time since this machine began"),
+    ("date", "", "wall clock, UTC"),
+    ("free", "", "memory"),
+    ("ip", "", "addresses and connections"),
+    ("hostname", "", "the machine's name"),
+    ("whoami", "", "the user's name"),
+    ("count", "N", "1 to N, a line per millisecond"),
+    (
+        "dirty",
+        "W% R/s [--content mixed|zero|random] [--words 8] [--for SECONDS]",
+        "fill memory and rewrite W % of it",
+    ),
+    ("sum", "[PATH…]", "SHA-256 of files, or of input"),
+    ("heartbeat", "[off]", "longest gap since last asked"),
+    ("sleep", "SECONDS", "wait"),
+    ("true", "", "succeed"),
+    ("false", "", "fail"),
+    ("exit", "[STATUS]", "leave"),
+];
+
+/// Whether a command ends by itself when interrupted, because it has something to say then.
+pub fn ends_by_itself(name: &str) -> bool {
+    name == "dirty"
+}
+
+/// Runs a command.
+///
+/// # Errors
+/// [`Failure`], which the caller reports.
+pub async fn run(
+    session: &Rc<Session>,
+    name: &str,
+    arguments: &[String],
+    stdio: Stdio,
+) -> Result<u32, Failure> {
+    match name {
+        "help" => help(&stdio).await,
+        "ls" => files::ls(session, arguments, &stdio).await,
+        "cd" => files::cd(session, arguments),
+        "pwd" => files::pwd(session, &stdio).await,
+        "cat" => files::cat(session, arguments, stdio).await,
+        "stat" => files::stat(session, arguments, &stdio).await,
+        "mkdir" => files::each(session, arguments, crate::files::make_directory, "mkdir PATH…"),
+        "rm" => files::each(session, arguments, crate::files::remove, "rm PATH…"),
+        "echo" => echo(arguments, &stdio).await,
+        "ps" => system::ps(&stdio).await,
+        "uptime" => system::uptime(&stdio).await,
+        "date" => system::date(&stdio).await,
+        "free" => system::free(&stdio).await,
+        "ip" => system::ip(&stdio).await,
+        "heartbeat" => system::heartbeat(arguments, &stdio).await,
+        "hostname" => say(&stdio, &format!("{}\n", super::session::host_name())).await,
+        "whoami" => say(&stdio, &format!("{}\n", session.user)).await,
+        "count" => measure::count(arguments, &stdio).await,
+        "dirty" => dirty::run(session, arguments, &stdio).await,
+        "sum" => measure::sum(session, arguments, stdio).await,
+        "sleep" => measure::sleep(arguments).await,
+        "true" => Ok(0),
+        "false" => Ok(1),
+        "exit" => exit(session, arguments),
+        "crash" => crash::run(arguments).await,
+        _ => {
+            stdio
+                .error
+                .write(format!("kage: {name}: no such command; `help` lists what there is\n").as_bytes())
+                .await?;
+            Ok(UNKNOWN)
+        }
+    }
+}
+
+/// Prints text and succeeds.
+async fn say(stdio: &Stdio, text: &str) -> Result<u32, Failure> {
+    stdio.output.write(text.as_bytes()).await?;
+    Ok(0)
+}
+
+async fn help(stdio: &Stdio) -> Result<u32, Failure> {
+    let mut text = String::new();
+    for (name, arguments, what) in HELP {
+        let usage = format!("{name} {arguments}");
+        if usage.chars().count() > 24 {
+            text.push_str(&format!("  {usage}\n  {:24} {what}\n", ""));
+        } else {
+            text.push_str(&format!("  {usage:24} {what}\n"));
+        }
+    }
+    text.push_str("Lines take ; && || | < > >> 2> and quotes.\n");
+    say(stdio, &text).await
+}
+
+async fn echo(arguments: &[String], stdio: &Stdio) -> Result<u32, Failure> {
+    let (end, words) = match arguments.split_first() {
+        Some((first, rest)) if first == "-n" => ("", rest),
+        _ => ("\n", arguments),
+    };
+    say(stdio, &format!("{}{end}", words.join(" "))).await
+}
+
+fn exit(session: &Session, arguments: &[String]) -> Result<u32, Failure> {
+    let status = match arguments {
+        [] => session.status.get(),
+        [status] => status.parse().map_err(|_| Failure::Usage("exit [STATUS]"))?,
+        _ => return Err(Failure::Usage("exit [STATUS]")),
+    };
+    session.leaving.set(Some(status & 0xff));
+    Ok(status & 0xff)
+}

@@ -1,0 +1,154 @@
+//! Runs a command line.
+
+use alloc::{boxed::Box, format, rc::Rc, string::String, vec::Vec};
+use core::{
+    future::{Future, poll_fn},
+    pin::Pin,
+    task::{Context, Poll},
+};
+
+use super::{
+    Failure, Session, builtin,
+    parse::{self, Command, Piece, Redirect, When, Word},
+    pipe,
+    stdio::{Input, Output, Stdio},
+};
+use crate::files;
+
+/// Status of a command that was interrupted.
+const INTERRUPTED: u32 = 130;
+/// Status of a line that is no command.
+const SYNTAX: u32 = 2;
+
+/// Runs a line and returns its last command's status. An interrupt ends what runs and skips what follows.
+pub async fn run_line(session: &Rc<Session>, line: &str, stdio: &Stdio) -> u32 {
+    let list = match parse::parse(line) {
+        Ok(list) => list,
+        Err(error) => {
+            let _ = stdio.error.write(format!("kage: {error}\n").as_bytes()).await;
+            session.status.set(SYNTAX);
+            return SYNTAX;
+        }
+    };
+    for (when, pipeline) in list {
+        let succeeded = session.status.get() == 0;
+        let runs = match when {
+            When::Always => true,
+            When::Success => succeeded,
+            When::Failure => !succeeded,
+        };
+        if !runs {
+            continue;
+        }
+        let status = run_pipeline(session, pipeline, stdio).await;
+        session.status.set(status);
+        if session.leaving.get().is_some() || status == INTERRUPTED {
+            break;
+        }
+    }
+    session.status.get()
+}
+
+struct Running {
+    future: Option<Pin<Box<dyn Future<Output = u32>>>>,
+    /// It ends by itself when interrupted.
+    polite: bool,
+    status: u32,
+}
+
+async fn run_pipeline(session: &Rc<Session>, commands: Vec<Command>, stdio: &Stdio) -> u32 {
+    let mut running = Vec::new();
+    let mut input = stdio.input.clone();
+    let last = commands.len().saturating_sub(1);
+    for (index, command) in commands.into_iter().enumerate() {
+        let mut own = Stdio { input: input.clone(), ..stdio.clone() };
+        if index < last {
+            let (writer, reader) = pipe::pipe();
+            own.output = Output::Pipe(writer);
+            input = Input::Pipe(reader);
+        }
+        running.push(start(session, command, own).await);
+    }
+    drop(input);
+    poll_fn(|context| poll_pipeline(session, &mut running, context)).await
+}
+
+fn poll_pipeline(session: &Session, running: &mut [Running], context: &mut Context<'_>) -> Poll<u32> {
+    let interrupted = session.interrupt.poll(context).is_ready();
+    let mut done = true;
+    for command in running.iter_mut() {
+        let Some(future) = &mut command.future else { continue };
+        match future.as_mut().poll(context) {
+            Poll::Ready(status) => {
+                command.status = status;
+                command.future = None;
+            }
+            Poll::Pending if interrupted && !command.polite => {
+                command.status = INTERRUPTED;
+                command.future = None;
+            }
+            Poll::Pending => done = false,
+        }
+    }
+    if done { Poll::Ready(running.last().map_or(0, |command| command.status)) } else { Poll::Pending }
+}
+
+/// Applies redirections and makes the command's future.
+async fn start(session: &Rc<Session>, command: Command, mut stdio: Stdio) -> Running {
+    let words: Vec<String> = command.words.iter().map(|word| expand(session, word)).collect();
+    if let Err(failure) = redirect(session, &command.redirects, &mut stdio) {
+        let _ = stdio.error.write(format!("kage: {failure}\n").as_bytes()).await;
+        return Running { future: None, polite: false, status: failure.status() };
+    }
+    let Some(name) = words.first().cloned() else {
+        return Running { future: None, polite: false, status: 0 };
+    };
+    let polite = builtin::ends_by_itself(&name);
+    let session = Rc::clone(session);
+    let future = async move {
+        let error = stdio.error.clone();
+        match builtin::run(&session, &name, &words[1..], stdio).await {
+            Ok(status) => status,
+            Err(Failure::Broken) => Failure::Broken.status(),
+            Err(failure) => {
+                let _ = error.write(format!("{name}: {failure}\n").as_bytes()).await;
+                failure.status()
+            }
+        }
+    };
+    Running { future: Some(Box::pin(future)), polite, status: 0 }
+}
+
+fn redirect(session: &Session, redirects: &[Redirect], stdio: &mut Stdio) -> Result<(), Failure> {
+    let open = |word: &Word, append: bool| {
+        let path = session.path(&expand(session, word));
+        let made = if append { files::append(&path, &[]) } else { files::truncate(&path) };
+        made.map(|()| Output::File(path.clone())).map_err(|error| Failure::File(path, error))
+    };
+    for redirect in redirects {
+        match redirect {
+            Redirect::Input(word) => {
+                let path = session.path(&expand(session, word));
+                files::read(&path, 0, &mut []).map_err(|error| Failure::File(path.clone(), error))?;
+                stdio.input = Input::File { path, offset: 0 };
+            }
+            Redirect::Output(word, append) => stdio.output = open(word, *append)?,
+            Redirect::Error(word, append) => stdio.error = open(word, *append)?,
+            Redirect::ErrorToOutput => stdio.error = stdio.output.clone(),
+        }
+    }
+    Ok(())
+}
+
+fn expand(session: &Session, word: &Word) -> String {
+    let mut text = String::new();
+    for piece in word {
+        match piece {
+            Piece::Text(plain) => text.push_str(plain),
+            Piece::Status => text.push_str(&format!("{}", session.status.get())),
+            Piece::User => text.push_str(&session.user),
+            Piece::Home => text.push_str(&session.home),
+        }
+    }
+    text
+}

@@ -1,0 +1,544 @@
+//! What a machine offers its user, tried with the clients users have: OpenSSH and curl.
+
+mod lab;
+
+use std::{
+    fs::{self, File},
+    io::{BufRead, BufReader, Read, Write},
+    net::TcpStream,
+    path::PathBuf,
+    process::{Child, ChildStdin, Command, Output, Stdio},
+    sync::atomic::{AtomicU32, Ordering},
+    time::{Duration, Instant},
+};
+
+use kage_abi::stream::Stream as Content;
+use kage_ssh::keys::HostKey;
+use kage_vmm::remote::RemoteMachine;
+use lab::Lab;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use sha2::{Digest, Sha256};
+
+const HOST_SEED: [u8; 32] = [7; 32];
+
+/// A user with a key, and their machine.
+struct Desk<'a> {
+    lab: &'a Lab,
+    machine: Option<RemoteMachine>,
+    key: PathBuf,
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+/// A new key in the lab's directory; returns its path.
+fn make_key(lab: &Lab, name: &str) -> PathBuf {
+    let path = lab.dir().join(name);
+    let made = Command::new("ssh-keygen").args(["-q", "-t", "ed25519", "-N", "", "-f"]).arg(&path).status();
+    assert!(made.expect("ssh-keygen is installed").success());
+    path
+}
+
+fn public(key: &std::path::Path) -> String {
+    fs::read_to_string(key.with_extension("pub")).expect("ssh-keygen wrote it")
+}
+
+impl<'a> Desk<'a> {
+    fn new(lab: &'a Lab) -> Self {
+        static NEXT: AtomicU32 = AtomicU32::new(0);
+        let key = make_key(lab, &format!("key-{}", NEXT.fetch_add(1, Ordering::Relaxed)));
+        let machine = lab.login_with(public(&key), HOST_SEED, [9; 32]);
+        let known = format!("{} {}\n", lab.address(), HostKey::from_seed(&HOST_SEED).to_line());
+        fs::write(lab.dir().join("known_hosts"), known).unwrap();
+        Self { lab, machine: Some(machine), key }
+    }
+
+    fn machine(&mut self) -> &mut RemoteMachine {
+        self.machine.as_mut().expect("the desk has a machine")
+    }
+
+    /// Moves the machine to another process.
+    fn walk(&mut self) -> Duration {
+        let machine = self.machine.take().expect("the desk has a machine");
+        let (machine, blackout) = self.lab.move_machine(machine);
+        self.machine = Some(machine);
+        blackout
+    }
+
+    /// OpenSSH that accepts only the host key of the seed.
+    fn ssh(&self, options: &[&str]) -> Command {
+        let mut command = Command::new("ssh");
+        command.args(["-F", "none", "-o", "IdentitiesOnly=yes", "-o", "StrictHostKeyChecking=yes"]);
+        command.args(["-o", "BatchMode=yes", "-o", "LogLevel=ERROR", "-o", "ConnectTimeout=10"]);
+        command.arg("-o").arg(format!("UserKnownHostsFile={}", self.lab.dir().join("known_hosts").display()));
+        command.arg("-i").arg(&self.key).args(options).arg(format!("alice@{}", self.lab.address()));
+        command.stdin(Stdio::null());
+        command
+    }
+
+    /// Runs a command line; returns what it gave.
+    fn exec(&self, line: &str) -> Output {
+        self.ssh(&[]).args(["--", line]).output().expect("ssh is installed")
+    }
+
+    /// Runs a command line that succeeds; returns its output.
+    fn say(&self, line: &str) -> String {
+        let output = self.exec(line);
+        assert!(output.status.success(), "{line}: {output:?}");
+        String::from_utf8(output.stdout).expect("text")
+    }
+
+    fn url(&self, path: &str) -> String {
+        format!("http://[{}]{path}", self.lab.address())
+    }
+
+    fn curl(&self, arguments: &[&str], path: &str) -> Output {
+        let mut command = Command::new("curl");
+        command.args(["-sS", "-g", "-m", "60"]).args(arguments).arg(self.url(path));
+        let output = command.output().expect("curl is installed");
+        assert!(output.status.success(), "{path}: {}", String::from_utf8_lossy(&output.stderr));
+        output
+    }
+}
+
+impl Drop for Desk<'_> {
+    fn drop(&mut self) {
+        use kage_machine::Machine;
+        if let Some(machine) = &mut self.machine {
+            if std::thread::panicking() {
+                eprintln!("{}", self.lab.logs(machine));
+            }
+            machine.end();
+        }
+    }
+}
+
+/// A client with a terminal.
+struct Terminal {
+    child: Child,
+    keys: ChildStdin,
+    screen: std::process::ChildStdout,
+    seen: String,
+}
+
+impl Terminal {
+    fn open(desk: &Desk<'_>) -> Self {
+        let mut child = desk
+            .ssh(&["-tt"])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .expect("ssh is installed");
+        let (keys, screen) = (child.stdin.take().unwrap(), child.stdout.take().unwrap());
+        let mut terminal = Self { child, keys, screen, seen: String::new() };
+        terminal.until("$ ");
+        terminal
+    }
+
+    fn keys(&mut self, keys: &str) {
+        self.keys.write_all(keys.as_bytes()).unwrap();
+        self.keys.flush().unwrap();
+    }
+
+    /// Reads the screen up to some text; returns all of it and forgets it.
+    fn until(&mut self, text: &str) -> String {
+        let mut buffer = [0; 4096];
+        loop {
+            if let Some(at) = self.seen.find(text) {
+                let rest = self.seen.split_off(at + text.len());
+                return std::mem::replace(&mut self.seen, rest);
+            }
+            let mut polled = [PollFd::new(&self.screen, PollFlags::IN)];
+            let ready = poll(&mut polled, Some(&Timespec { tv_sec: 20, tv_nsec: 0 })).unwrap();
+            assert!(ready > 0, "no {text:?} within 20 s, only {:?}", self.seen);
+            let count = self.screen.read(&mut buffer).unwrap();
+            assert!(count > 0, "the screen ended before {text:?}: {:?}", self.seen);
+            self.seen.push_str(&String::from_utf8_lossy(&buffer[..count]));
+        }
+    }
+}
+
+#[test]
+fn a_command_runs_with_its_output_errors_and_status() {
+    Lab::run(|lab| {
+        let desk = Desk::new(lab);
+        assert!(desk.say("uptime").starts_with("up "));
+        let output = desk.exec("echo out; exit 3");
+        assert_eq!((output.status.code(), &output.stdout[..]), (Some(3), &b"out\n"[..]));
+        let output = desk.exec("nonsense");
+        assert_eq!(output.status.code(), Some(127));
+        assert!(
+            output.stdout.is_empty() && String::from_utf8_lossy(&output.stderr).contains("no such command")
+        );
+        assert_eq!(desk.exec("true").status.code(), Some(0));
+        assert_eq!(desk.exec("false").status.code(), Some(1));
+        assert_eq!(desk.say("whoami; hostname"), "alice\nkage\n");
+        assert_eq!(desk.say("false || echo 'a  b' \"$USER\" | cat && false || echo $?"), "a  b alice\n1\n");
+        let file = "echo one > /tmp/f; echo two >> /tmp/f; cat < /tmp/f; sum /tmp/f; stat /tmp/f; ls /tmp; rm /tmp/f";
+        let text = desk.say(file);
+        let sum = hex(&Sha256::digest(b"one\ntwo\n"));
+        assert!(text.starts_with(&format!("one\ntwo\n{sum}  /tmp/f\n/tmp/f: file, 8 bytes")), "{text}");
+        assert!(text.ends_with("\nf\n"), "{text}");
+        for line in ["help", "ls /", "ps", "date", "free", "ip", "stat /", "heartbeat", "pwd"] {
+            assert!(!desk.say(line).is_empty(), "{line}");
+        }
+        assert_eq!(desk.exec("echo 'open").status.code(), Some(2));
+        assert!(!desk.ssh(&["-s"]).arg("sftp").output().unwrap().status.success());
+    });
+}
+
+#[test]
+fn a_script_on_standard_input_is_run_line_by_line() {
+    Lab::run(|lab| {
+        let desk = Desk::new(lab);
+        let mut child = desk.ssh(&["-T"]).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+        child.stdin.take().unwrap().write_all(b"echo one\ncat\ntwo\nthree").unwrap();
+        let output = child.wait_with_output().unwrap();
+        assert_eq!((output.status.code(), &output.stdout[..]), (Some(0), &b"one\ntwo\nthree"[..]));
+    });
+}
+
+#[test]
+fn a_terminal_edits_interrupts_and_ends() {
+    Lab::run(|lab| {
+        let desk = Desk::new(lab);
+        let mut terminal = Terminal::open(&desk);
+        terminal.keys("echo wrong\x15echo rihgt\x7f\x7f\x7fght\r");
+        terminal.until("\r\nright\r\n");
+        terminal.until("$ ");
+        terminal.keys("count 100000\r");
+        terminal.until("\r\n20\r\n");
+        terminal.keys("\x03");
+        assert!(terminal.until("kage:~$ ").contains("^C"));
+        terminal.keys("echo $?\r");
+        assert!(terminal.until("kage:~$ ").contains("\r\n130\r\n"));
+        terminal.keys("cat\r");
+        terminal.until("\r\n");
+        terminal.keys("typed\r");
+        terminal.until("typed\r\n");
+        terminal.until("typed\r\n");
+        terminal.keys("\x04");
+        terminal.until("kage:~$ ");
+        terminal.keys("exit 5\r");
+        assert_eq!(terminal.child.wait().unwrap().code(), Some(5));
+        let mut terminal = Terminal::open(&desk);
+        terminal.keys("\x04");
+        assert_eq!(terminal.child.wait().unwrap().code(), Some(0));
+    });
+}
+
+#[test]
+fn strangers_and_wrong_names_are_refused() {
+    Lab::run(|lab| {
+        let mut desk = Desk::new(lab);
+        let right = std::mem::replace(&mut desk.key, make_key(lab, "stranger"));
+        let output = desk.exec("true");
+        assert_eq!(output.status.code(), Some(255));
+        assert!(String::from_utf8_lossy(&output.stderr).contains("Permission denied"));
+        desk.key = right;
+        let output = desk.ssh(&["-l", "bob"]).args(["--", "true"]).output().unwrap();
+        assert_eq!(output.status.code(), Some(255), "{output:?}");
+        assert!(desk.exec("true").status.success());
+    });
+}
+
+#[test]
+fn count_prints_every_line_once_and_in_order() {
+    Lab::run(|lab| {
+        let desk = Desk::new(lab);
+        let started = Instant::now();
+        let text = desk.say("count 2000");
+        let took = started.elapsed();
+        let expected: String = (1..=2000).map(|line| format!("{line}\n")).collect();
+        assert!(text == expected);
+        assert!((2.0..4.0).contains(&took.as_secs_f64()), "{took:?}");
+    });
+}
+
+#[test]
+fn count_loses_and_doubles_nothing_across_ten_moves() {
+    Lab::run(|lab| {
+        let mut desk = Desk::new(lab);
+        let mut child = desk.ssh(&[]).args(["--", "count 4000"]).stdout(Stdio::piped()).spawn().unwrap();
+        let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
+        for number in 1..=4000u32 {
+            let line = lines.next().expect("a line").unwrap();
+            assert_eq!(line, number.to_string());
+            if number % 300 == 0 && number <= 3000 {
+                desk.walk();
+            }
+        }
+        assert!(lines.next().is_none());
+        assert!(child.wait().unwrap().success());
+    });
+}
+
+#[test]
+fn sum_of_a_long_input_is_right_and_fast() {
+    Lab::run(|lab| {
+        let desk = Desk::new(lab);
+        let mut bytes = vec![0; 20 << 20];
+        Content::new(5).fill(&mut bytes);
+        let path = lab.dir().join("input");
+        fs::write(&path, &bytes).unwrap();
+        let started = Instant::now();
+        let output = desk
+            .ssh(&[])
+            .args(["--", "sum"])
+            .stdin(File::open(&path).unwrap())
+            .output()
+            .expect("ssh is installed");
+        let took = started.elapsed();
+        assert!(output.status.success(), "{output:?}");
+        assert_eq!(String::from_utf8_lossy(&output.stdout), format!("{}  -\n", hex(&Sha256::digest(&bytes))));
+        println!("ssh into the machine and sum: {:.1} MB/s", 20.97 / took.as_secs_f64());
+    });
+}
+
+#[test]
+fn the_terminal_of_a_killed_client_takes_its_commands_along() {
+    Lab::run(|lab| {
+        let desk = Desk::new(lab);
+        let mut child = desk.ssh(&[]).args(["--", "dirty 10% 100/s"]).stdout(Stdio::piped()).spawn().unwrap();
+        let mut line = String::new();
+        BufReader::new(child.stdout.take().unwrap()).read_line(&mut line).unwrap();
+        assert!(line.contains("pages"), "{line}");
+        child.kill().unwrap();
+        child.wait().unwrap();
+        let limit = Instant::now() + Duration::from_secs(10);
+        while desk.say("ps").matches(" command").count() > 1 {
+            assert!(Instant::now() < limit, "{}", desk.say("ps"));
+        }
+        let text = desk.say("free");
+        let free: u64 =
+            text.lines().last().and_then(|line| line.strip_prefix("free ")).unwrap().parse().unwrap();
+        assert!(free > 40 << 20, "{text}");
+    });
+}
+
+#[test]
+fn dirty_fills_memory_leaves_the_rest_whole_and_lets_others_work() {
+    Lab::run(|lab| {
+        let desk = Desk::new(lab);
+        let mut terminal = Terminal::open(&desk);
+        terminal.keys("dirty 30% 5000/s\r");
+        let text = terminal.until("rewritten at");
+        let pages: u64 = text.rsplit("dirty: ").next().unwrap().split(' ').next().unwrap().parse().unwrap();
+        assert!(pages > 12_500, "{text}");
+        assert!(desk.say("uptime").starts_with("up "));
+        let expected = {
+            let mut bytes = vec![0; 4 << 20];
+            Content::new(1).fill(&mut bytes);
+            bytes
+        };
+        assert!(desk.curl(&[], "/stream?bytes=4194304&seed=1").stdout == expected);
+        terminal.keys("\x03");
+        let text = terminal.until("checksum");
+        assert!(text.contains("whole"), "{text}");
+        terminal.until("kage:~$ ");
+        let text = desk.say("dirty 50% 1000/s --content random --words 1 --for 0.5");
+        assert!(text.contains("whole"), "{text}");
+        for wrong in
+            ["dirty", "dirty 101% 5/s", "dirty 5% x", "dirty 5% 5/s --content what", "dirty 5% 5/s --words 0"]
+        {
+            assert_eq!(desk.exec(wrong).status.code(), Some(2), "{wrong}");
+        }
+    });
+}
+
+#[test]
+fn http_tells_the_state_and_refuses_nonsense() {
+    Lab::run(|lab| {
+        let desk = Desk::new(lab);
+        let state = String::from_utf8(desk.curl(&[], "/").stdout).unwrap();
+        for part in ["\"user\":\"alice\"", &format!("\"address\":\"{}\"", lab.address()), "\"generation\":1"]
+        {
+            assert!(state.contains(part), "{state}");
+        }
+        let status = |arguments: &[&str], path: &str| {
+            let all = [&["-o", "/dev/null", "-w", "%{http_code}"], arguments].concat();
+            String::from_utf8(desk.curl(&all, path).stdout).unwrap()
+        };
+        assert_eq!(status(&[], "/nothing"), "404");
+        assert_eq!(status(&["-X", "DELETE"], "/"), "405");
+        assert_eq!(status(&[], "/stream?bytes=x"), "400");
+        assert_eq!(status(&[], "/stream?bytes=99999999999999999999"), "400");
+        assert_eq!(status(&["-H", &format!("X: {}", "x".repeat(9000))], "/"), "431");
+        let head = String::from_utf8(desk.curl(&["-I"], "/stream?bytes=1000").stdout).unwrap();
+        assert!(head.starts_with("HTTP/1.1 200") && head.contains("Content-Length: 1000"), "{head}");
+        // Two requests on one connection, the second split within a line.
+        let mut stream = TcpStream::connect((lab.address(), 80)).unwrap();
+        stream.write_all(b"GET /stream?bytes=3&seed=0 HTTP/1.1\r\nHost: x\r\n\r\n").unwrap();
+        stream.write_all(b"GET /stream?bytes=5&se").unwrap();
+        stream.write_all(b"ed=0 HTTP/1.1\r\nConnection: close\r\n\r\n").unwrap();
+        let mut answer = Vec::new();
+        stream.read_to_end(&mut answer).unwrap();
+        assert_eq!(answer.windows(15).filter(|window| window == b"HTTP/1.1 200 OK").count(), 2);
+        let mut stream = TcpStream::connect((lab.address(), 80)).unwrap();
+        stream.write_all(b"\x16\x03\x01 what is this\r\n\r\n").unwrap();
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).unwrap();
+        assert!(answer.starts_with("HTTP/1.1 400 "), "{answer}");
+    });
+}
+
+/// Reads a stream of the machine and compares it with what it should be; `at` is told how far it is.
+fn read_stream(lab: &Lab, bytes: usize, seed: u64, mut at: impl FnMut(usize)) -> Duration {
+    let mut stream = TcpStream::connect((lab.address(), 80)).unwrap();
+    stream.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+    let request = format!("GET /stream?bytes={bytes}&seed={seed} HTTP/1.1\r\nConnection: close\r\n\r\n");
+    stream.write_all(request.as_bytes()).unwrap();
+    let mut reader = BufReader::with_capacity(1 << 20, stream);
+    let mut line = String::new();
+    while line != "\r\n" {
+        line.clear();
+        reader.read_line(&mut line).unwrap();
+    }
+    let started = Instant::now();
+    let (mut got, mut hash) = (0, Sha256::new());
+    let mut buffer = vec![0; 1 << 20];
+    loop {
+        let count = reader.read(&mut buffer).unwrap();
+        if count == 0 {
+            break;
+        }
+        hash.update(&buffer[..count]);
+        got += count;
+        at(got);
+    }
+    let took = started.elapsed();
+    assert_eq!(got, bytes);
+    let (mut expected, mut content) = (Sha256::new(), Content::new(seed));
+    let mut left = bytes;
+    while left > 0 {
+        let count = left.min(buffer.len());
+        content.fill(&mut buffer[..count]);
+        expected.update(&buffer[..count]);
+        left -= count;
+    }
+    assert_eq!(hex(&hash.finalize()), hex(&expected.finalize()));
+    took
+}
+
+#[test]
+fn a_long_stream_arrives_whole() {
+    Lab::run(|lab| {
+        let _desk = Desk::new(lab);
+        let took = read_stream(lab, 50 << 20, 42, |_| {});
+        println!("http stream: {:.1} MB/s", 52.4 / took.as_secs_f64());
+    });
+}
+
+#[test]
+fn a_stream_survives_moves() {
+    Lab::run(|lab| {
+        let mut desk = Desk::new(lab);
+        let mut next = 5 << 20;
+        let mut moves = 0;
+        let took = read_stream(lab, 100 << 20, 43, |got| {
+            if got >= next && moves < 8 {
+                desk.walk();
+                moves += 1;
+                next = got + (10 << 20);
+            }
+        });
+        println!("http stream of 100 MiB with {moves} moves: {took:?}");
+    });
+}
+
+/// Sequence number of a machine's first SYN ACK and its first bytes of an SSH key exchange.
+fn first_secrets(lab: &Lab) -> (u32, Vec<u8>) {
+    use rustix::net::{AddressFamily, RecvFlags, SocketType, ipproto, recv, socket};
+    let raw = socket(AddressFamily::INET6, SocketType::RAW, Some(ipproto::TCP)).unwrap();
+    let mut stream = TcpStream::connect((lab.address(), 22)).unwrap();
+    // A raw socket over IPv6 gives packets from the TCP header on (ipv6(7)).
+    let mut segment = [0; 2048];
+    let sequence = loop {
+        let (count, _) = recv(&raw, &mut segment[..], RecvFlags::empty()).unwrap();
+        if count >= 20 && segment[..2] == 22u16.to_be_bytes() && segment[13] & 0x12 == 0x12 {
+            break u32::from_be_bytes([segment[4], segment[5], segment[6], segment[7]]);
+        }
+    };
+    let mut bytes = vec![0; 64];
+    stream.read_exact(&mut bytes).unwrap();
+    (sequence, bytes)
+}
+
+#[test]
+fn two_machines_of_one_template_share_no_key_nonce_or_sequence_number() {
+    Lab::run(|lab| {
+        use kage_machine::Machine;
+        let mut secrets = Vec::new();
+        for seed in [1, 2] {
+            let mut machine = lab.login_with(String::new(), [seed; 32], [seed; 32]);
+            let scan = Command::new("ssh-keyscan")
+                .args(["-T", "10", "-t", "ed25519", &lab.address().to_string()])
+                .output()
+                .expect("ssh-keyscan is installed");
+            let text = String::from_utf8_lossy(&scan.stdout).into_owned();
+            assert!(text.contains(&HostKey::from_seed(&[seed; 32]).to_line()), "{text}");
+            let (sequence, exchange) = first_secrets(lab);
+            secrets.push((text, sequence, exchange));
+            machine.end();
+        }
+        assert_ne!(secrets[0].0, secrets[1].0, "host keys");
+        assert_ne!(secrets[0].1, secrets[1].1, "sequence numbers");
+        assert_ne!(secrets[0].2, secrets[1].2, "cookies of the key exchange");
+    });
+}
+
+/// Has the machine crash and returns why it ended and what its log says.
+fn crash(lab: &Lab, how: &str) -> (String, String) {
+    let mut desk = Desk::new(lab);
+    let mut child = desk.ssh(&[]).args(["--", &format!("crash {how}")]).spawn().unwrap();
+    let limit = Instant::now() + Duration::from_secs(20);
+    while desk.machine().failure().is_none() {
+        assert!(Instant::now() < limit, "the machine goes on after `crash {how}`");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    let _ = child.kill();
+    let _ = child.wait();
+    let machine = desk.machine.take().expect("it was there");
+    let said = (machine.failure().unwrap_or_default(), lab.logs(&machine));
+    drop(machine);
+    said
+}
+
+#[test]
+fn a_guest_that_panics_faults_or_hangs_ends_alone_and_says_where() {
+    Lab::run(|lab| {
+        let (reason, log) = crash(lab, "panic");
+        println!("{reason}\n{log}");
+        assert!(reason.contains("fault or panic"), "{reason}");
+        assert!(log.contains("asked to panic") && log.contains("crash::panic_at_once"), "{log}");
+        let (reason, log) = crash(lab, "fault");
+        println!("{reason}\n{log}");
+        assert!(reason.contains("fault or panic"), "{reason}");
+        assert!(log.contains("vector 14") && log.contains("read_nothing"), "{log}");
+        let (reason, log) = crash(lab, "loop");
+        println!("{reason}\n{log}");
+        assert!(reason.contains("has not opened its door"), "{reason}");
+        // The host goes on, with another machine.
+        assert!(Desk::new(lab).say("uptime").starts_with("up "));
+    });
+}
+
+#[test]
+fn rings_full_of_nonsense_harm_the_guest_alone() {
+    Lab::run(|lab| {
+        let mut desk = Desk::new(lab);
+        let mut child = desk.ssh(&[]).args(["--", "crash rings"]).spawn().unwrap();
+        let limit = Instant::now() + Duration::from_secs(10);
+        // The device stops, or the machine does; nothing hangs and nothing else is harmed.
+        while TcpStream::connect_timeout(&(lab.address(), 7).into(), Duration::from_millis(200)).is_ok() {
+            assert!(Instant::now() < limit, "the network still works");
+        }
+        let _ = child.kill();
+        let _ = child.wait();
+        let state = desk.machine().status().map(|(phase, ..)| phase);
+        println!("after nonsense in the rings: {state:?}, {:?}", desk.machine().failure());
+        drop(desk);
+        assert!(Desk::new(lab).say("uptime").starts_with("up "));
+    });
+}
