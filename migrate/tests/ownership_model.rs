@@ -802,7 +802,7 @@ impl Model for Handover {
 }
 
 fn budget() -> u8 {
-    if cfg!(debug_assertions) { 3 } else { 4 }
+    if cfg!(debug_assertions) { 3 } else { 5 }
 }
 
 #[test]
@@ -815,7 +815,7 @@ fn never_two_copies_emit_whatever_dies() {
 /// Every reachable state leads, without further faults, to one running copy at its owner.
 #[test]
 fn no_image_stays_silent_once_everything_is_back() {
-    let model = Handover { faults: budget() };
+    let model = Handover { faults: budget().min(4) };
     let mut index: HashMap<State, usize> = HashMap::new();
     let mut states = model.init_states();
     let mut parents: Vec<Vec<usize>> = vec![vec![]];
