@@ -13,6 +13,7 @@ use clap::CommandFactory;
 use crate::{
     cli::{BenchCommand, Cli, Command},
     client::{Client, Failure},
+    demo,
     output::{Output, print},
     testbed,
 };
@@ -62,7 +63,8 @@ pub fn run(cli: Cli) -> Result<(), Failure> {
             let text = serde_json::to_string_pretty(&kage_host::api::description()).map_err(Failure::new)?;
             print(&text)
         }
-        Command::Demo(_) | Command::Bench(BenchCommand::Start { .. }) => Err(Failure::new("not yet")),
+        Command::Demo(args) => demo::run(&args, output),
+        Command::Bench(BenchCommand::Start { .. }) => Err(Failure::new("not yet")),
     }
 }
 

@@ -2,12 +2,14 @@
 //!
 //! - [`cli`]: the tree of commands.
 //! - [`client`]: talking to a daemon.
+//! - [`demo`]: the main job, to be watched.
 //! - [`output`]: tables and JSON.
 //! - [`testbed`]: hosts, access points and devices as network namespaces.
 
 pub mod cli;
 pub mod client;
 mod commands;
+pub mod demo;
 pub mod output;
 pub mod testbed;
 

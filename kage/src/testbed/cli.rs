@@ -151,7 +151,7 @@ pub fn run(command: TestbedCommand, json: bool, quiet: bool) -> Result<(), Testb
 }
 
 /// Has ^C and SIGTERM undo what is being made, instead of leaving half of it.
-fn cancel_on_signals() -> Result<Cancel, TestbedError> {
+pub(crate) fn cancel_on_signals() -> Result<Cancel, TestbedError> {
     let failed = |source| TestbedError::System { doing: "preparing for ^C", source };
     let cancel = Cancel::new().map_err(failed)?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(failed)?;

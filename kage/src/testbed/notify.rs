@@ -38,7 +38,7 @@ impl Cancel {
     }
 
     /// Fails once cancelled.
-    pub(super) fn check(&self) -> Result<(), TestbedError> {
+    pub fn check(&self) -> Result<(), TestbedError> {
         match poll_until(&mut [PollFd::new(&*self.0, PollFlags::IN)], Instant::now()) {
             Ok(0) => Ok(()),
             Ok(_) => Err(TestbedError::Cancelled),

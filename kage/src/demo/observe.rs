@@ -1,0 +1,442 @@
+//! What the device has open while it walks: an SSH session, a download, a probe. Each runs on threads of its own,
+//! with sockets in the device's namespace.
+
+use std::{
+    io::{BufRead, BufReader, Read, Write},
+    net::{Ipv6Addr, SocketAddr, TcpStream, UdpSocket},
+    path::Path,
+    process::{Child, Command, Stdio},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+    },
+    thread::{self, JoinHandle},
+    time::{Duration, Instant},
+};
+
+use serde::Serialize;
+use sha2::{Digest, Sha256};
+
+use crate::{
+    client::Failure,
+    testbed::{Cancel, Testbed},
+};
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+/// Numbers that `count` is asked for: more than any walk takes.
+const COUNT: u64 = 100_000_000;
+
+/// An OpenSSH session that runs `count`.
+pub struct Session {
+    child: Child,
+    seen: Arc<Counted>,
+    reader: JoinHandle<()>,
+}
+
+#[derive(Default)]
+struct Counted {
+    lines: AtomicU64,
+    ended: AtomicBool,
+    wrong: Mutex<Option<String>>,
+}
+
+/// What became of the session.
+#[derive(Clone, Debug, Serialize)]
+pub struct SessionSummary {
+    /// Lines that came.
+    pub lines: u64,
+    /// Whether each was the successor of the one before.
+    pub in_order: bool,
+    /// Whether the session was open to the end.
+    pub alive: bool,
+    /// The first line that was wrong, or what the client said.
+    pub wrong: Option<String>,
+}
+
+impl SessionSummary {
+    /// What broke.
+    pub fn broken(&self) -> Option<String> {
+        match (&self.wrong, self.alive) {
+            (Some(wrong), _) => Some(format!("the SSH session broke: {wrong}")),
+            (None, false) => Some(format!("the SSH session ended after {} lines", self.lines)),
+            (None, true) if self.lines == 0 => Some("the SSH session brought no line".to_owned()),
+            (None, true) => None,
+        }
+    }
+}
+
+impl Session {
+    /// Opens it and waits for its first line.
+    pub fn start(
+        testbed: &Testbed,
+        device: &str,
+        user: &str,
+        address: Ipv6Addr,
+        key: &Path,
+    ) -> Result<Self, Failure> {
+        let mut command = Command::new("ssh");
+        command.args(["-F", "/dev/null", "-i"]).arg(key);
+        for option in [
+            "IdentitiesOnly=yes",
+            "BatchMode=yes",
+            "StrictHostKeyChecking=accept-new",
+            "ConnectTimeout=10",
+            "LogLevel=ERROR",
+        ] {
+            command.args(["-o", option]);
+        }
+        command.arg("-o").arg(format!("UserKnownHostsFile={}", key.with_extension("known").display()));
+        command.arg(format!("{user}@{address}")).arg(format!("count {COUNT}"));
+        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let mut child = testbed.spawn(device, &mut command).map_err(Failure::new)?;
+        let seen = Arc::new(Counted::default());
+        let (Some(stdout), Some(stderr)) = (child.stdout.take(), child.stderr.take()) else {
+            return Err(Failure::new("ssh has no output"));
+        };
+        let counted = seen.clone();
+        let (first, begun) = std::sync::mpsc::channel();
+        let reader = thread::spawn(move || {
+            let mut expected = 1u64;
+            for line in BufReader::new(stdout).lines() {
+                let Ok(line) = line else { break };
+                if line.trim() != expected.to_string() {
+                    lock(&counted.wrong).get_or_insert(format!("{line:?} instead of {expected}"));
+                }
+                counted.lines.store(expected, Ordering::Relaxed);
+                if expected == 1 {
+                    // The starter may have given up.
+                    let _ = first.send(());
+                }
+                expected += 1;
+            }
+            let mut said = String::new();
+            let _ = stderr.take(2000).read_to_string(&mut said);
+            if !said.trim().is_empty() {
+                lock(&counted.wrong).get_or_insert(said.trim().to_owned());
+            }
+            counted.ended.store(true, Ordering::Relaxed);
+        });
+        let mut session = Self { child, seen, reader };
+        if begun.recv_timeout(Duration::from_secs(15)).is_err() {
+            let _ = session.child.kill();
+            let _ = session.child.wait();
+            let wrong = lock(&session.seen.wrong).clone().unwrap_or_else(|| "no line in 15 s".to_owned());
+            return Err(Failure::new(format!("ssh {user}@{address}: {wrong}")));
+        }
+        Ok(session)
+    }
+
+    /// Lines so far.
+    pub fn lines(&self) -> u64 {
+        self.seen.lines.load(Ordering::Relaxed)
+    }
+
+    /// Ends it.
+    pub fn finish(mut self) -> SessionSummary {
+        let alive = !self.seen.ended.load(Ordering::Relaxed) && matches!(self.child.try_wait(), Ok(None));
+        let (lines, wrong) = (self.lines(), lock(&self.seen.wrong).clone());
+        // What the client says about being ended is of no interest any more.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+        let _ = self.reader.join();
+        SessionSummary { lines, in_order: wrong.is_none(), alive, wrong }
+    }
+}
+
+/// One HTTP download of `/stream`, read so slowly that it lasts for the walk.
+pub struct Download {
+    state: Arc<Loaded>,
+    reader: JoinHandle<Result<String, String>>,
+    bytes: u64,
+    seed: u64,
+}
+
+#[derive(Default)]
+struct Loaded {
+    bytes: AtomicU64,
+    hurry: AtomicBool,
+    stop: AtomicBool,
+}
+
+/// What became of the download.
+#[derive(Clone, Debug, Serialize)]
+pub struct DownloadSummary {
+    /// Bytes that came.
+    pub bytes: u64,
+    /// Their hash.
+    pub sha256: String,
+    /// The hash of what was asked for.
+    pub expected: String,
+    /// Whether they are the same.
+    pub ok: bool,
+    /// What went wrong.
+    pub wrong: Option<String>,
+}
+
+impl DownloadSummary {
+    /// What broke.
+    pub fn broken(&self) -> Option<String> {
+        match &self.wrong {
+            Some(wrong) => Some(format!("the download broke after {} bytes: {wrong}", self.bytes)),
+            None if !self.ok => {
+                Some(format!("the download's hash is {} instead of {}", self.sha256, self.expected))
+            }
+            None => None,
+        }
+    }
+}
+
+/// The hash of a stream of that seed and length.
+fn expected_hash(bytes: u64, seed: u64) -> String {
+    let mut stream = kage_abi::stream::Stream::new(seed);
+    let mut hash = Sha256::new();
+    let mut buffer = vec![0; 64 << 10];
+    let mut left = bytes;
+    while left > 0 {
+        let take = usize::try_from(left).unwrap_or(usize::MAX).min(buffer.len());
+        stream.fill(&mut buffer[..take]);
+        hash.update(&buffer[..take]);
+        left -= take as u64;
+    }
+    hex(&hash.finalize())
+}
+
+impl Download {
+    /// Begins it; it is paced to last about `lasting`.
+    pub fn start(
+        testbed: &Testbed,
+        device: &str,
+        address: Ipv6Addr,
+        bytes: u64,
+        seed: u64,
+        lasting: Duration,
+    ) -> Result<Self, Failure> {
+        let to = SocketAddr::from((address, 80));
+        let connected = testbed.within(device, || TcpStream::connect_timeout(&to, Duration::from_secs(10)));
+        let mut stream = connected
+            .map_err(Failure::new)?
+            .map_err(|error| Failure::new(format!("http://[{address}]/: {error}")))?;
+        let request = format!(
+            "GET /stream?bytes={bytes}&seed={seed} HTTP/1.1\r\nHost: [{address}]\r\nConnection: close\r\n\r\n"
+        );
+        let prepared = stream
+            .set_read_timeout(Some(Duration::from_secs(30)))
+            .and_then(|()| stream.write_all(request.as_bytes()));
+        prepared.map_err(|error| Failure::new(format!("http://[{address}]/stream: {error}")))?;
+        let state = Arc::new(Loaded::default());
+        let loaded = state.clone();
+        let reader = thread::spawn(move || read_body(stream, bytes, lasting, &loaded));
+        Ok(Self { state, reader, bytes, seed })
+    }
+
+    /// Bytes so far, of all.
+    pub fn progress(&self) -> (u64, u64) {
+        (self.state.bytes.load(Ordering::Relaxed), self.bytes)
+    }
+
+    /// Reads the rest as fast as it comes, and compares. The hash of what was asked for is made meanwhile.
+    pub fn finish(self, cancel: &Cancel, show: impl Fn(&Self)) -> DownloadSummary {
+        self.state.hurry.store(true, Ordering::Relaxed);
+        let (bytes, seed) = (self.bytes, self.seed);
+        let expected = thread::spawn(move || expected_hash(bytes, seed));
+        while !self.reader.is_finished() {
+            if cancel.check().is_err() {
+                self.state.stop.store(true, Ordering::Relaxed);
+            }
+            show(&self);
+            thread::sleep(Duration::from_millis(50));
+        }
+        let loaded = self.state.bytes.load(Ordering::Relaxed);
+        let outcome = self.reader.join().unwrap_or_else(|_| Err("its reader failed".to_owned()));
+        let expected = expected.join().unwrap_or_default();
+        match outcome {
+            Ok(sha256) => {
+                DownloadSummary { bytes: loaded, ok: sha256 == expected, sha256, expected, wrong: None }
+            }
+            Err(wrong) => DownloadSummary {
+                bytes: loaded,
+                sha256: String::new(),
+                expected,
+                ok: false,
+                wrong: Some(wrong),
+            },
+        }
+    }
+}
+
+fn read_body(stream: TcpStream, bytes: u64, lasting: Duration, loaded: &Loaded) -> Result<String, String> {
+    let mut reader = BufReader::with_capacity(256 << 10, stream);
+    let mut line = String::new();
+    let mut status = None;
+    loop {
+        line.clear();
+        let count = reader.by_ref().take(8 << 10).read_line(&mut line).map_err(|error| error.to_string())?;
+        if count == 0 {
+            return Err("no answer".to_owned());
+        }
+        if status.is_none() {
+            if !line.contains(" 200 ") {
+                return Err(format!("answer {:?}", line.trim()));
+            }
+            status = Some(());
+        }
+        if line.trim().is_empty() {
+            break;
+        }
+    }
+    let mut hash = Sha256::new();
+    let mut buffer = vec![0; 64 << 10];
+    let begun = Instant::now();
+    let mut done = 0u64;
+    while done < bytes {
+        if loaded.stop.load(Ordering::Relaxed) {
+            return Err("cancelled".to_owned());
+        }
+        if !loaded.hurry.load(Ordering::Relaxed) {
+            #[expect(clippy::cast_precision_loss, reason = "a share of some seconds")]
+            let due = lasting.mul_f64(done as f64 / bytes as f64);
+            let early = due.saturating_sub(begun.elapsed());
+            if !early.is_zero() {
+                thread::sleep(early.min(Duration::from_millis(20)));
+                continue;
+            }
+        }
+        let room = usize::try_from(bytes - done).unwrap_or(usize::MAX).min(buffer.len());
+        match reader.read(&mut buffer[..room]) {
+            Ok(0) => return Err("it ended early".to_owned()),
+            Ok(count) => {
+                hash.update(&buffer[..count]);
+                done += count as u64;
+                loaded.bytes.store(done, Ordering::Relaxed);
+            }
+            Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error.to_string()),
+        }
+    }
+    Ok(hex(&hash.finalize()))
+}
+
+/// Pause between two packets of the probe.
+const PROBE: Duration = Duration::from_millis(1);
+
+/// UDP echoes at 1 kHz.
+pub struct Probe {
+    state: Arc<Probed>,
+    threads: Vec<JoinHandle<()>>,
+    begun: Instant,
+}
+
+struct Probed {
+    stop: AtomicBool,
+    sent: AtomicU64,
+    answered: AtomicU64,
+    /// Answers as (time since the begin, longest silence before it), in microseconds, only above 2 ms.
+    silences: Mutex<Vec<(u64, u64)>>,
+    last_us: AtomicU64,
+}
+
+/// What the probe saw.
+#[derive(Clone, Debug, Serialize)]
+pub struct ProbeSummary {
+    /// Packets sent.
+    pub sent: u64,
+    /// Packets that were not answered.
+    pub unanswered: u64,
+    /// Longest silence.
+    pub longest_ms: f64,
+}
+
+impl Probe {
+    /// Starts it.
+    pub fn start(testbed: &Testbed, device: &str, address: Ipv6Addr) -> Result<Self, Failure> {
+        let to = SocketAddr::from((address, 7));
+        let socket = testbed
+            .within(device, || {
+                let socket = UdpSocket::bind("[::]:0")?;
+                socket.connect(to)?;
+                Ok::<_, std::io::Error>(socket)
+            })
+            .map_err(Failure::new)?
+            .map_err(|error| Failure::new(format!("probe: {error}")))?;
+        socket.set_read_timeout(Some(Duration::from_millis(50))).map_err(Failure::new)?;
+        let receiving = socket.try_clone().map_err(Failure::new)?;
+        let state = Arc::new(Probed {
+            stop: AtomicBool::new(false),
+            sent: AtomicU64::new(0),
+            answered: AtomicU64::new(0),
+            silences: Mutex::default(),
+            last_us: AtomicU64::new(0),
+        });
+        let begun = Instant::now();
+        let (sender, receiver) = (state.clone(), state.clone());
+        let threads = vec![
+            thread::spawn(move || {
+                let mut next = begun;
+                while !sender.stop.load(Ordering::Relaxed) {
+                    let number = sender.sent.fetch_add(1, Ordering::Relaxed);
+                    // A link that is just being changed refuses; that is a silence, not an error.
+                    let _ = socket.send(&number.to_le_bytes());
+                    next += PROBE;
+                    thread::sleep(next.saturating_duration_since(Instant::now()));
+                }
+            }),
+            thread::spawn(move || {
+                let mut buffer = [0; 64];
+                while !receiver.stop.load(Ordering::Relaxed) {
+                    if receiving.recv(&mut buffer).is_err() {
+                        continue;
+                    }
+                    let now = us(begun.elapsed());
+                    let last = receiver.last_us.swap(now, Ordering::Relaxed);
+                    receiver.answered.fetch_add(1, Ordering::Relaxed);
+                    if last > 0 && now - last > 2_000 {
+                        lock(&receiver.silences).push((now, now - last));
+                    }
+                }
+            }),
+        ];
+        Ok(Self { state, threads, begun })
+    }
+
+    /// Longest silence since then, the one going on included.
+    pub fn gap_since(&self, since: Instant) -> Duration {
+        let since = us(since.saturating_duration_since(self.begun));
+        let longest = lock(&self.state.silences)
+            .iter()
+            .rev()
+            .take_while(|(at, _)| *at >= since)
+            .map(|(_, silence)| *silence)
+            .max()
+            .unwrap_or(0);
+        let last = self.state.last_us.load(Ordering::Relaxed);
+        let now = us(self.begun.elapsed()).saturating_sub(last);
+        Duration::from_micros(longest.max(now).max(1_000))
+    }
+
+    /// Ends it.
+    pub fn finish(self) -> ProbeSummary {
+        // The last packets are on their way.
+        thread::sleep(Duration::from_millis(100));
+        self.state.stop.store(true, Ordering::Relaxed);
+        for thread in self.threads {
+            let _ = thread.join();
+        }
+        let (sent, answered) =
+            (self.state.sent.load(Ordering::Relaxed), self.state.answered.load(Ordering::Relaxed));
+        let longest = lock(&self.state.silences).iter().map(|(_, silence)| *silence).max().unwrap_or(1_000);
+        #[expect(clippy::cast_precision_loss, reason = "microseconds of a walk")]
+        let longest_ms = longest as f64 / 1e3;
+        ProbeSummary { sent, unanswered: sent.saturating_sub(answered), longest_ms }
+    }
+}
+
+fn us(time: Duration) -> u64 {
+    u64::try_from(time.as_micros()).unwrap_or(u64::MAX)
+}
