@@ -94,3 +94,11 @@ pub struct Drained {
     /// Frames dropped.
     pub lost_frames: u64,
 }
+
+impl std::ops::AddAssign for Drained {
+    fn add_assign(&mut self, other: Self) {
+        self.forwarded_frames += other.forwarded_frames;
+        self.reordered_frames += other.reordered_frames;
+        self.lost_frames += other.lost_frames;
+    }
+}

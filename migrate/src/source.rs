@@ -460,7 +460,9 @@ fn releasing(event: SourceEvent) -> Next {
     match event {
         E::ReleaseStored | E::MachineGone(_) => (
             SourceState::Released { linked: true, given: true },
-            vec![Action::Say(ToTarget::Released), Action::FlipRoute],
+            // What waits in the tap has waited for the whole blackout: sent on at once, and what a racing
+            // packet left there once more at the end.
+            vec![Action::Say(ToTarget::Released), Action::FlipRoute, Action::Drain],
         ),
         E::ReleaseRefused(detail) => {
             (SourceState::TakingBack(Cause::MachineRefused(detail)), vec![Action::Swap(Change::TakeBack)])

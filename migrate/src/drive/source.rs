@@ -65,7 +65,7 @@ pub trait SourceSide: Send {
     fn announced(&mut self) -> Result<(), String>;
     /// The right is given away, or lost: points the kernel's route at the target.
     fn source_released(&mut self);
-    /// Sends on what the tap's queue still holds.
+    /// Sends on what the tap's queue holds now; called at the release and once more at the end.
     fn drain(&mut self) -> Drained;
     /// Starts the image anew here; its swap is done. The machine was ended.
     fn restart(&mut self);
@@ -245,8 +245,7 @@ impl Drive<'_> {
                 None
             }
             Action::Drain => {
-                let drained = self.side.drain();
-                self.figures.drained = drained;
+                self.figures.drained += self.side.drain();
                 Some(SourceEvent::Drained)
             }
             Action::EndMachine => {
@@ -308,6 +307,9 @@ impl Drive<'_> {
     fn send_round(&mut self) -> Result<SourceEvent, SourceEvent> {
         let first = self.dirty.is_none();
         self.probe(PROBES[usize::from(!first)]);
+        if self.switch.is_none() {
+            return Err(SourceEvent::LinkLost(self.lost.clone()));
+        }
         let machine = living(self.side)?;
         let memory = machine.memory();
         let pages = match self.dirty.take() {

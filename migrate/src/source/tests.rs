@@ -83,6 +83,7 @@ fn the_straight_path() {
             Action::Say(ToTarget::Released),
             Action::FlipRoute,
             Action::Drain,
+            Action::Drain,
             Action::EndMachine,
         ]
     );
