@@ -12,7 +12,7 @@
 //! - [`drive`]: the blocking shell around them; [`report`], [`outcome`]: what came of it.
 //!
 //! Invariants, explored exhaustively over the real deciders (`tests/ownership_model.rs`) and simulated
-//! with time, pages and networks (`tests/simulation.rs`):
+//! with time, pages and networks (`tests/simulation`):
 //! 1. At most one copy of an image whose output can leave, at any instant, whatever dies or is cut.
 //! 2. Once everything is back up, one copy emits and its host is the owner; an image is started anew only
 //!    when a machine's process died.
