@@ -82,6 +82,9 @@ fn no_ping_is_lost_in_twenty_moves() {
     assert!(interrupted.success());
     ping.wait().unwrap();
     let output = collecting.join().unwrap();
+    for line in output.iter().filter(|line| line.starts_with("From ")) {
+        println!("{line}");
+    }
     let summary = output.iter().find(|line| line.contains("packets transmitted")).expect("a summary");
     let numbers: Vec<u64> = summary.split(' ').filter_map(|word| word.parse().ok()).collect();
     blackouts.sort_by(f64::total_cmp);

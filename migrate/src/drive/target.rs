@@ -485,7 +485,13 @@ impl Drive<'_> {
     }
 
     fn say(&mut self, what: ToSource) {
-        let started = what == ToSource::Started;
+        // The route comes before the word that lets the source give its own up: two hosts that each
+        // route to the other would send a frame round until its hop limit is gone.
+        if what == ToSource::Started
+            && let Some(side) = self.side()
+        {
+            side.target_started();
+        }
         let message = match what {
             ToSource::Ready => Message::Ready,
             ToSource::Failed(reason) => Message::Failed { reason },
@@ -500,9 +506,6 @@ impl Drive<'_> {
         {
             self.lost = error.to_string();
             self.link = None;
-        }
-        if started && let Some(side) = self.side() {
-            side.target_started();
         }
     }
 
