@@ -37,7 +37,8 @@ pub fn run() -> ! {
     service::start(config, Duration::from_nanos(mail.now_ns));
     arch::set_status(status::RUNNING);
     log!("generation {}", mail.generation);
-    Kernel { generation: mail.generation, heartbeat: Heartbeat::default(), entropy }.serve(mail)
+    Kernel { generation: mail.generation, moves: mail.moves, heartbeat: Heartbeat::default(), entropy }
+        .serve(mail)
 }
 
 /// How long the machine's own heartbeat goes on after it was last asked for.
@@ -81,6 +82,7 @@ fn pulse(now: Duration) -> Option<u64> {
 
 struct Kernel {
     generation: u64,
+    moves: u32,
     heartbeat: Heartbeat,
     entropy: Entropy,
 }
@@ -97,6 +99,11 @@ impl Kernel {
             }
             block::poll();
             net::poll(now);
+            if mail.moves != self.moves {
+                self.moves = mail.moves;
+                net::moved();
+                net::poll(now);
+            }
             executor::fire_timers(now);
             executor::run_round(ROUND);
             net::poll(now);

@@ -542,3 +542,100 @@ fn rings_full_of_nonsense_harm_the_guest_alone() {
         assert!(Desk::new(lab).say("uptime").starts_with("up "));
     });
 }
+
+fn nft(rules: &str) {
+    let mut child =
+        Command::new("nft").args(["-f", "-"]).stdin(Stdio::piped()).spawn().expect("nft is installed");
+    child.stdin.take().unwrap().write_all(rules.as_bytes()).unwrap();
+    assert!(child.wait().unwrap().success(), "{rules}");
+}
+
+#[test]
+fn what_was_lost_in_a_move_is_sent_again_at_once() {
+    Lab::run(|lab| {
+        let mut desk = Desk::new(lab);
+        let mut stream = TcpStream::connect((lab.address(), 7)).unwrap();
+        stream.set_nodelay(true).unwrap();
+        let mut answer = [0; 5];
+        stream.write_all(b"first").unwrap();
+        stream.read_exact(&mut answer).unwrap();
+        let rule = format!("ip6 saddr {} tcp sport 7 drop", lab.address());
+        nft(&format!(
+            "table inet loss {{\nchain drops {{\ntype filter hook input priority 0;\n{rule}\n}}\n}}\n"
+        ));
+        stream.write_all(b"again").unwrap();
+        // Time for the answer to be lost.
+        std::thread::sleep(Duration::from_millis(50));
+        nft("delete table inet loss\n");
+        desk.walk();
+        let moved = Instant::now();
+        stream.read_exact(&mut answer).unwrap();
+        assert_eq!(&answer, b"again");
+        // The guest's own timer would have taken a second at least.
+        assert!(moved.elapsed() < Duration::from_millis(500), "{:?}", moved.elapsed());
+    });
+}
+
+/// Pages of a machine that hold something.
+fn pages_in_use(machine: &RemoteMachine) -> (usize, usize) {
+    use kage_machine::Machine;
+    let memory = machine.memory();
+    let mut bytes = [0; kage_machine::PAGE_SIZE];
+    let populated = memory.populated();
+    let full = populated.iter().filter(|page| {
+        memory.read(*page, &mut bytes);
+        bytes.iter().any(|byte| *byte != 0)
+    });
+    (full.count(), populated.iter().count())
+}
+
+#[test]
+fn a_fresh_machine_is_small() {
+    Lab::run(|lab| {
+        let template = lab.pool.template_pages();
+        let mut desk = Desk::new(lab);
+        assert!(desk.say("uptime").starts_with("up "));
+        let _terminal = Terminal::open(&desk);
+        let (full, populated) = pages_in_use(desk.machine());
+        println!("template {template} pages, with a shell open {full} full, {populated} populated");
+        assert!(template <= 64 && full <= 192 && populated <= 256, "{template}, {full}, {populated}");
+    });
+}
+
+#[test]
+fn doors_stay_close_under_every_load() {
+    Lab::run(|lab| {
+        let mut desk = Desk::new(lab);
+        let path = lab.dir().join("input");
+        fs::write(&path, vec![1; 8 << 20]).unwrap();
+        let megabytes = f64::from(8 << 20) / 1e6;
+        let mut measure = |name: &str, load: &mut dyn FnMut(&Desk<'_>)| {
+            desk.machine().set_heartbeat(true).unwrap();
+            let started = Instant::now();
+            load(&desk);
+            let took = started.elapsed();
+            let (beats, longest, stall) = desk.machine().heartbeat();
+            println!(
+                "{name}: {took:?} ({:.1} MB/s), {beats} beats, longest {longest:?}, stall {stall:?}",
+                megabytes / took.as_secs_f64()
+            );
+            assert!(beats > 100, "{name}: {beats} beats");
+            // A loaded host takes the processor away for several milliseconds; the guest itself keeps to one.
+            assert!(longest < Duration::from_millis(100), "{name}: {longest:?}");
+        };
+        measure("idle", &mut |_| std::thread::sleep(Duration::from_millis(200)));
+        measure("http stream", &mut |_| drop(read_stream(lab, 8 << 20, 1, |_| {})));
+        measure("sum over ssh", &mut |desk| {
+            let input = File::open(&path).unwrap();
+            assert!(desk.ssh(&[]).args(["--", "sum"]).stdin(input).output().unwrap().status.success());
+        });
+        measure("cat over ssh", &mut |desk| {
+            let input = File::open(&path).unwrap();
+            let output = desk.ssh(&[]).args(["--", "cat"]).stdin(input).output().unwrap();
+            assert_eq!(output.stdout.len(), 8 << 20);
+        });
+        measure("dirty", &mut |desk| {
+            assert!(desk.say("dirty 30% 5000/s --for 0.5").contains("whole"));
+        });
+    });
+}

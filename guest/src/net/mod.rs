@@ -1,14 +1,16 @@
 //! TCP and UDP of the machine: smoltcp behind async streams.
 //!
 //! The whole stack lives in guest memory, so its connections move with it. After a move the host has
-//! nothing to tell but that there was one.
+//! nothing to tell but that there was one ([`resume`]).
 
+mod resume;
 mod tcp;
 mod udp;
 
 pub use tcp::{Buffers, Closed, Listener, Stream, connections};
 pub use udp::Socket as UdpSocket;
 
+use alloc::collections::BTreeSet;
 use core::time::Duration;
 
 use kage_abi::{Config, GATEWAY, GUEST_LINK_LOCAL, GUEST_MAC};
@@ -16,13 +18,14 @@ use smoltcp::{
     iface::{Interface, SocketSet},
     socket::AnySocket,
     time::Instant,
-    wire::{EthernetAddress, HardwareAddress, IpCidr, Ipv6Address},
+    wire::{EthernetAddress, HardwareAddress, IpAddress, IpCidr, Ipv6Address},
 };
 
 use crate::{local::Local, virtio::net::Net};
+use resume::Port;
 
 struct Stack {
-    device: Net,
+    device: Port,
     interface: Interface,
     sockets: SocketSet<'static>,
 }
@@ -33,10 +36,10 @@ fn instant(now: Duration) -> Instant {
     Instant::from_micros(now.as_micros() as i64)
 }
 
-fn interface(device: &mut Net, config: &Config, now: Duration) -> Interface {
+fn interface(device: &mut Port, config: &Config, now: Duration) -> Interface {
     let mut settings = smoltcp::iface::Config::new(HardwareAddress::Ethernet(EthernetAddress(GUEST_MAC)));
     settings.random_seed = crate::random::number();
-    device.set_mtu(usize::from(config.mtu));
+    device.net.set_mtu(usize::from(config.mtu));
     let mut interface = Interface::new(settings, device, instant(now));
     interface.update_ip_addrs(|addresses| {
         let own = IpCidr::new(Ipv6Address::from(config.address).into(), 128);
@@ -51,7 +54,8 @@ fn interface(device: &mut Net, config: &Config, now: Duration) -> Interface {
 }
 
 /// Opens the network with the image's addresses and a fresh seed for sequence numbers.
-pub fn open(mut device: Net, config: &Config, now: Duration) {
+pub fn open(device: Net, config: &Config, now: Duration) {
+    let mut device = Port::new(device);
     let interface = interface(&mut device, config, now);
     STACK.set(Stack { device, interface, sockets: SocketSet::new(alloc::vec::Vec::new()) });
 }
@@ -69,6 +73,7 @@ pub fn reopen(config: &Config, now: Duration) {
         }
     }
     stack.interface.poll(instant(now), &mut stack.device, &mut stack.sockets);
+    stack.device.forget();
     stack.interface = interface(&mut stack.device, config, now);
 }
 
@@ -76,15 +81,33 @@ pub fn reopen(config: &Config, now: Duration) {
 pub fn poll(now: Duration) {
     let mut stack = STACK.get();
     let stack = &mut *stack;
-    stack.device.reclaim();
+    stack.device.net.reclaim();
     stack.interface.poll(instant(now), &mut stack.device, &mut stack.sockets);
+}
+
+/// Sends again what may have been lost in a move.
+pub fn moved() {
+    let mut stack = STACK.get();
+    let stack = &mut *stack;
+    let live: BTreeSet<_> = stack
+        .sockets
+        .iter()
+        .filter_map(|(_, socket)| {
+            let socket = smoltcp::socket::tcp::Socket::downcast(socket)?;
+            let (local, remote) = (socket.local_endpoint()?, socket.remote_endpoint()?);
+            let (IpAddress::Ipv6(own), IpAddress::Ipv6(other)) = (local.addr, remote.addr);
+            Some(resume::name((&other.octets(), remote.port), (&own.octets(), local.port)))
+        })
+        .collect();
+    stack.device.retain(|name| live.contains(name));
+    stack.device.repeat_acknowledgements();
 }
 
 /// When the stack is to be polled next, if nothing arrives before.
 pub fn next_poll(now: Duration) -> Option<Duration> {
     let mut stack = STACK.get();
     let stack = &mut *stack;
-    if stack.device.is_sending() {
+    if stack.device.net.is_sending() {
         return Some(Duration::ZERO);
     }
     let at = stack.interface.poll_at(instant(now), &stack.sockets)?;
@@ -93,5 +116,5 @@ pub fn next_poll(now: Duration) -> Option<Duration> {
 
 /// Fills the device's rings with nonsense: what the host makes of it is its test.
 pub fn spoil_rings() {
-    STACK.get().device.spoil_rings();
+    STACK.get().device.net.spoil_rings();
 }

@@ -223,11 +223,6 @@ impl Stream {
     pub fn peer(&self) -> Option<IpEndpoint> {
         self.with(|socket| socket.remote_endpoint())
     }
-
-    /// Room in the send buffer.
-    pub fn send_room(&self) -> usize {
-        self.with(|socket| socket.send_capacity() - socket.send_queue())
-    }
 }
 
 impl Drop for Stream {

@@ -206,9 +206,10 @@ impl Driver {
 
     fn handle(&mut self, event: Event) {
         match event {
-            Event::Authenticated { user, fingerprint } => {
-                log!("ssh: {user} by {fingerprint}");
-            }
+            Event::Authenticated { user, fingerprint } => match self.stream.peer() {
+                Some(peer) => log!("ssh: {user} by {fingerprint} from {peer}"),
+                None => log!("ssh: {user} by {fingerprint}"),
+            },
             Event::Opened { channel } => {
                 let fresh =
                     Channel { id: channel, columns: None, running: None, killed: None, finished: false };

@@ -122,11 +122,6 @@ impl Reader {
         wake(&self.0, |state| &mut state.on_room);
     }
 
-    /// Whether nothing is there now.
-    pub fn is_empty(&self) -> bool {
-        self.0.borrow().len() == 0
-    }
-
     /// Whether nothing is there and nothing will come.
     pub fn is_at_end(&self) -> bool {
         let state = self.0.borrow();

@@ -173,9 +173,23 @@ fn tcp_checksum_holds(frame: &[u8]) -> bool {
 /// A frame to read.
 pub struct Received(Vec<u8>);
 
+impl Received {
+    /// A frame that did not come from the device.
+    pub fn made(frame: &[u8]) -> Self {
+        let mut whole = alloc::vec![0; HEADER];
+        whole.extend_from_slice(frame);
+        Self(whole)
+    }
+
+    /// The frame.
+    pub fn frame(&self) -> &[u8] {
+        &self.0[HEADER..]
+    }
+}
+
 impl RxToken for Received {
     fn consume<R, F: FnOnce(&[u8]) -> R>(self, f: F) -> R {
-        f(&self.0[HEADER..])
+        f(self.frame())
     }
 }
 
