@@ -130,7 +130,12 @@ async fn join(daemon: Arc<Daemon>) {
     let mut said = false;
     loop {
         let publisher = daemon.clone();
-        let joined = match blocking(move || publisher.publish()).await {
+        let publish = move || {
+            publisher.publish()?;
+            publisher.reserve_number();
+            Ok(())
+        };
+        let joined = match blocking(publish).await {
             Ok(()) => daemon.start_missing().await,
             Err(error) => Err(error),
         };

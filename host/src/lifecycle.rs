@@ -31,7 +31,7 @@ use std::{
 };
 
 use kage_directory::{Directory, ImageRecord, Records as _, Versioned, Wanted};
-use kage_machine::{HostName, Memory, Term, UserName, Vid};
+use kage_machine::{HostName, ImageNumber, Memory, Term, UserName, Vid};
 use kage_migrate::drive::{Limits, target::Targets};
 use tokio::{runtime::Handle, sync::watch};
 
@@ -50,7 +50,7 @@ use crate::{
 };
 
 pub use keys::check_key;
-pub use start::Login;
+pub use start::{How, Login};
 
 /// Pause before the directory is asked again after it did not answer.
 pub(crate) const AGAIN: std::time::Duration = std::time::Duration::from_millis(500);
@@ -85,6 +85,7 @@ pub struct Daemon {
     operator_keys: Vec<String>,
     /// Handovers to this host.
     pub targets: Targets,
+    spare_number: Mutex<Option<ImageNumber>>,
     images: Mutex<BTreeMap<UserName, Arc<Image>>>,
     began: Instant,
 }
@@ -206,6 +207,7 @@ impl Daemon {
             metrics: Metrics::default(),
             seen: watch::Sender::new(Arc::default()),
             runtime: Handle::current(),
+            spare_number: Mutex::default(),
             images: Mutex::default(),
             began: Instant::now(),
             targets: Targets::new(me.clone(), directory.clone(), Limits::default()),
@@ -305,6 +307,7 @@ impl Daemon {
             memory_bytes: record.profile.memory_bytes,
             dirty_bytes: 0,
             replicas: Vec::new(),
+            pid: None,
             operation: None,
             note: None,
         };
@@ -316,6 +319,7 @@ impl Daemon {
                 view.state = status.state;
                 view.note = status.note;
                 view.operation = status.operation;
+                view.pid = status.pid;
                 // No copy elsewhere: everything that may hold something would be lost with this host.
                 if let Some(memory) = status.memory {
                     view.dirty_bytes = u64::from(memory.populated().len()) * kage_machine::PAGE_SIZE as u64;

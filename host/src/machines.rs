@@ -34,6 +34,8 @@ pub struct MachineSpec {
     pub mtu: u16,
     /// Where its disk is kept on this host.
     pub disk: PathBuf,
+    /// Made on the spot even when one is ready.
+    pub cold: bool,
 }
 
 impl MachineSpec {
@@ -57,6 +59,7 @@ impl MachineSpec {
             profile: record.profile.clone(),
             mtu,
             disk: disks.join(format!("{}.disk", record.number.0)),
+            cold: false,
         })
     }
 
@@ -78,6 +81,7 @@ impl MachineSpec {
             },
             mtu,
             disk: PathBuf::new(),
+            cold: false,
         }
     }
 

@@ -175,8 +175,9 @@ fn label_bytes(label: &Label) -> Vec<u8> {
 impl Machines for VmmMachines {
     fn start(&self, spec: &MachineSpec, tap: OwnedFd) -> Result<Box<dyn Hosted>, String> {
         let entry = self.pool(&spec.profile.image, spec.geometry)?;
-        let machine = entry.pool.take_login().map_err(|error| error.to_string())?;
-        let mut machine = self.dress(machine, entry.symbols.clone(), spec, &tap)?;
+        let made = if spec.cold { entry.pool.make_login() } else { entry.pool.take_login() };
+        let mut machine =
+            self.dress(made.map_err(|error| error.to_string())?, entry.symbols.clone(), spec, &tap)?;
         let identity = Identity {
             user: spec.user.to_string(),
             address: spec.vid.address().octets(),

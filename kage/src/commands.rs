@@ -11,6 +11,7 @@ use std::future::Future;
 use clap::CommandFactory;
 
 use crate::{
+    bench,
     cli::{BenchCommand, Cli, Command},
     client::{Client, Failure},
     demo,
@@ -64,7 +65,9 @@ pub fn run(cli: Cli) -> Result<(), Failure> {
             print(&text)
         }
         Command::Demo(args) => demo::run(&args, output),
-        Command::Bench(BenchCommand::Start { .. }) => Err(Failure::new("not yet")),
+        Command::Bench(BenchCommand::Start { runs, quick, memory }) => {
+            bench::start::run(runs, quick, memory, output)
+        }
     }
 }
 

@@ -146,7 +146,7 @@ fn walk(testbed: &Testbed, args: &DemoArgs, screen: Screen, cancel: &Cancel) -> 
     let check = || cancel.check().map_err(Failure::new);
     let key = user_key(testbed.dir())?;
     let public = std::fs::read_to_string(key.with_extension("pub")).map_err(Failure::new)?;
-    let request = LoginRequest { at: Some("ap-1".to_owned()), key: Some(public), image: None };
+    let request = LoginRequest { at: Some("ap-1".to_owned()), key: Some(public), image: None, cold: false };
     let login = Call::new(Method::PUT, format!("/v1/images/{USER}")).json(&request);
     let login: LoginReply = runtime.block_on(Client::at(socket(testbed, "h1")?).call(&login))?;
     screen.logged_in(&login);

@@ -1,11 +1,13 @@
 //! The `kage` program: command line, daemon, VMM process, testbed, demonstration, measurements.
 //!
+//! - [`bench`]: measurements.
 //! - [`cli`]: the tree of commands.
 //! - [`client`]: talking to a daemon.
 //! - [`demo`]: the main job, to be watched.
 //! - [`output`]: tables and JSON.
 //! - [`testbed`]: hosts, access points and devices as network namespaces.
 
+pub mod bench;
 pub mod cli;
 pub mod client;
 mod commands;

@@ -25,7 +25,7 @@ use super::{
 };
 use crate::{
     http::Call,
-    lifecycle::{Daemon, Login, blocking},
+    lifecycle::{Daemon, How, Login, blocking},
     operations::Operations,
     units::Span,
 };
@@ -245,7 +245,7 @@ async fn start(State(app): State<App>, Path(user): Path<String>, hops: Hops) -> 
         let path = format!("/v1/images/{user}/start");
         return app.pass_on(&owner, hops, Call::new(Method::POST, path).patience(START)).await;
     }
-    Ok(Json(app.start(&user, std::time::Instant::now(), false).await?).into_response())
+    Ok(Json(app.start(&user, std::time::Instant::now(), How::default()).await?).into_response())
 }
 
 async fn stop(State(app): State<App>, Path(user): Path<String>, hops: Hops) -> Result<Response, ErrorBody> {

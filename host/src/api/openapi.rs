@@ -203,6 +203,7 @@ impl Samples {
                     lag_ms: 12.5,
                     missing_bytes: 4096,
                 }],
+                pid: Some(4711),
                 operation: None,
                 note: None,
             },

@@ -114,6 +114,9 @@ pub struct ImageView {
     pub dirty_bytes: u64,
     /// Copies elsewhere.
     pub replicas: Vec<Replica>,
+    /// The process that holds the machine, at its owner.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pid: Option<u32>,
     /// Operation under way.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub operation: Option<String>,
@@ -132,6 +135,8 @@ pub struct LoginRequest {
     pub key: Option<String>,
     /// Name of the image file.
     pub image: Option<String>,
+    /// Make the machine on the spot, as if no pool were ready: what a cold start costs.
+    pub cold: bool,
 }
 
 /// Answer to a login or a start.

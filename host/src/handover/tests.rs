@@ -46,7 +46,7 @@ async fn a_machine_moves_with_its_memory_and_its_route() {
         (MoveOutcome::HandedOver, 2, "h2"),
         "{report:?}"
     );
-    assert!(report.pages_sent >= 200 && report.forwarded_frames == 2, "{report:?}");
+    assert!(report.pages_sent >= 200 && report.forwarded_frames >= 2, "{report:?}");
     let arrived = hosts[1].machines.process("alice").unwrap().memory();
     for page in 0..1400 {
         let (mut before, mut after) = ([0; PAGE_SIZE], [0; PAGE_SIZE]);

@@ -181,7 +181,7 @@ impl Daemon {
                     self.events.emit("gave_up", Some(&image.user), json!({ "reason": note }));
                     return Next::Settled;
                 }
-                match self.start_anew(image, &mut slot, revision, record) {
+                match self.start_anew(image, &mut slot, revision, record, false) {
                     Ok(record) => {
                         self.metrics.add("kage_restarts_total", &[], 1);
                         let details = json!({

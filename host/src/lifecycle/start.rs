@@ -1,14 +1,14 @@
 //! Login, start, stop.
 
 use std::{
-    sync::Arc,
+    sync::{Arc, PoisonError},
     time::{Duration, Instant},
 };
 
 use kage_directory::{
     DirectoryError, ImageRecord, Profile, Records as _, Revision, Versioned, Wanted, allocate_image_number,
 };
-use kage_machine::{Term, UserName};
+use kage_machine::{HostName, ImageNumber, Term, UserName};
 use serde_json::json;
 use tokio::sync::OwnedMutexGuard;
 
@@ -27,13 +27,32 @@ const FIRST_ANSWER: Duration = Duration::from_secs(10);
 /// Room for one user's keys, as the machine's configuration page has it.
 const KEYS_MAX: usize = 12 << 10;
 
+/// How a machine is started.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct How {
+    /// The caller brought a key.
+    pub with_key: bool,
+    /// Even when one is ready, make it on the spot.
+    pub cold: bool,
+    /// The caller made the record under this term, to start the machine: no other swap is needed.
+    pub fresh: Option<Term>,
+}
+
+/// What a login found to do.
+enum Claimed {
+    /// Another host has to do it.
+    Elsewhere(HostName),
+    /// This host; with the term, when the record was made for it.
+    Here { fresh: Option<Term> },
+}
+
 /// Where a login has to be done.
 #[derive(Debug)]
 pub enum Login {
     /// Here, and it is done.
     Done(LoginReply),
     /// By another host.
-    Ask(kage_machine::HostName),
+    Ask(HostName),
 }
 
 impl Daemon {
@@ -49,11 +68,12 @@ impl Daemon {
         let key = request.key.as_deref().map(check_key).transpose()?;
         let begun = Instant::now();
         let (daemon, name, wish) = (self.clone(), user.clone(), request.clone());
-        let place = blocking(move || daemon.claim(&name, &wish, key)).await?;
-        if let Some(host) = place {
-            return Ok(Login::Ask(host));
-        }
-        let reply = self.start(user, begun, request.key.is_some()).await?;
+        let fresh = match blocking(move || daemon.claim(&name, &wish, key)).await? {
+            Claimed::Elsewhere(host) => return Ok(Login::Ask(host)),
+            Claimed::Here { fresh } => fresh,
+        };
+        let how = How { with_key: request.key.is_some(), cold: request.cold, fresh };
+        let reply = self.start(user, begun, how).await?;
         self.metrics.add("kage_logins_total", &[], 1);
         if !reply.found {
             self.metrics.observe("kage_login_start_seconds", &[], begun.elapsed());
@@ -61,26 +81,35 @@ impl Daemon {
         Ok(Login::Done(reply))
     }
 
-    /// Makes the image's record, or adds the key to it; `Some` names the host that has to do it instead.
+    /// Makes the image's record, or adds the key to it.
     fn claim(
-        &self,
+        self: &Arc<Self>,
         user: &UserName,
         request: &LoginRequest,
         key: Option<String>,
-    ) -> Result<Option<kage_machine::HostName>, ErrorBody> {
+    ) -> Result<Claimed, ErrorBody> {
         loop {
             let found = self.record(user)?;
             let outcome = match decide::login(found.as_ref().map(|found| &found.record), &self.me) {
-                decide::Login::Ask(owner) => return Ok(Some(owner)),
+                decide::Login::Ask(owner) => return Ok(Claimed::Elsewhere(owner)),
                 decide::Login::Create => {
                     if let Some(at) = &request.at {
                         let host = self.place(at)?;
                         if host != self.me {
-                            return Ok(Some(host));
+                            return Ok(Claimed::Elsewhere(host));
                         }
                     }
                     let record = self.new_record(request, key.clone())?;
-                    self.swap(user, Revision::ABSENT, &record)
+                    // Once the record is seen, the directory's view wants a route to a tap that is not there yet.
+                    let vid = self.vid(&record);
+                    self.routes.hold(vid);
+                    match self.swap(user, Revision::ABSENT, &record) {
+                        Ok(_) => return Ok(Claimed::Here { fresh: Some(record.term) }),
+                        Err(error) => {
+                            self.routes.let_go(vid, Term(0));
+                            Err(error)
+                        }
+                    }
                 }
                 decide::Login::Here => {
                     let Some(Versioned { revision, mut record }) = found else { continue };
@@ -98,12 +127,12 @@ impl Daemon {
                             check_room(&record.profile)?;
                             self.swap(user, revision, &record)
                         }
-                        _ => return Ok(None),
+                        _ => return Ok(Claimed::Here { fresh: None }),
                     }
                 }
             };
             match outcome {
-                Ok(_) => return Ok(None),
+                Ok(_) => return Ok(Claimed::Here { fresh: None }),
                 // Somebody else was faster: what is there now decides.
                 Err(DirectoryError::Conflict { .. }) => {}
                 Err(error) => return Err(error.into()),
@@ -111,7 +140,11 @@ impl Daemon {
         }
     }
 
-    fn new_record(&self, request: &LoginRequest, key: Option<String>) -> Result<ImageRecord, ErrorBody> {
+    fn new_record(
+        self: &Arc<Self>,
+        request: &LoginRequest,
+        key: Option<String>,
+    ) -> Result<ImageRecord, ErrorBody> {
         let image = request.image.clone().unwrap_or_else(|| self.config.image.default.clone());
         self.machines.check(&image).map_err(ErrorBody::failed)?;
         let mut seed = [0; 32];
@@ -125,14 +158,39 @@ impl Daemon {
         };
         check_room(&profile)?;
         Ok(ImageRecord {
-            term: Term(0),
+            term: Term(1),
             owner: self.me.clone(),
             intent: None,
             backup: None,
-            wanted: Wanted::Stopped,
-            number: allocate_image_number(&*self.directory)?,
+            wanted: Wanted::Running,
+            number: self.take_number()?,
             profile,
         })
+    }
+
+    /// A number for a new image. One is kept in reserve, so that a login waits for one swap only; a reserve that
+    /// is never used is a number lost, which is harmless.
+    fn take_number(self: &Arc<Self>) -> Result<ImageNumber, ErrorBody> {
+        let reserve = || self.spare_number.lock().unwrap_or_else(PoisonError::into_inner);
+        let spare = reserve().take();
+        let daemon = self.clone();
+        self.runtime.spawn_blocking(move || daemon.reserve_number());
+        match spare {
+            Some(number) => Ok(number),
+            None => Ok(allocate_image_number(&*self.directory)?),
+        }
+    }
+
+    /// Keeps a number in reserve; blocks.
+    pub(crate) fn reserve_number(&self) {
+        let reserve = || self.spare_number.lock().unwrap_or_else(PoisonError::into_inner);
+        if reserve().is_some() {
+            return;
+        }
+        match allocate_image_number(&*self.directory) {
+            Ok(number) => *reserve() = Some(number),
+            Err(error) => tracing::debug!(%error, "no image number in reserve"),
+        }
     }
 
     /// Starts a machine whose owner is this host, or finds it running.
@@ -143,7 +201,7 @@ impl Daemon {
         self: &Arc<Self>,
         user: &UserName,
         begun: Instant,
-        with_key: bool,
+        how: How,
     ) -> Result<LoginReply, ErrorBody> {
         let image = self.image(user);
         // A machine that serves is found without waiting for a move that may hold the slot.
@@ -161,7 +219,7 @@ impl Daemon {
             None => {
                 let guard = image.slot.clone().lock_owned().await;
                 let (daemon, image) = (self.clone(), image.clone());
-                let (record, found, guard) = blocking(move || daemon.start_held(&image, guard)).await?;
+                let (record, found, guard) = blocking(move || daemon.start_held(&image, guard, how)).await?;
                 if !found {
                     let (net, vid) = (self.net.clone(), self.vid(&record));
                     blocking(move || {
@@ -178,7 +236,7 @@ impl Daemon {
         let started_ms = begun.elapsed().as_secs_f64() * 1e3;
         let kind = if found { "found" } else { "login" };
         self.events.emit(kind, Some(user), json!({ "address": vid, "started_ms": started_ms }));
-        let note = (found && with_key)
+        let note = (found && how.with_key)
             .then(|| "it was running: a key it did not have opens it from its next start on".to_owned());
         Ok(LoginReply {
             user: user.clone(),
@@ -197,6 +255,7 @@ impl Daemon {
         self: &Arc<Self>,
         image: &Arc<Image>,
         mut slot: OwnedMutexGuard<Slot>,
+        how: How,
     ) -> Result<(ImageRecord, bool, OwnedMutexGuard<Slot>), ErrorBody> {
         let Versioned { revision, record } = self.existing(&image.user)?;
         if record.owner != self.me {
@@ -218,7 +277,14 @@ impl Daemon {
                 ),
             ));
         }
-        let record = self.start_anew(image, &mut slot, revision, record)?;
+        let record = if how.fresh == Some(record.term) && !failed {
+            image.set(State::Starting, None);
+            let result = self.bring_up(image, &mut slot, &record, how.cold);
+            self.came_up(image, &record, result)?;
+            record
+        } else {
+            self.start_anew(image, &mut slot, revision, record, how.cold)?
+        };
         Ok((record, false, slot))
     }
 
@@ -229,30 +295,43 @@ impl Daemon {
         slot: &mut Slot,
         revision: Revision,
         mut record: ImageRecord,
+        cold: bool,
     ) -> Result<ImageRecord, ErrorBody> {
         if let Some(mut old) = slot.machine.take() {
             old.end();
         }
         image.update(|status| *status = super::Status { state: State::Starting, ..Default::default() });
-        let before = record.term;
+        let before = record.clone();
         record.term = record.term.next();
         record.wanted = Wanted::Running;
         // Once the swap is seen, the directory's view wants a route to a tap that is not there yet.
-        let vid = self.vid(&record);
-        self.routes.hold(vid);
-        let result = self
-            .swap(&image.user, revision, &record)
-            .map_err(ErrorBody::from)
-            .and_then(|_| self.bring_up(image, slot, &record));
-        self.routes.let_go(vid, if result.is_ok() { record.term } else { before });
-        match result {
-            Ok(()) => Ok(record),
+        self.routes.hold(self.vid(&record));
+        match self.swap(&image.user, revision, &record) {
+            Ok(_) => {
+                let result = self.bring_up(image, slot, &record, cold);
+                self.came_up(image, &record, result)?;
+                Ok(record)
+            }
             Err(error) => {
-                image.set(State::Failed, Some(error.message.clone()));
-                self.events.emit("start_failed", Some(&image.user), json!({ "reason": error.message }));
-                Err(error)
+                self.came_up(image, &before, Err(error.into()))?;
+                Ok(before)
             }
         }
+    }
+
+    /// Lets the route go and says why a machine did not come up.
+    fn came_up(
+        &self,
+        image: &Image,
+        record: &ImageRecord,
+        result: Result<(), ErrorBody>,
+    ) -> Result<(), ErrorBody> {
+        self.routes.let_go(self.vid(record), record.term);
+        if let Err(error) = &result {
+            image.set(State::Failed, Some(error.message.clone()));
+            self.events.emit("start_failed", Some(&image.user), json!({ "reason": error.message }));
+        }
+        result
     }
 
     fn bring_up(
@@ -260,8 +339,10 @@ impl Daemon {
         image: &Arc<Image>,
         slot: &mut Slot,
         record: &ImageRecord,
+        cold: bool,
     ) -> Result<(), ErrorBody> {
-        let spec = self.spec(&image.user, record)?;
+        let mut spec = self.spec(&image.user, record)?;
+        spec.cold = cold;
         let vid = spec.vid;
         slot.tap = None;
         let tap = self.fresh_tap(spec.number)?;
@@ -272,10 +353,7 @@ impl Daemon {
     }
 
     /// Makes an image's tap; one that a former machine still holds gives way.
-    pub(crate) fn fresh_tap(
-        &self,
-        number: kage_machine::ImageNumber,
-    ) -> Result<std::os::fd::OwnedFd, ErrorBody> {
+    pub(crate) fn fresh_tap(&self, number: ImageNumber) -> Result<std::os::fd::OwnedFd, ErrorBody> {
         self.net
             .tap(number)
             .or_else(|_| self.net.remove_tap(number).and_then(|()| self.net.tap(number)))

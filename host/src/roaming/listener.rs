@@ -18,8 +18,8 @@ use super::{
 };
 use crate::{
     api::{
-        error::ErrorBody,
-        types::{LoginRequest, RoamRequest},
+        error::{Code, ErrorBody},
+        types::{LoginReply, LoginRequest, MoveOutcome, RoamAction, RoamRequest},
     },
     config::{Radius, Subnet},
     events::now_ms,
@@ -28,6 +28,10 @@ use crate::{
 
 /// How long an answer is remembered for retransmissions of its request (RFC 2866 §2: some seconds apart).
 const REMEMBERED: Duration = Duration::from_secs(30);
+
+/// How often a move that came to nothing is asked for, and the pause between.
+const MOST_TRIES: u32 = 10;
+const TRY_AGAIN: Duration = Duration::from_millis(300);
 
 /// How many answers are remembered.
 const MAX_REMEMBERED: usize = 4096;
@@ -66,13 +70,15 @@ pub async fn spawn(daemon: Arc<Daemon>, config: &Radius) -> Result<(), ErrorBody
     Ok(())
 }
 
+/// A request: its sender, identifier and authenticator.
+type Request = (SocketAddr, u8, [u8; 16]);
+
 struct Listener {
     daemon: Arc<Daemon>,
     socket: UdpSocket,
     clients: Vec<Client>,
     sessions: Sessions,
-    /// Answers by sender, identifier and authenticator.
-    answered: HashMap<(SocketAddr, u8, [u8; 16]), (Instant, Vec<u8>)>,
+    answered: HashMap<Request, (Instant, Vec<u8>)>,
 }
 
 impl Listener {
@@ -209,22 +215,54 @@ impl Daemon {
                 Err(error) => tracing::warn!(%error, %address, "a device's route was not set"),
             }
         }
-        let request = RoamRequest { user: user.clone(), ap: ap.clone(), device: None, wait: false };
-        let outcome = match self.roam(&request).await {
-            Ok(reply) if reply.action == crate::api::types::RoamAction::Stopped && first => {
-                self.log_in(&user, &ap).await
-            }
+        let outcome = match self.follow_user(&user, &ap, device, at_ms).await {
+            Ok(RoamAction::Stopped) if first => self.log_in(&user, &ap).await,
             Ok(_) => Ok(()),
-            Err(error) if error.code == crate::api::error::Code::NotFound && self.is_configured(&user) => {
+            Err(error) if error.code == Code::NotFound && self.is_configured(&user) => {
                 self.log_in(&user, &ap).await
             }
             // A device of somebody who has no machine: its route is all there is to do.
-            Err(error) if error.code == crate::api::error::Code::NotFound => Ok(()),
+            Err(error) if error.code == Code::NotFound => Ok(()),
             Err(error) => Err(error),
         };
         if let Err(error) = outcome {
             tracing::warn!(%error, %user, %ap, "an arrival had no effect");
             self.events.emit("arrival_failed", Some(&user), json!({ "ap": ap, "reason": error.message }));
+        }
+    }
+
+    /// Brings a user's machine to an access point. What comes to nothing because the machine was on its way elsewhere,
+    /// or because a host was busy with it, is tried again as long as the user is still there.
+    async fn follow_user(
+        self: &Arc<Self>,
+        user: &UserName,
+        ap: &ApName,
+        device: Option<Ipv6Addr>,
+        at_ms: u64,
+    ) -> Result<RoamAction, ErrorBody> {
+        let request = RoamRequest { user: user.clone(), ap: ap.clone(), device: None, wait: true };
+        let mut tries = 0;
+        loop {
+            let outcome = self.roam(&request).await;
+            let again = match &outcome {
+                Ok(reply) => {
+                    reply.report.as_ref().is_some_and(|report| report.outcome == MoveOutcome::KeptHere)
+                }
+                Err(error) => matches!(error.code, Code::OwnershipLost | Code::Busy | Code::Unreachable),
+            };
+            tries += 1;
+            if !again || tries >= MOST_TRIES {
+                return outcome.map(|reply| reply.action);
+            }
+            tokio::time::sleep(TRY_AGAIN).await;
+            if let Some(address) = device {
+                let daemon = self.clone();
+                let seen = blocking(move || Ok(daemon.directory.read::<DeviceRecord>(&address)?)).await?;
+                if seen.is_some_and(|seen| seen.record.since_ms > at_ms) {
+                    // The user has walked on; who was told of that acts on it.
+                    return Ok(RoamAction::Stays);
+                }
+            }
         }
     }
 
@@ -248,7 +286,7 @@ impl Daemon {
                     crate::http::Call::new(http::Method::PUT, format!("/v1/images/{user}")).json(&request);
                 let call = crate::http::Call { hops: 1, ..call };
                 let answer = self.peers.call(&host, self.address(&host)?, &call).await?;
-                answer.into_value::<crate::api::types::LoginReply>().map(|_| ())
+                answer.into_value::<LoginReply>().map(|_| ())
             }
         }
     }

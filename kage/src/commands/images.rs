@@ -39,7 +39,7 @@ pub async fn login(client: Client, args: LoginArgs, output: Output) -> Result<()
             Some(key)
         }
     };
-    let request = LoginRequest { at: args.at, key, image: args.image };
+    let request = LoginRequest { at: args.at, key, image: args.image, cold: false };
     let call = Call::new(Method::PUT, path(&args.user, "")).json(&request).patience(START);
     let reply: LoginReply = cancellable(&client, &args.user, client.call(&call)).await?;
     if let Some(note) = &reply.note {
