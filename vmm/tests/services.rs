@@ -297,7 +297,7 @@ fn sum_of_a_long_input_is_right_and_fast() {
 }
 
 #[test]
-fn the_terminal_of_a_killed_client_takes_its_commands_along() {
+fn a_killed_client_takes_its_commands_along() {
     Lab::run(|lab| {
         let desk = Desk::new(lab);
         let mut child = desk.ssh(&[]).args(["--", "dirty 10% 100/s"]).stdout(Stdio::piped()).spawn().unwrap();

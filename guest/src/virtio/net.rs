@@ -30,7 +30,7 @@ const DATA_VALID: u8 = 2;
 const BUFFER: usize = 2048;
 /// Receive buffers: room for two large frames.
 const RECEIVE: u16 = 128;
-const TRANSMIT: u16 = 128;
+const TRANSMIT: u16 = 64;
 
 const ETHERNET: usize = 14;
 const IPV6: usize = 40;
