@@ -135,7 +135,7 @@ pub fn fill_page(content: Content, page: u64, words: &mut [u64; PAGE_WORDS]) {
         Content::Mixed => {
             for (run, words) in words.chunks_mut(RUN).enumerate() {
                 let own = mix(seed.wrapping_add(run as u64));
-                let again = mix(page % COPY_DISTANCE << 8 | run as u64);
+                let again = mix((page % COPY_DISTANCE) << 8 | run as u64);
                 fill_run(if own >> 32 & 0x3ff < COPIES { again | 1 << 63 } else { own & !(1 << 63) }, words);
             }
         }

@@ -183,6 +183,7 @@ fn a_command_runs_with_its_output_errors_and_status() {
         for line in ["help", "ls /", "ps", "date", "free", "ip", "stat /", "heartbeat", "pwd"] {
             assert!(!desk.say(line).is_empty(), "{line}");
         }
+        assert!(desk.say("heartbeat").contains("longest gap"));
         assert_eq!(desk.exec("echo 'open").status.code(), Some(2));
         assert!(!desk.ssh(&["-s"]).arg("sftp").output().unwrap().status.success());
     });
@@ -310,10 +311,18 @@ fn a_killed_client_takes_its_commands_along() {
         while desk.say("ps").matches(" command").count() > 1 {
             assert!(Instant::now() < limit, "{}", desk.say("ps"));
         }
-        let text = desk.say("free");
-        let free: u64 =
-            text.lines().last().and_then(|line| line.strip_prefix("free ")).unwrap().parse().unwrap();
-        assert!(free > 40 << 20, "{text}");
+        // What it held is erased first, for the sake of the next move.
+        loop {
+            let text = desk.say("free");
+            let free = text.lines().last().and_then(|line| line.strip_prefix("free ")).unwrap();
+            if free.parse::<u64>().unwrap() > 40 << 20 {
+                break;
+            }
+            assert!(Instant::now() < limit, "{text}");
+        }
+        let machine = desk.machine.as_ref().expect("the desk has a machine");
+        let (full, _) = pages_in_use(machine);
+        assert!(full < 512, "{full} pages hold something");
     });
 }
 
@@ -624,7 +633,9 @@ fn doors_stay_close_under_every_load() {
             assert!(longest < Duration::from_millis(100), "{name}: {longest:?}");
         };
         measure("idle", &mut |_| std::thread::sleep(Duration::from_millis(200)));
-        measure("http stream", &mut |_| drop(read_stream(lab, 8 << 20, 1, |_| {})));
+        measure("http stream", &mut |_| {
+            read_stream(lab, 8 << 20, 1, |_| {});
+        });
         measure("sum over ssh", &mut |desk| {
             let input = File::open(&path).unwrap();
             assert!(desk.ssh(&[]).args(["--", "sum"]).stdin(input).output().unwrap().status.success());

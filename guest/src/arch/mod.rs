@@ -164,8 +164,7 @@ pub fn config() -> &'static Config {
 
 /// First and one-past-last address of the heap.
 pub fn heap_range() -> (usize, usize) {
-    // SAFETY: only the address of the linker's symbol is taken.
-    let start = unsafe { (&raw const kage_heap_start) as usize };
+    let start = (&raw const kage_heap_start) as usize;
     // SAFETY: as in `door`.
     let memory = unsafe { (&raw const (*BOOT).memory_bytes).read_volatile() };
     (start, MEMORY as usize + memory as usize)

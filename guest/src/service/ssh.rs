@@ -187,7 +187,7 @@ impl Driver {
     /// Gives the protocol what arrived; the count it took, or `None` when the client is gone.
     fn take_input(&mut self, context: &mut Context<'_>) -> Poll<Result<Option<usize>, Closed>> {
         let connection = &mut self.connection;
-        let taken = self.stream.poll_take(context, |bytes| {
+        self.stream.poll_take(context, |bytes| {
             let portion = &bytes[..bytes.len().min(PORTION)];
             match connection.input(portion) {
                 Ok(count) => (count, count),
@@ -196,8 +196,7 @@ impl Driver {
                     (portion.len(), portion.len())
                 }
             }
-        });
-        taken
+        })
     }
 
     fn channel(&mut self, id: ChannelId) -> Option<&mut Channel> {

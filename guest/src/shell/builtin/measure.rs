@@ -31,10 +31,11 @@ pub async fn count(arguments: &[String], stdio: &Stdio) -> Result<u32, Failure> 
         time::sleep_until(started + Duration::from_millis(next)).await;
         let due = u64::try_from((time::now() - started).as_millis()).unwrap_or(u64::MAX).min(last);
         text.clear();
-        for line in next..=due.min(next + LINES - 1) {
+        let end = due.min(next + LINES - 1);
+        for line in next..=end {
             let _ = writeln!(text, "{line}");
-            next = line + 1;
         }
+        next = end + 1;
         stdio.output.write(text.as_bytes()).await?;
         executor::work(text.len() as u64 * HASH_COST).await;
     }
