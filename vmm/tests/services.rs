@@ -6,158 +6,17 @@ use std::{
     fs::{self, File},
     io::{BufRead, BufReader, Read, Write},
     net::TcpStream,
-    path::PathBuf,
-    process::{Child, ChildStdin, Command, Output, Stdio},
-    sync::atomic::{AtomicU32, Ordering},
+    process::{Command, Stdio},
     time::{Duration, Instant},
 };
 
 use kage_abi::stream::Stream as Content;
 use kage_ssh::keys::HostKey;
-use kage_vmm::remote::RemoteMachine;
-use lab::Lab;
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use lab::{
+    Lab,
+    desk::{Desk, Terminal, hex, make_key, pages_in_use},
+};
 use sha2::{Digest, Sha256};
-
-const HOST_SEED: [u8; 32] = [7; 32];
-
-/// A user with a key, and their machine.
-struct Desk<'a> {
-    lab: &'a Lab,
-    machine: Option<RemoteMachine>,
-    key: PathBuf,
-}
-
-fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
-}
-
-/// A new key in the lab's directory; returns its path.
-fn make_key(lab: &Lab, name: &str) -> PathBuf {
-    let path = lab.dir().join(name);
-    let made = Command::new("ssh-keygen").args(["-q", "-t", "ed25519", "-N", "", "-f"]).arg(&path).status();
-    assert!(made.expect("ssh-keygen is installed").success());
-    path
-}
-
-fn public(key: &std::path::Path) -> String {
-    fs::read_to_string(key.with_extension("pub")).expect("ssh-keygen wrote it")
-}
-
-impl<'a> Desk<'a> {
-    fn new(lab: &'a Lab) -> Self {
-        static NEXT: AtomicU32 = AtomicU32::new(0);
-        let key = make_key(lab, &format!("key-{}", NEXT.fetch_add(1, Ordering::Relaxed)));
-        let machine = lab.login_with(public(&key), HOST_SEED, [9; 32]);
-        let known = format!("{} {}\n", lab.address(), HostKey::from_seed(&HOST_SEED).to_line());
-        fs::write(lab.dir().join("known_hosts"), known).unwrap();
-        Self { lab, machine: Some(machine), key }
-    }
-
-    fn machine(&mut self) -> &mut RemoteMachine {
-        self.machine.as_mut().expect("the desk has a machine")
-    }
-
-    /// Moves the machine to another process.
-    fn walk(&mut self) -> Duration {
-        let machine = self.machine.take().expect("the desk has a machine");
-        let (machine, blackout) = self.lab.move_machine(machine);
-        self.machine = Some(machine);
-        blackout
-    }
-
-    /// OpenSSH that accepts only the host key of the seed.
-    fn ssh(&self, options: &[&str]) -> Command {
-        let mut command = Command::new("ssh");
-        command.args(["-F", "none", "-o", "IdentitiesOnly=yes", "-o", "StrictHostKeyChecking=yes"]);
-        command.args(["-o", "BatchMode=yes", "-o", "LogLevel=ERROR", "-o", "ConnectTimeout=10"]);
-        command.arg("-o").arg(format!("UserKnownHostsFile={}", self.lab.dir().join("known_hosts").display()));
-        command.arg("-i").arg(&self.key).args(options).arg(format!("alice@{}", self.lab.address()));
-        command.stdin(Stdio::null());
-        command
-    }
-
-    /// Runs a command line; returns what it gave.
-    fn exec(&self, line: &str) -> Output {
-        self.ssh(&[]).args(["--", line]).output().expect("ssh is installed")
-    }
-
-    /// Runs a command line that succeeds; returns its output.
-    fn say(&self, line: &str) -> String {
-        let output = self.exec(line);
-        assert!(output.status.success(), "{line}: {output:?}");
-        String::from_utf8(output.stdout).expect("text")
-    }
-
-    fn url(&self, path: &str) -> String {
-        format!("http://[{}]{path}", self.lab.address())
-    }
-
-    fn curl(&self, arguments: &[&str], path: &str) -> Output {
-        let mut command = Command::new("curl");
-        command.args(["-sS", "-g", "-m", "60"]).args(arguments).arg(self.url(path));
-        let output = command.output().expect("curl is installed");
-        assert!(output.status.success(), "{path}: {}", String::from_utf8_lossy(&output.stderr));
-        output
-    }
-}
-
-impl Drop for Desk<'_> {
-    fn drop(&mut self) {
-        use kage_machine::Machine;
-        if let Some(machine) = &mut self.machine {
-            if std::thread::panicking() {
-                eprintln!("{}", self.lab.logs(machine));
-            }
-            machine.end();
-        }
-    }
-}
-
-/// A client with a terminal.
-struct Terminal {
-    child: Child,
-    keys: ChildStdin,
-    screen: std::process::ChildStdout,
-    seen: String,
-}
-
-impl Terminal {
-    fn open(desk: &Desk<'_>) -> Self {
-        let mut child = desk
-            .ssh(&["-tt"])
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .spawn()
-            .expect("ssh is installed");
-        let (keys, screen) = (child.stdin.take().unwrap(), child.stdout.take().unwrap());
-        let mut terminal = Self { child, keys, screen, seen: String::new() };
-        terminal.until("$ ");
-        terminal
-    }
-
-    fn keys(&mut self, keys: &str) {
-        self.keys.write_all(keys.as_bytes()).unwrap();
-        self.keys.flush().unwrap();
-    }
-
-    /// Reads the screen up to some text; returns all of it and forgets it.
-    fn until(&mut self, text: &str) -> String {
-        let mut buffer = [0; 4096];
-        loop {
-            if let Some(at) = self.seen.find(text) {
-                let rest = self.seen.split_off(at + text.len());
-                return std::mem::replace(&mut self.seen, rest);
-            }
-            let mut polled = [PollFd::new(&self.screen, PollFlags::IN)];
-            let ready = poll(&mut polled, Some(&Timespec { tv_sec: 20, tv_nsec: 0 })).unwrap();
-            assert!(ready > 0, "no {text:?} within 20 s, only {:?}", self.seen);
-            let count = self.screen.read(&mut buffer).unwrap();
-            assert!(count > 0, "the screen ended before {text:?}: {:?}", self.seen);
-            self.seen.push_str(&String::from_utf8_lossy(&buffer[..count]));
-        }
-    }
-}
 
 #[test]
 fn a_command_runs_with_its_output_errors_and_status() {
@@ -497,61 +356,6 @@ fn two_machines_of_one_template_share_no_key_nonce_or_sequence_number() {
     });
 }
 
-/// Has the machine crash and returns why it ended and what its log says.
-fn crash(lab: &Lab, how: &str) -> (String, String) {
-    let mut desk = Desk::new(lab);
-    let mut child = desk.ssh(&[]).args(["--", &format!("crash {how}")]).spawn().unwrap();
-    let limit = Instant::now() + Duration::from_secs(20);
-    while desk.machine().failure().is_none() {
-        assert!(Instant::now() < limit, "the machine goes on after `crash {how}`");
-        std::thread::sleep(Duration::from_millis(5));
-    }
-    let _ = child.kill();
-    let _ = child.wait();
-    let machine = desk.machine.take().expect("it was there");
-    let said = (machine.failure().unwrap_or_default(), lab.logs(&machine));
-    drop(machine);
-    said
-}
-
-#[test]
-fn a_guest_that_panics_faults_or_hangs_ends_alone_and_says_where() {
-    Lab::run(|lab| {
-        let (reason, log) = crash(lab, "panic");
-        println!("{reason}\n{log}");
-        assert!(reason.contains("fault or panic"), "{reason}");
-        assert!(log.contains("asked to panic") && log.contains("crash::panic_at_once"), "{log}");
-        let (reason, log) = crash(lab, "fault");
-        println!("{reason}\n{log}");
-        assert!(reason.contains("fault or panic"), "{reason}");
-        assert!(log.contains("vector 14") && log.contains("read_nothing"), "{log}");
-        let (reason, log) = crash(lab, "loop");
-        println!("{reason}\n{log}");
-        assert!(reason.contains("has not opened its door"), "{reason}");
-        // The host goes on, with another machine.
-        assert!(Desk::new(lab).say("uptime").starts_with("up "));
-    });
-}
-
-#[test]
-fn rings_full_of_nonsense_harm_the_guest_alone() {
-    Lab::run(|lab| {
-        let mut desk = Desk::new(lab);
-        let mut child = desk.ssh(&[]).args(["--", "crash rings"]).spawn().unwrap();
-        let limit = Instant::now() + Duration::from_secs(10);
-        // The device stops, or the machine does; nothing hangs and nothing else is harmed.
-        while TcpStream::connect_timeout(&(lab.address(), 7).into(), Duration::from_millis(200)).is_ok() {
-            assert!(Instant::now() < limit, "the network still works");
-        }
-        let _ = child.kill();
-        let _ = child.wait();
-        let state = desk.machine().status().map(|(phase, ..)| phase);
-        println!("after nonsense in the rings: {state:?}, {:?}", desk.machine().failure());
-        drop(desk);
-        assert!(Desk::new(lab).say("uptime").starts_with("up "));
-    });
-}
-
 fn nft(rules: &str) {
     let mut child =
         Command::new("nft").args(["-f", "-"]).stdin(Stdio::piped()).spawn().expect("nft is installed");
@@ -583,19 +387,6 @@ fn what_was_lost_in_a_move_is_sent_again_at_once() {
         // The guest's own timer would have taken a second at least.
         assert!(moved.elapsed() < Duration::from_millis(500), "{:?}", moved.elapsed());
     });
-}
-
-/// Pages of a machine that hold something.
-fn pages_in_use(machine: &RemoteMachine) -> (usize, usize) {
-    use kage_machine::Machine;
-    let memory = machine.memory();
-    let mut bytes = [0; kage_machine::PAGE_SIZE];
-    let populated = memory.populated();
-    let full = populated.iter().filter(|page| {
-        memory.read(*page, &mut bytes);
-        bytes.iter().any(|byte| *byte != 0)
-    });
-    (full.count(), populated.iter().count())
 }
 
 #[test]

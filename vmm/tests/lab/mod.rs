@@ -1,5 +1,7 @@
 //! A namespace with a fabric, a pool, and one user's machine.
 
+pub mod desk;
+
 use std::{
     fs,
     net::Ipv6Addr,
