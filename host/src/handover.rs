@@ -69,8 +69,7 @@ impl Daemon {
         let bandwidth = request.bandwidth.or(self.config.replicate.max_rate);
         #[expect(clippy::cast_precision_loss, reason = "a rate")]
         let bandwidth = bandwidth.map(|rate| Rate::bytes_per_s(rate.bytes_per_second() as f64));
-        let verify = std::env::var_os("KAGE_VERIFY").is_some();
-        SourceSpec { ticket, goal, bandwidth, verify, limits: Limits::default() }
+        SourceSpec { ticket, goal, bandwidth, verify: request.verify, limits: Limits::default() }
     }
 
     /// Goes on with a handover that an earlier daemon began, until it is settled; whether it could.

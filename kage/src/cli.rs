@@ -258,6 +258,9 @@ pub struct MigrateArgs {
     /// After a switch with pages missing: do not stream back to the source
     #[arg(long)]
     pub no_reverse: bool,
+    /// Hash all memory and disk at both ends within the pause: slow, and proof that nothing differs
+    #[arg(long)]
+    pub verify: bool,
     /// Only say what would be done
     #[arg(long)]
     pub dry_run: bool,

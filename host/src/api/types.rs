@@ -179,6 +179,8 @@ pub struct MigrateRequest {
     pub dry_run: bool,
     /// After a switch with pages missing: do not stream back to the source.
     pub no_reverse: bool,
+    /// Hash all memory and disk at both ends within the pause, and keep the machine where they differ.
+    pub verify: bool,
 }
 
 pub use kage_migrate::{
