@@ -51,7 +51,8 @@ impl Site {
         let dir = std::env::temp_dir().join(format!("kage-e2e-{}-{number}", std::process::id()));
         let mut spec = TestbedSpec::new(&dir, program());
         change(&mut spec);
-        let testbed = Testbed::scoped(spec, &Cancel::new().expect("a pipe")).unwrap_or_else(|error| panic!("testbed: {error}"));
+        let testbed = Testbed::scoped(spec, &Cancel::new().expect("a pipe"))
+            .unwrap_or_else(|error| panic!("testbed: {error}"));
         Self { testbed: Some(testbed), dir }
     }
 
@@ -111,7 +112,9 @@ impl Site {
         let known = self.dir.join("known_hosts");
         command.arg("-i").arg(self.key(user)).arg("-F").arg("/dev/null");
         command.arg("-o").arg(format!("UserKnownHostsFile={}", known.display()));
-        for option in ["IdentitiesOnly=yes", "StrictHostKeyChecking=accept-new", "BatchMode=yes", "LogLevel=ERROR"] {
+        for option in
+            ["IdentitiesOnly=yes", "StrictHostKeyChecking=accept-new", "BatchMode=yes", "LogLevel=ERROR"]
+        {
             command.args(["-o", option]);
         }
         command.arg(format!("{user}@{address}"));

@@ -108,13 +108,18 @@ fn a_killed_machine_is_restarted_with_its_identity() {
 fn machine_process(site: &Site) -> u32 {
     let marker = format!("{}", site.dir().display());
     for entry in std::fs::read_dir("/proc").unwrap().flatten() {
-        let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse::<u32>().ok()) else { continue };
+        let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse::<u32>().ok()) else {
+            continue;
+        };
         let line = std::fs::read(entry.path().join("cmdline")).unwrap_or_default();
         let is_vmm = line.split(|&byte| byte == 0).any(|word| word == b"vmm");
         let environment = std::fs::read(entry.path().join("environ")).unwrap_or_default();
-        let ours = environment.windows(b"KAGE_TESTBED=".len()).any(|part| part == b"KAGE_TESTBED=") && !marker.is_empty();
+        let ours = environment.windows(b"KAGE_TESTBED=".len()).any(|part| part == b"KAGE_TESTBED=")
+            && !marker.is_empty();
         let holds_tap = std::fs::read_dir(entry.path().join("fd"))
-            .map(|fds| fds.flatten().any(|fd| std::fs::read_link(fd.path()).is_ok_and(|to| to.ends_with("net/tun"))))
+            .map(|fds| {
+                fds.flatten().any(|fd| std::fs::read_link(fd.path()).is_ok_and(|to| to.ends_with("net/tun")))
+            })
             .unwrap_or(false);
         if is_vmm && ours && holds_tap {
             return pid;

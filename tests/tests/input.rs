@@ -55,7 +55,8 @@ fn a_host_that_is_down_is_named() {
     let login = site.login("alice", "ap-1");
     site.kill_daemon("h3").unwrap();
     let output = site.kage("h1", &["-o", "json", "migrate", "alice", "h3"]);
-    let said = format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    let said =
+        format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
     assert!(!output.status.success() || said.contains("kept"), "{said}");
     assert!(said.contains("h3"), "{said}");
     let address = text(&login, "address");
@@ -78,7 +79,8 @@ fn configurations_that_cannot_work_are_refused_with_file_and_cure() {
     for (line, word) in cases {
         let key = line.split(' ').next().unwrap();
         let section = if key == "prefix" { "[network]" } else { "[image]" };
-        let kept: Vec<_> = good.lines().filter(|have| !have.trim_start().starts_with(&format!("{key} "))).collect();
+        let kept: Vec<_> =
+            good.lines().filter(|have| !have.trim_start().starts_with(&format!("{key} "))).collect();
         let text = kept.join("\n").replacen(section, &format!("{section}\n{line}"), 1);
         let file = dir.join("host.toml");
         fs::write(&file, text).unwrap();

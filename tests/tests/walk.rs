@@ -145,7 +145,8 @@ fn the_machine_follows_its_device_from_access_point_to_access_point() {
     let counting = thread::spawn(move || counted.collect::<Vec<_>>());
     for (ap, host) in [("ap-2", "h2"), ("ap-3", "h3"), ("ap-1", "h1")] {
         site.move_device("d1", ap, false).unwrap();
-        let waited = site.kage("h1", &["wait", "alice", "--state", "running", "--at", host, "--timeout", "10s"]);
+        let waited =
+            site.kage("h1", &["wait", "alice", "--state", "running", "--at", host, "--timeout", "10s"]);
         assert!(waited.status.success(), "at {ap}: {}", String::from_utf8_lossy(&waited.stderr));
     }
     assert!(count.wait().unwrap().success());
@@ -190,6 +191,7 @@ fn a_move_reports_every_field() {
     assert_eq!(wanted.difference(&found).collect::<Vec<_>>(), Vec::<&&str>::new());
     assert!(report["gap_ms"].as_f64().unwrap() >= report["blackout_ms"].as_f64().unwrap(), "{report}");
     assert_eq!(report["faults"], 0);
-    let phase = |phase: &Value| phase["name"].is_string() && phase["ms"].is_number() && phase["bytes"].is_number();
+    let phase =
+        |phase: &Value| phase["name"].is_string() && phase["ms"].is_number() && phase["bytes"].is_number();
     assert!(report["phases"].as_array().unwrap().iter().all(phase));
 }

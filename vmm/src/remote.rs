@@ -29,7 +29,9 @@ use rustix::{
         socket_with,
         sockopt::{Timeout, set_socket_timeout, socket_peercred},
     },
-    process::{Pid, PidfdFlags, Signal, WaitId, WaitIdOptions, getpid, pidfd_open, pidfd_send_signal, waitid},
+    process::{
+        Pid, PidfdFlags, Signal, WaitId, WaitIdOptions, getpid, pidfd_open, pidfd_send_signal, waitid,
+    },
 };
 
 use crate::{packet, sys::Mapping};
