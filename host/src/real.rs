@@ -24,7 +24,7 @@ use kage_vmm::{
     remote::{RemoteMachine, Spawn},
 };
 use rustix::{
-    event::{PollFd, PollFlags, poll},
+    event::{PollFd, PollFlags, Timespec, poll},
     io::Errno,
 };
 
@@ -54,7 +54,7 @@ const DRAIN_LONGEST: Duration = Duration::from_millis(100);
 /// Port of a machine's UDP echo service.
 const ECHO_PORT: u16 = 7;
 /// Pause between two packets to a machine that has not answered yet.
-const KNOCK: Duration = Duration::from_millis(2);
+const KNOCK: Timespec = Timespec { tv_sec: 0, tv_nsec: 500_000 };
 
 /// Machines on KVM, out of pools.
 pub struct VmmMachines {
@@ -449,12 +449,15 @@ impl Net for FabricNet {
         let failed = |error: io::Error| format!("cannot send to {address}: {error}");
         let socket = UdpSocket::bind("[::]:0").map_err(failed)?;
         socket.connect(SocketAddr::from((address, ECHO_PORT))).map_err(failed)?;
-        socket.set_read_timeout(Some(KNOCK)).map_err(failed)?;
+        socket.set_nonblocking(true).map_err(failed)?;
         let deadline = Instant::now() + patience;
         let mut buffer = [0; 64];
         loop {
             // "Connection refused" and "unreachable" are answers of a moment; the machine may just be starting.
             let _ = socket.send(b"kage");
+            let mut polled = [PollFd::new(&socket, PollFlags::IN)];
+            // The time limit of a receive counts in ticks of the kernel; that of a poll does not.
+            let _ = poll(&mut polled, Some(&KNOCK));
             match socket.recv(&mut buffer) {
                 Ok(_) => return Ok(()),
                 Err(_) if Instant::now() < deadline => {}

@@ -72,8 +72,13 @@ impl Daemon {
             Claimed::Elsewhere(host) => return Ok(Login::Ask(host)),
             Claimed::Here { fresh } => fresh,
         };
+        tracing::debug!(%user, took = ?begun.elapsed(), "claimed");
         let how = How { with_key: request.key.is_some(), cold: request.cold, fresh };
         let reply = self.start(user, begun, how).await?;
+        if fresh.is_some() {
+            let daemon = self.clone();
+            self.runtime.spawn_blocking(move || daemon.reserve_number());
+        }
         self.metrics.add("kage_logins_total", &[], 1);
         if !reply.found {
             self.metrics.observe("kage_login_start_seconds", &[], begun.elapsed());
@@ -140,11 +145,7 @@ impl Daemon {
         }
     }
 
-    fn new_record(
-        self: &Arc<Self>,
-        request: &LoginRequest,
-        key: Option<String>,
-    ) -> Result<ImageRecord, ErrorBody> {
+    fn new_record(&self, request: &LoginRequest, key: Option<String>) -> Result<ImageRecord, ErrorBody> {
         let image = request.image.clone().unwrap_or_else(|| self.config.image.default.clone());
         self.machines.check(&image).map_err(ErrorBody::failed)?;
         let mut seed = [0; 32];
@@ -170,11 +171,9 @@ impl Daemon {
 
     /// A number for a new image. One is kept in reserve, so that a login waits for one swap only; a reserve that
     /// is never used is a number lost, which is harmless.
-    fn take_number(self: &Arc<Self>) -> Result<ImageNumber, ErrorBody> {
+    fn take_number(&self) -> Result<ImageNumber, ErrorBody> {
         let reserve = || self.spare_number.lock().unwrap_or_else(PoisonError::into_inner);
         let spare = reserve().take();
-        let daemon = self.clone();
-        self.runtime.spawn_blocking(move || daemon.reserve_number());
         match spare {
             Some(number) => Ok(number),
             None => Ok(allocate_image_number(&*self.directory)?),
@@ -344,11 +343,14 @@ impl Daemon {
         let mut spec = self.spec(&image.user, record)?;
         spec.cold = cold;
         let vid = spec.vid;
+        let begun = Instant::now();
         slot.tap = None;
         let tap = self.fresh_tap(spec.number)?;
         slot.tap = tap.try_clone().ok();
+        let tapped = begun.elapsed();
         let machine = self.routes.image(vid, &Via::Tap).and_then(|()| self.machines.start(&spec, tap));
         self.install(image, slot, spec, machine.map_err(ErrorBody::failed)?);
+        tracing::debug!(user = %image.user, ?tapped, up = ?begun.elapsed(), "brought up");
         Ok(())
     }
 
