@@ -186,6 +186,20 @@ fn a_killed_client_takes_its_commands_along() {
 }
 
 #[test]
+fn a_machine_that_writes_all_the_time_moves_byte_for_byte() {
+    Lab::run(|lab| {
+        let mut desk = Desk::new(lab);
+        let mut child = desk.ssh(&[]).args(["--", "dirty 30% 5000/s"]).stdout(Stdio::piped()).spawn().unwrap();
+        BufReader::new(child.stdout.take().unwrap()).lines().next().unwrap().unwrap();
+        for _ in 0..10 {
+            desk.walk();
+        }
+        child.kill().unwrap();
+        child.wait().unwrap();
+    });
+}
+
+#[test]
 fn dirty_fills_memory_leaves_the_rest_whole_and_lets_others_work() {
     Lab::run(|lab| {
         let desk = Desk::new(lab);

@@ -14,7 +14,7 @@ use std::{
 
 use kage_fabric::{Fabric, FabricSpec, names};
 use kage_images::{ImageFile, Symbols};
-use kage_machine::{Geometry, ImageNumber, Machine, PAGE_SIZE, PauseCause, Vid, control::Identity};
+use kage_machine::{Geometry, ImageNumber, Machine, PAGE_SIZE, PageSet, PauseCause, Vid, control::Identity};
 use kage_vmm::{
     pool::{Pool, PoolSpec},
     remote::{RemoteMachine, Spawn},
@@ -132,7 +132,8 @@ impl Lab {
         &self.dir
     }
 
-    /// Moves a machine to another process the plain way: everything that is not zero, then the state.
+    /// Moves a machine to another process the plain way: everything that is not zero, what was written
+    /// meanwhile, then the state. Both must then hold the same, byte for byte.
     /// Returns the machine and how long it stood.
     pub fn move_machine(&self, mut source: RemoteMachine) -> (RemoteMachine, Duration) {
         let mut target = self.pool.take_shell().unwrap();
@@ -141,15 +142,27 @@ impl Lab {
         let (from, to) = (source.memory(), target.memory());
         let mut bytes = [0; PAGE_SIZE];
         let _ = source.harvest().unwrap();
-        for page in from.populated().iter() {
-            from.read(page, &mut bytes);
-            to.write(page, &bytes);
+        let mut copy = |pages: &PageSet| {
+            for page in pages.iter() {
+                from.read(page, &mut bytes);
+                to.write(page, &bytes);
+            }
+        };
+        copy(&from.populated());
+        for _ in 0..3 {
+            copy(&source.harvest().unwrap());
         }
         let paused = source.pause(PauseCause::Switch).unwrap();
-        for page in paused.dirty.iter() {
+        copy(&paused.dirty);
+        let mut other = [0; PAGE_SIZE];
+        let all = PageSet::full(from.geometry().pages());
+        let differ = all.iter().filter(|&page| {
             from.read(page, &mut bytes);
-            to.write(page, &bytes);
-        }
+            to.read(page, &mut other);
+            bytes != other
+        });
+        let differ: Vec<_> = differ.collect();
+        assert!(differ.is_empty(), "{} pages differ: {:?}", differ.len(), &differ[..differ.len().min(20)]);
         target.restore(&paused.state, paused.at).unwrap_or_else(|error| panic!("{error}"));
         let started = target.run_gated().unwrap();
         source.release().unwrap();
