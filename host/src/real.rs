@@ -122,10 +122,11 @@ impl VmmMachines {
         symbols: Arc<Symbols>,
         spec: &MachineSpec,
         tap: &OwnedFd,
+        arriving: bool,
     ) -> Result<VmmMachine, String> {
         let dressed = (|| {
             if spec.geometry.disk_pages > 0 {
-                let disk = open_disk(&spec.disk, spec.geometry.disk_bytes())
+                let disk = open_disk(&spec.disk, spec.geometry.disk_bytes(), arriving)
                     .map_err(|error| format!("{}: {error}", spec.disk.display()))?;
                 machine.attach_disk(disk).map_err(|error| error.to_string())?;
             }
@@ -159,7 +160,16 @@ fn load(image: &str) -> Result<ImageFile, String> {
     ImageFile::read(&path).map_err(|error| format!("image {image}: {error}"))
 }
 
-fn open_disk(path: &Path, bytes: u64) -> io::Result<OwnedFd> {
+/// Opens an image's disk. A machine that comes from another host brings all of it: what an earlier stay has left
+/// behind is dropped first, since pages that are zero at the source are not sent. The old file is unlinked, not cut
+/// short: whoever still maps it must not fault.
+fn open_disk(path: &Path, bytes: u64, emptied: bool) -> io::Result<OwnedFd> {
+    if emptied {
+        match std::fs::remove_file(path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+            _ => {}
+        }
+    }
     let file = std::fs::File::options().read(true).write(true).create(true).truncate(false).open(path)?;
     if file.metadata()?.len() != bytes {
         file.set_len(bytes)?;
@@ -177,7 +187,7 @@ impl Machines for VmmMachines {
         let entry = self.pool(&spec.profile.image, spec.geometry)?;
         let made = if spec.cold { entry.pool.make_login() } else { entry.pool.take_login() };
         let mut machine =
-            self.dress(made.map_err(|error| error.to_string())?, entry.symbols.clone(), spec, &tap)?;
+            self.dress(made.map_err(|error| error.to_string())?, entry.symbols.clone(), spec, &tap, false)?;
         let identity = Identity {
             user: spec.user.to_string(),
             address: spec.vid.address().octets(),
@@ -198,7 +208,7 @@ impl Machines for VmmMachines {
     fn shell(&self, spec: &MachineSpec, tap: OwnedFd) -> Result<Box<dyn Hosted>, String> {
         let entry = self.pool(&spec.profile.image, spec.geometry)?;
         let machine = entry.pool.take_shell().map_err(|error| error.to_string())?;
-        Ok(Box::new(self.dress(machine, entry.symbols.clone(), spec, &tap)?))
+        Ok(Box::new(self.dress(machine, entry.symbols.clone(), spec, &tap, true)?))
     }
 
     fn adopt(&self) -> Vec<Adopted> {
