@@ -12,7 +12,7 @@ const BUCKETS: [f64; 14] =
     [0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0, 30.0];
 
 /// Names, kinds and meanings of all figures.
-const FAMILIES: [(&str, &str, &str); 13] = [
+const FAMILIES: [(&str, &str, &str); 14] = [
     ("kage_images", "gauge", "Images on this host by state."),
     ("kage_logins_total", "counter", "Logins answered."),
     ("kage_login_start_seconds", "histogram", "Login to the machine's first answer."),
@@ -21,6 +21,7 @@ const FAMILIES: [(&str, &str, &str); 13] = [
     ("kage_handover_blackout_seconds", "histogram", "Last exit at the source to first entry at the target."),
     ("kage_handover_bytes_total", "counter", "Bytes on the wire by phase."),
     ("kage_restarts_total", "counter", "Machines started again after their process ended."),
+    ("kage_route_switch_seconds", "histogram", "Changing an image's route to its new host."),
     ("kage_forwarded_frames_total", "counter", "Frames forwarded from a source's tap after a move."),
     ("kage_lost_frames_total", "counter", "Frames lost in moves."),
     ("kage_directory_seconds", "histogram", "Directory calls by operation."),

@@ -1,6 +1,6 @@
 //! The `kage` program: command line, daemon, VMM process, testbed, demonstration, measurements.
 //!
-//! - [`bench`]: measurements.
+//! - [`bench`]: what is measured, and how.
 //! - [`cli`]: the tree of commands.
 //! - [`client`]: talking to a daemon.
 //! - [`demo`]: the main job, to be watched.

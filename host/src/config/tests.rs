@@ -107,3 +107,64 @@ fn mapped_addresses_match_their_ipv4_network() {
     let all: Subnet = "::/0".parse().unwrap();
     assert!(all.contains("fd00::1".parse().unwrap()));
 }
+
+#[test]
+fn every_documented_key_is_known() {
+    let text = r#"
+[host]
+name = "edge-a"
+state_dir = "/var/lib/kage"
+run_dir = "/run/kage"
+[api]
+listen = "[::1]:7700"
+[peer]
+listen = "[::]:7701"
+advertise = "[2001:db8::a]:7701"
+tls_dir = "/etc/kage/tls"
+[cluster]
+directory = "embedded"
+endpoints = ["https://[2001:db8::a]:7701"]
+lease = "5s"
+on_partition = "pause"
+[network]
+prefix = "fd4b:6167:6500::/48"
+underlay = "eth0"
+forward_after_move = "5s"
+[image]
+default = "default"
+memory = "64MiB"
+cpu_baseline = "v3"
+failover = "none"
+disk_replicas = 2
+operator_key_file = "/etc/kage/operator.pub"
+[[user]]
+identity = "alice@example.org"
+image = "alice"
+[migrate]
+blackout = "10ms"
+timeout = "30s"
+mode = "auto"
+[replicate]
+followers = 2
+max_rate = "50mbit"
+model = "auto"
+[roam.radius]
+listen = "[::]:1813"
+logout_grace = "120s"
+[[roam.radius.client]]
+from = "10.0.0.0/8"
+secret_file = "/etc/kage/radius.secret"
+[[ap]]
+id = "ap-17"
+nas = "edge-b.ap17"
+host = "edge-b"
+position_m = [40, 12]
+mobility = "route"
+[telemetry]
+prometheus = "[::1]:9711"
+otlp = ""
+"#;
+    assert!(parse(text).unwrap().serves_directory());
+    let etcd = text.replace("directory = \"embedded\"", "directory = \"etcd\"");
+    assert!(parse(&etcd).unwrap_err().to_string().contains("not in this version"));
+}

@@ -123,9 +123,11 @@ impl SourceSide for Leaving {
     }
 
     fn source_released(&mut self) {
-        if let Some(vid) = self.vid
-            && let Err(reason) = self.daemon.routes.image(vid, &Via::Host(self.target.clone()))
-        {
+        let Some(vid) = self.vid else { return };
+        let begun = Instant::now();
+        let flipped = self.daemon.routes.image(vid, &Via::Host(self.target.clone()));
+        self.daemon.metrics.observe("kage_route_switch_seconds", &[], begun.elapsed());
+        if let Err(reason) = flipped {
             tracing::error!(reason, user = %self.image.user, "the route to the image's new host was not set");
         }
     }

@@ -21,7 +21,7 @@ use crate::{
         error::{Code, ErrorBody},
         types::{LoginReply, LoginRequest, MoveOutcome, RoamAction, RoamRequest},
     },
-    config::{Radius, Subnet},
+    config::{Ap, Mobility, Radius, Subnet},
     events::now_ms,
     lifecycle::{Daemon, Login, blocking},
 };
@@ -199,7 +199,8 @@ impl Daemon {
         at_ms: u64,
         first: bool,
     ) {
-        let mine = self.config.aps.iter().any(|own| own.id == ap && own.host == self.me);
+        let mine = |own: &&Ap| own.id == ap && own.host == self.me && own.mobility == Mobility::Route;
+        let mine = self.config.aps.iter().any(|own| mine(&own));
         // A device that the site knows already is moving, whatever this host has seen of it.
         let (daemon, name) = (self.clone(), user.clone());
         let known = blocking(move || Ok(!daemon.devices_of(&name)?.is_empty())).await.unwrap_or(true);

@@ -37,7 +37,18 @@ const COUNT: u64 = 100_000_000;
 pub struct Session {
     child: Child,
     seen: Arc<Counted>,
-    reader: JoinHandle<()>,
+    reader: Option<JoinHandle<()>>,
+}
+
+impl Drop for Session {
+    /// Nothing of a demonstration outlives it.
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+        if let Some(reader) = self.reader.take() {
+            let _ = reader.join();
+        }
+    }
 }
 
 #[derive(Default)]
@@ -103,8 +114,7 @@ impl Session {
         let counted = seen.clone();
         let (first, begun) = std::sync::mpsc::channel();
         let reader = thread::spawn(move || {
-            let mut expected = 1u64;
-            for line in BufReader::new(stdout).lines() {
+            for (expected, line) in (1u64..).zip(BufReader::new(stdout).lines()) {
                 let Ok(line) = line else { break };
                 if line.trim() != expected.to_string() {
                     lock(&counted.wrong).get_or_insert(format!("{line:?} instead of {expected}"));
@@ -114,7 +124,6 @@ impl Session {
                     // The starter may have given up.
                     let _ = first.send(());
                 }
-                expected += 1;
             }
             let mut said = String::new();
             let _ = stderr.take(2000).read_to_string(&mut said);
@@ -123,10 +132,8 @@ impl Session {
             }
             counted.ended.store(true, Ordering::Relaxed);
         });
-        let mut session = Self { child, seen, reader };
+        let session = Self { child, seen, reader: Some(reader) };
         if begun.recv_timeout(Duration::from_secs(15)).is_err() {
-            let _ = session.child.kill();
-            let _ = session.child.wait();
             let wrong = lock(&session.seen.wrong).clone().unwrap_or_else(|| "no line in 15 s".to_owned());
             return Err(Failure::new(format!("ssh {user}@{address}: {wrong}")));
         }
@@ -143,9 +150,6 @@ impl Session {
         let alive = !self.seen.ended.load(Ordering::Relaxed) && matches!(self.child.try_wait(), Ok(None));
         let (lines, wrong) = (self.lines(), lock(&self.seen.wrong).clone());
         // What the client says about being ended is of no interest any more.
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-        let _ = self.reader.join();
         SessionSummary { lines, in_order: wrong.is_none(), alive, wrong }
     }
 }
@@ -153,9 +157,15 @@ impl Session {
 /// One HTTP download of `/stream`, read so slowly that it lasts for the walk.
 pub struct Download {
     state: Arc<Loaded>,
-    reader: JoinHandle<Result<String, String>>,
+    reader: Option<JoinHandle<Result<String, String>>>,
     bytes: u64,
     seed: u64,
+}
+
+impl Drop for Download {
+    fn drop(&mut self) {
+        self.state.stop.store(true, Ordering::Relaxed);
+    }
 }
 
 #[derive(Default)]
@@ -233,7 +243,7 @@ impl Download {
         let state = Arc::new(Loaded::default());
         let loaded = state.clone();
         let reader = thread::spawn(move || read_body(stream, bytes, lasting, &loaded));
-        Ok(Self { state, reader, bytes, seed })
+        Ok(Self { state, reader: Some(reader), bytes, seed })
     }
 
     /// Bytes so far, of all.
@@ -242,11 +252,11 @@ impl Download {
     }
 
     /// Reads the rest as fast as it comes, and compares. The hash of what was asked for is made meanwhile.
-    pub fn finish(self, cancel: &Cancel, show: impl Fn(&Self)) -> DownloadSummary {
+    pub fn finish(mut self, cancel: &Cancel, show: impl Fn(&Self)) -> DownloadSummary {
         self.state.hurry.store(true, Ordering::Relaxed);
         let (bytes, seed) = (self.bytes, self.seed);
         let expected = thread::spawn(move || expected_hash(bytes, seed));
-        while !self.reader.is_finished() {
+        while self.reader.as_ref().is_some_and(|reader| !reader.is_finished()) {
             if cancel.check().is_err() {
                 self.state.stop.store(true, Ordering::Relaxed);
             }
@@ -254,7 +264,8 @@ impl Download {
             thread::sleep(Duration::from_millis(50));
         }
         let loaded = self.state.bytes.load(Ordering::Relaxed);
-        let outcome = self.reader.join().unwrap_or_else(|_| Err("its reader failed".to_owned()));
+        let outcome = self.reader.take().map(JoinHandle::join);
+        let outcome = outcome.and_then(Result::ok).unwrap_or_else(|| Err("its reader failed".to_owned()));
         let expected = expected.join().unwrap_or_default();
         match outcome {
             Ok(sha256) => {
@@ -331,6 +342,15 @@ pub struct Probe {
     state: Arc<Probed>,
     threads: Vec<JoinHandle<()>>,
     begun: Instant,
+}
+
+impl Drop for Probe {
+    fn drop(&mut self) {
+        self.state.stop.store(true, Ordering::Relaxed);
+        for thread in self.threads.drain(..) {
+            let _ = thread.join();
+        }
+    }
 }
 
 struct Probed {
@@ -424,10 +444,6 @@ impl Probe {
     pub fn finish(self) -> ProbeSummary {
         // The last packets are on their way.
         thread::sleep(Duration::from_millis(100));
-        self.state.stop.store(true, Ordering::Relaxed);
-        for thread in self.threads {
-            let _ = thread.join();
-        }
         let (sent, answered) =
             (self.state.sent.load(Ordering::Relaxed), self.state.answered.load(Ordering::Relaxed));
         let longest = lock(&self.state.silences).iter().map(|(_, silence)| *silence).max().unwrap_or(1_000);
