@@ -123,7 +123,11 @@ pub fn run(args: &DemoArgs, output: Output) -> Result<(), Failure> {
         }
     } else {
         screen.note("removing every trace");
+        let dir = testbed.dir().to_owned();
         drop(testbed);
+        forget_key(&dir);
+        // Only when nothing of somebody else's is in it.
+        let _ = std::fs::remove_dir(&dir);
     }
     let summary = summary?;
     if output.is_json() {
@@ -201,9 +205,21 @@ fn walk(testbed: &Testbed, args: &DemoArgs, screen: Screen, cancel: &Cancel) -> 
     Ok(Summary { ok: broken.is_empty(), started_ms: login.started_ms, moves, ssh, stream, probe, broken })
 }
 
+/// Where the user's key is.
+fn key_path(dir: &Path) -> PathBuf {
+    dir.join("alice_ed25519")
+}
+
+fn forget_key(dir: &Path) {
+    for path in [key_path(dir), key_path(dir).with_extension("pub"), key_path(dir).with_extension("known")] {
+        let _ = std::fs::remove_file(path);
+    }
+}
+
 /// A key pair of the user's own.
 fn user_key(dir: &Path) -> Result<PathBuf, Failure> {
-    let path = dir.join("alice_ed25519");
+    let path = key_path(dir);
+    forget_key(dir);
     let mut command = std::process::Command::new("ssh-keygen");
     command.args(["-q", "-t", "ed25519", "-N", "", "-C", USER, "-f"]).arg(&path);
     let status = command
