@@ -159,6 +159,7 @@ fn add_data(file: &OwnedFd, first: u32, set: &mut PageSet) {
 pub struct RemoteMachine {
     socket: OwnedFd,
     pid: OwnedFd,
+    pid_number: Pid,
     path: PathBuf,
     pages: Option<Arc<Pages>>,
     control: Option<Mapping>,
@@ -268,10 +269,12 @@ impl RemoteMachine {
                 pid
             }
         };
+        let pid_number = pid;
         let pid = pidfd_open(pid, PidfdFlags::empty()).map_err(refused)?;
         Ok(Self {
             socket,
             pid,
+            pid_number,
             path: path.to_owned(),
             pages: None,
             control: None,
@@ -342,6 +345,12 @@ impl RemoteMachine {
             Reply::Refused { reason } => Err(MachineError::Refused { reason }),
             other => Err(unexpected(&other)),
         }
+    }
+
+    /// The process's id.
+    #[must_use]
+    pub fn process_id(&self) -> Pid {
+        self.pid_number
     }
 
     /// Where the machine stood when last asked.

@@ -11,6 +11,8 @@ use kvm_ioctls::{VcpuFd, VmFd};
 use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
 use vmm_sys_util::{ioctl::ioctl, ioctl_io_nr};
 
+use super::watchdog;
+
 const KVMIO: u32 = 0xae;
 ioctl_io_nr!(KVM_RESET_DIRTY_RINGS, KVMIO, 0xc7);
 
@@ -84,14 +86,33 @@ impl DirtyRing {
             self.next = self.next.wrapping_add(1);
             taken += 1;
         }
-        if taken > 0 {
+        self.reset(vm, taken)?;
+        Ok(taken)
+    }
+}
+
+impl DirtyRing {
+    /// Has KVM write-protect the taken pages again. With a signal pending the ioctl ends early and says
+    /// only how many entries it got to: the others would stay writable, and what the guest writes there
+    /// next would never be seen. So the alarm is kept off meanwhile, and the call repeated until all are done.
+    fn reset(&self, vm: &VmFd, taken: u32) -> io::Result<()> {
+        if taken == 0 {
+            return Ok(());
+        }
+        let _quiet = watchdog::Quiet::begin();
+        let mut left = taken;
+        while left > 0 {
             // SAFETY: the ioctl takes no argument and touches only the ring and the VM's page tables.
-            let result = unsafe { ioctl(vm, KVM_RESET_DIRTY_RINGS()) };
-            if result < 0 {
-                return Err(io::Error::last_os_error());
+            let done = unsafe { ioctl(vm, KVM_RESET_DIRTY_RINGS()) };
+            match u32::try_from(done) {
+                Ok(done) => left = left.saturating_sub(done),
+                Err(_) => match io::Error::last_os_error() {
+                    error if error.kind() == io::ErrorKind::Interrupted => {}
+                    error => return Err(error),
+                },
             }
         }
-        Ok(taken)
+        Ok(())
     }
 }
 

@@ -54,10 +54,32 @@ pub fn set_period(period: Duration) {
 
 /// Keeps the alarm away from the calling thread, so that only the vCPU's thread gets it.
 pub fn block_in_this_thread() {
+    mask(libc::SIG_BLOCK);
+}
+
+/// Holds the alarm back from this thread while it lives; one that rang meanwhile comes at its end.
+pub struct Quiet(());
+
+impl Quiet {
+    /// Begins.
+    #[must_use]
+    pub fn begin() -> Self {
+        mask(libc::SIG_BLOCK);
+        Self(())
+    }
+}
+
+impl Drop for Quiet {
+    fn drop(&mut self) {
+        mask(libc::SIG_UNBLOCK);
+    }
+}
+
+fn mask(how: libc::c_int) {
     // SAFETY: a signal set is a plain array of words.
     let mut set: libc::sigset_t = unsafe { std::mem::zeroed() };
     // SAFETY: the set is initialised.
     unsafe { libc::sigaddset(&raw mut set, libc::SIGALRM) };
     // SAFETY: the set is initialised, and the old one is not asked for.
-    unsafe { libc::pthread_sigmask(libc::SIG_BLOCK, &raw const set, std::ptr::null_mut()) };
+    unsafe { libc::pthread_sigmask(how, &raw const set, std::ptr::null_mut()) };
 }
