@@ -88,7 +88,7 @@ fn a_killed_machine_is_restarted_with_its_identity() {
     let login = site.login("alice", "ap-1");
     let address = text(&login, "address").to_owned();
     assert!(answers(&site, &address));
-    let pid = machine_process(&site);
+    let pid = site.show("alice")["pid"].as_u64().expect("the process of a running machine");
     assert!(Command::new("kill").args(["-KILL", &pid.to_string()]).status().unwrap().success());
     let waited = site.kage("h1", &["wait", "alice", "--state", "running", "--timeout", "10s"]);
     assert!(waited.status.success());
@@ -102,28 +102,4 @@ fn a_killed_machine_is_restarted_with_its_identity() {
     assert!(String::from_utf8_lossy(&events.stdout).contains("restarted"));
     let shown = site.show("alice");
     assert_eq!(text(&shown, "vid"), text(&login, "vid"));
-}
-
-/// The VMM process that holds alice's machine: the one that holds a tap.
-fn machine_process(site: &Site) -> u32 {
-    let marker = format!("{}", site.dir().display());
-    for entry in std::fs::read_dir("/proc").unwrap().flatten() {
-        let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse::<u32>().ok()) else {
-            continue;
-        };
-        let line = std::fs::read(entry.path().join("cmdline")).unwrap_or_default();
-        let is_vmm = line.split(|&byte| byte == 0).any(|word| word == b"vmm");
-        let environment = std::fs::read(entry.path().join("environ")).unwrap_or_default();
-        let ours = environment.windows(b"KAGE_TESTBED=".len()).any(|part| part == b"KAGE_TESTBED=")
-            && !marker.is_empty();
-        let holds_tap = std::fs::read_dir(entry.path().join("fd"))
-            .map(|fds| {
-                fds.flatten().any(|fd| std::fs::read_link(fd.path()).is_ok_and(|to| to.ends_with("net/tun")))
-            })
-            .unwrap_or(false);
-        if is_vmm && ours && holds_tap {
-            return pid;
-        }
-    }
-    panic!("no VMM process holds a tap");
 }
