@@ -4,7 +4,7 @@ use std::{
     collections::BTreeMap,
     io,
     net::{IpAddr, Ipv6Addr, SocketAddr, UdpSocket},
-    os::fd::{AsFd, AsRawFd, OwnedFd},
+    os::fd::{AsFd, OwnedFd},
     path::{Path, PathBuf},
     sync::{Arc, Mutex, PoisonError},
     time::{Duration, Instant},
@@ -280,9 +280,7 @@ impl Hosted for VmmMachine {
     }
 
     fn pid(&self) -> Option<u32> {
-        let descriptor = self.machine.exit_descriptor().ok()?;
-        let info = std::fs::read_to_string(format!("/proc/self/fdinfo/{}", descriptor.as_raw_fd())).ok()?;
-        info.lines().find_map(|line| line.strip_prefix("Pid:")?.trim().parse().ok())
+        u32::try_from(self.machine.process_id().as_raw_nonzero().get()).ok()
     }
 
     fn watch(&mut self, on_end: OnEnd) {
