@@ -120,6 +120,14 @@ pub struct Terminal {
     seen: String,
 }
 
+impl Drop for Terminal {
+    /// A test that ends early leaves no client behind.
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
 impl Terminal {
     pub fn open(desk: &Desk<'_>) -> Self {
         let mut child = desk
