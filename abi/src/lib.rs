@@ -16,7 +16,7 @@
 //!    +0x0_8000    exception stack (8 KiB, guard below)
 //!    +0x1_0000    log ring (64 KiB)
 //!    +0x2_1000    stack (256 KiB, guard below)
-//!    +0x6_2000    resource table (32 KiB)
+//!    +0x6_2000    resources record (1 page)
 //!    +0x7_0000    .data, .bss, heap to the end of memory
 //!  0xd000_0000  virtio-mmio, one page a device, never backed by memory
 //! ```
@@ -25,6 +25,7 @@
 #![no_std]
 
 pub mod content;
+pub mod resources;
 pub mod stream;
 
 /// Version of everything in this crate; a kernel built for another is refused.
@@ -74,10 +75,10 @@ pub mod offset {
     pub const STACK: u64 = 0x2_1000;
     /// High end of the stack.
     pub const STACK_TOP: u64 = 0x6_1000;
-    /// Resource table.
+    /// [`super::resources::Resources`].
     pub const RESOURCES: u64 = 0x6_2000;
-    /// Bytes of the resource table.
-    pub const RESOURCES_BYTES: u64 = 0x8000;
+    /// Bytes kept for it.
+    pub const RESOURCES_BYTES: u64 = 0x1000;
     /// Where the kernel's own data starts.
     pub const DATA: u64 = 0x7_0000;
 }

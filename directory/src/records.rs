@@ -4,7 +4,8 @@
 
 use std::{
     fmt,
-    net::{IpAddr, Ipv6Addr, SocketAddr},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    ops::Range,
     str::FromStr,
 };
 
@@ -193,13 +194,73 @@ pub struct ImageRecord {
     pub wanted: Wanted,
     /// Its number, from which its addresses are made.
     pub number: ImageNumber,
+    /// Indices of VIDs its machine may give out: what lies below the end may have been given out.
+    pub indices: Range<u64>,
+    /// Its IPv4 address, if it has one.
+    pub ipv4: Option<Ipv4Addr>,
     /// What any host needs to start it.
     pub profile: Profile,
+}
+
+impl ImageRecord {
+    /// Indices of a machine that has never run. 0 is left out, since the lowest address of a prefix is every
+    /// router's (RFC 4291 §2.6.1).
+    pub const FIRST_INDICES: Range<u64> = 1..1 + Self::INDEX_LEASE;
+    /// How many indices are set aside at a time. Half of them are left when more are asked for, which is a minute
+    /// of making 8,000 files a second; a host that dies wastes at most this many of an image's 2³⁶.
+    pub const INDEX_LEASE: u64 = 1 << 20;
+    const INDICES: u64 = 1 << Vid::INDEX_BITS;
+
+    /// Sets aside indices for a machine that starts from nothing, behind all that were.
+    pub fn renew_indices(&mut self) {
+        let start = self.indices.end;
+        self.indices = start..(start + Self::INDEX_LEASE).min(Self::INDICES);
+    }
+
+    /// Sets aside more for a machine whose next index is `next`. False when it has enough.
+    pub fn extend_indices(&mut self, next: u64) -> bool {
+        let short = next >= self.comfortable_below();
+        if short {
+            // Whatever a guest claims, it costs it one lease a time.
+            self.indices.end = (self.indices.end + Self::INDEX_LEASE).min(Self::INDICES);
+        }
+        short
+    }
+
+    /// A machine whose next index is lower has enough.
+    #[must_use]
+    pub fn comfortable_below(&self) -> u64 {
+        if self.indices.end < Self::INDICES {
+            self.indices.end.saturating_sub(Self::INDEX_LEASE / 2)
+        } else {
+            u64::MAX
+        }
+    }
+
+    /// Gives back what a machine that has ended did not give out, when it says so believably.
+    pub fn return_indices(&mut self, next: u64) {
+        if self.indices.contains(&next) {
+            self.indices.end = next;
+        }
+    }
 }
 
 impl Record for ImageRecord {
     type Key = UserName;
     const PREFIX: &'static str = "image/";
+    const VERSION: u8 = 2;
+}
+
+/// An IPv4 address that belongs to a user's image, so that it is given out once.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Ipv4Record {
+    /// Whose it is.
+    pub user: UserName,
+}
+
+impl Record for Ipv4Record {
+    type Key = Ipv4Addr;
+    const PREFIX: &'static str = "ipv4/";
     const VERSION: u8 = 1;
 }
 
@@ -317,6 +378,8 @@ mod tests {
             backup: None,
             wanted: Wanted::Running,
             number: ImageNumber(7),
+            indices: 5..9,
+            ipv4: Some(Ipv4Addr::new(10, 77, 0, 5)),
             profile: Profile {
                 image: "default".into(),
                 memory_bytes: 64 << 20,
@@ -330,8 +393,8 @@ mod tests {
     #[test]
     fn an_image_record_keeps_its_bytes() {
         let bytes = encode(&image());
-        assert_eq!(bytes[..10], [1, 3, 2, b'h', b'1', 1, 2, b'h', b'2', 9]);
-        assert_eq!(bytes[25..31], [0, 0, 7, 7, b'd', b'e']);
+        assert_eq!(bytes[..10], [2, 3, 2, b'h', b'1', 1, 2, b'h', b'2', 9]);
+        assert_eq!(bytes[25..38], [0, 0, 7, 5, 9, 1, 10, 77, 0, 5, 7, b'd', b'e']);
         assert_eq!(decode::<ImageRecord>("image/a", &bytes), Ok(image()));
         for end in 0..bytes.len() {
             assert!(decode::<ImageRecord>("image/a", &bytes[..end]).is_err(), "cut at {end}");
@@ -341,12 +404,31 @@ mod tests {
     #[test]
     fn records_of_another_version_are_named_not_guessed() {
         let mut bytes = encode(&image());
-        bytes[0] = 2;
+        bytes[0] = 1;
         let error = decode::<ImageRecord>("image/a", &bytes).unwrap_err();
         assert_eq!(
             error.to_string(),
-            "directory record image/a is unreadable: version 2, this host reads version 1"
+            "directory record image/a is unreadable: version 1, this host reads version 2"
         );
+    }
+
+    #[test]
+    fn no_index_is_set_aside_twice() {
+        let mut record = ImageRecord { indices: ImageRecord::FIRST_INDICES, ..image() };
+        let lease = ImageRecord::INDEX_LEASE;
+        assert!(!record.extend_indices(lease / 2));
+        assert!(record.extend_indices(lease / 2 + 1));
+        assert_eq!(record.indices, 1..1 + 2 * lease);
+        // A host that dies says nothing of how far its machine came.
+        record.renew_indices();
+        assert_eq!(record.indices, 1 + 2 * lease..1 + 3 * lease);
+        // One that stops it in order does, as long as it can be true.
+        record.return_indices(7);
+        record.return_indices(2 + 3 * lease);
+        assert_eq!(record.indices.end, 1 + 3 * lease);
+        record.return_indices(5 + 2 * lease);
+        record.renew_indices();
+        assert_eq!(record.indices.start, 5 + 2 * lease);
     }
 
     #[test]

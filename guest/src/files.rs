@@ -10,7 +10,11 @@ use alloc::{
 };
 use core::fmt;
 
-use crate::{heap, local::Local};
+use crate::{
+    heap,
+    local::Local,
+    vid::{self, Kind, Vid},
+};
 
 const CHUNK: usize = 16 << 10;
 /// Bytes in all files together.
@@ -60,8 +64,8 @@ pub struct Facts {
     pub directory: bool,
     /// Bytes of a file, entries of a directory.
     pub size: usize,
-    /// A number of its own, never used again.
-    pub number: u64,
+    /// Its identity.
+    pub vid: Vid,
 }
 
 enum Body {
@@ -70,21 +74,20 @@ enum Body {
 }
 
 struct Node {
-    number: u64,
+    vid: Vid,
     body: Body,
 }
 
 struct Tree {
     nodes: BTreeMap<String, Node>,
     bytes: usize,
-    next: u64,
 }
 
 static TREE: Local<Tree> = Local::new();
 
 /// Makes the tree of a new machine.
 pub fn start(user: &str) {
-    TREE.set(Tree { nodes: BTreeMap::new(), bytes: 0, next: 1 });
+    TREE.set(Tree { nodes: BTreeMap::new(), bytes: 0 });
     let home = alloc::format!("/home/{user}");
     let mut tree = TREE.get();
     for directory in ["/", "/etc", "/home", home.as_str(), "/tmp"] {
@@ -138,9 +141,8 @@ impl Tree {
                 Some(Node { body: Body::Directory, .. }) => {}
             }
         }
-        let number = self.next;
-        self.next += 1;
-        self.nodes.insert(path.to_string(), Node { number, body });
+        let vid = vid::next(Kind::File);
+        self.nodes.insert(path.to_string(), Node { vid, body });
         Ok(())
     }
 
@@ -281,7 +283,7 @@ pub fn stat(path: &str) -> Result<Facts, FileError> {
 
 fn facts(tree: &Tree, path: &str, node: &Node) -> Facts {
     match node.body {
-        Body::Directory => Facts { directory: true, size: tree.children(path).count(), number: node.number },
-        Body::File { length, .. } => Facts { directory: false, size: length, number: node.number },
+        Body::Directory => Facts { directory: true, size: tree.children(path).count(), vid: node.vid },
+        Body::File { length, .. } => Facts { directory: false, size: length, vid: node.vid },
     }
 }

@@ -8,7 +8,7 @@ use crate::{
     arch::{self, Mail},
     executor,
     local::Local,
-    log, net, random, service,
+    log, net, random, service, vid,
     virtio::{block, entropy::Entropy, net::Net},
 };
 
@@ -32,6 +32,7 @@ pub fn run() -> ! {
         mail = arch::door(u64::MAX);
     }
     random::reseed(arch::take_seed(), entropy.draw());
+    vid::start();
     let config = arch::config();
     net::open(device, config, Duration::from_nanos(mail.now_ns));
     service::start(config, Duration::from_nanos(mail.now_ns));
@@ -94,6 +95,7 @@ impl Kernel {
             if mail.generation != self.generation {
                 self.generation = mail.generation;
                 random::reseed(arch::take_seed(), self.entropy.draw());
+                vid::start();
                 net::reopen(arch::config(), now);
                 log!("generation {}", mail.generation);
             }

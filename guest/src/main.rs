@@ -4,7 +4,7 @@
 //! - [`kernel`]: the loop: knock, poll the network, run what is runnable.
 //! - [`executor`]: tasks and timers; [`local`]: state of the one thread.
 //! - [`virtio`]: drivers; [`net`]: TCP and UDP as async streams; [`random`]: randomness of a generation.
-//! - [`service`]: what listens; [`shell`]: what a user runs; [`files`]: what a user keeps.
+//! - [`service`]: what listens; [`shell`]: what a user runs; [`files`]: what a user keeps; [`vid`]: what names it.
 #![no_std]
 #![no_main]
 
@@ -22,4 +22,5 @@ mod random;
 mod service;
 mod shell;
 mod time;
+mod vid;
 mod virtio;

@@ -105,6 +105,7 @@ async fn serve(config: Config) -> Result<(), ErrorBody> {
             tracing::error!(reason, "no machine can be started here; `kage doctor` says more");
         }
     });
+    tokio::spawn(daemon.clone().keep_indices());
     let joining = tokio::spawn(join(daemon.clone()));
     // Machines can be started once the pool is warm; a directory that is away is reported, not waited for.
     let _ = warm.await;

@@ -311,6 +311,9 @@ impl Hosted for FakeMachine {
     fn heartbeat(&mut self, _on: bool) -> Result<(), MachineError> {
         Ok(())
     }
+    fn raise_indices(&mut self, _limit: u64) -> Result<(), MachineError> {
+        Ok(())
+    }
     fn logs(&self) -> String {
         "fake\n".to_owned()
     }

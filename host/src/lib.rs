@@ -6,6 +6,7 @@
 //! - [`api`], [`http`], [`peers`]: the HTTP API, here and at other hosts.
 //! - [`roaming`]: where users are.
 //! - [`events`], [`operations`], [`metrics`], [`logs`]: what is seen of it.
+//! - [`resources`]: what machines consist of.
 //! - [`machines`]: the traits behind which machines and the network are.
 //!
 //! Deliberately not here: KVM, netlink, page streams, the rules of a handover.
@@ -28,6 +29,7 @@ pub mod moves;
 pub mod operations;
 pub mod peers;
 pub mod real;
+pub mod resources;
 pub mod roaming;
 pub mod routes;
 #[cfg(test)]

@@ -147,6 +147,8 @@ pub struct Status {
     pub memory: Option<Arc<dyn Memory>>,
     /// Its process.
     pub pid: Option<u32>,
+    /// From which index on its machine wants more; 0 as long as nobody has looked.
+    pub index_limit: u64,
 }
 
 impl Image {

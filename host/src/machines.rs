@@ -2,7 +2,8 @@
 //! `kage-fabric` ([`crate::real`]), the tests' ones are simulated.
 
 use std::{
-    net::{IpAddr, Ipv6Addr},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
+    ops::Range,
     os::fd::OwnedFd,
     path::PathBuf,
 };
@@ -26,6 +27,10 @@ pub struct MachineSpec {
     pub vid: Vid,
     /// Under which it is started here.
     pub term: Term,
+    /// Indices of VIDs it may give out, for a start from nothing.
+    pub indices: Range<u64>,
+    /// Its IPv4 address, if it has one.
+    pub ipv4: Option<Ipv4Addr>,
     /// Its page space.
     pub geometry: Geometry,
     /// What it starts from, its keys.
@@ -55,6 +60,8 @@ impl MachineSpec {
             number: record.number,
             vid: Vid::of_image(prefix, record.number),
             term: record.term,
+            indices: record.indices.clone(),
+            ipv4: record.ipv4,
             geometry: Geometry::from_bytes(record.profile.memory_bytes, record.profile.disk_bytes)?,
             profile: record.profile.clone(),
             mtu,
@@ -71,6 +78,8 @@ impl MachineSpec {
             number: label.number,
             vid: Vid::of_image(prefix, label.number),
             term: label.term,
+            indices: 0..0,
+            ipv4: label.ipv4,
             geometry,
             profile: Profile {
                 image: String::new(),
@@ -88,7 +97,7 @@ impl MachineSpec {
     /// What is kept with the machine's process for a daemon that adopts it.
     #[must_use]
     pub fn label(&self) -> Label {
-        Label { user: self.user.clone(), number: self.number, term: self.term, ticket: None }
+        Label { user: self.user.clone(), number: self.number, term: self.term, ipv4: self.ipv4, ticket: None }
     }
 }
 
@@ -101,6 +110,8 @@ pub struct Label {
     pub number: ImageNumber,
     /// Under which it ran here.
     pub term: Term,
+    /// Its IPv4 address, if it has one.
+    pub ipv4: Option<Ipv4Addr>,
     /// The handover it came by, until its right is settled.
     pub ticket: Option<Ticket>,
 }
@@ -125,6 +136,11 @@ pub trait Hosted: Machine {
     /// # Errors
     /// As any call to a machine.
     fn heartbeat(&mut self, on: bool) -> Result<(), kage_machine::MachineError>;
+    /// Lets the guest give out VIDs up to `limit`.
+    ///
+    /// # Errors
+    /// As any call to a machine.
+    fn raise_indices(&mut self, limit: u64) -> Result<(), kage_machine::MachineError>;
     /// The guest's log, with a symbolised backtrace when it has failed.
     fn logs(&self) -> String;
     /// The machine as handover and replication see it.

@@ -198,7 +198,7 @@ impl Machines for VmmMachines {
         };
         let mut seed = [0; 32];
         crate::init::random(&mut seed);
-        if let Err(error) = machine.machine.give_generation(Some(identity), seed) {
+        if let Err(error) = machine.machine.give_generation(Some(identity), seed, spec.indices.clone()) {
             machine.machine.end();
             return Err(error.to_string());
         }
@@ -312,6 +312,10 @@ impl Hosted for VmmMachine {
 
     fn heartbeat(&mut self, on: bool) -> Result<(), MachineError> {
         self.machine.set_heartbeat(on)
+    }
+
+    fn raise_indices(&mut self, limit: u64) -> Result<(), MachineError> {
+        self.machine.raise_indices(limit)
     }
 
     fn logs(&self) -> String {

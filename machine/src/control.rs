@@ -7,12 +7,14 @@
 //! Both ends are the same program, so there is one version: a daemon asks for it first
 //! ([`Request::Hello`]) and ends machines it cannot speak to only on an operator's word.
 
+use std::ops::Range;
+
 use serde::{Deserialize, Serialize};
 
 use crate::{Geometry, PageSet, machine::HostInstant};
 
 /// Version of these messages.
-pub const CONTROL_VERSION: u16 = 1;
+pub const CONTROL_VERSION: u16 = 2;
 
 /// Largest packet: a bitmap of the largest page space, and the rest.
 pub const MAX_PACKET: usize = 192 << 10;
@@ -74,6 +76,13 @@ pub enum Request {
         identity: Option<Identity>,
         /// 32 fresh random bytes.
         seed: [u8; 32],
+        /// Indices of VIDs it may give out.
+        indices: Range<u64>,
+    },
+    /// Raise the index that may not be given out yet.
+    RaiseIndices {
+        /// The limit from now on; a lower one changes nothing.
+        limit: u64,
     },
     /// Take a saved state ([`crate::SavedState::encode`]).
     Restore {

@@ -194,6 +194,28 @@ pub enum Kind {
     Socket = 3,
 }
 
+impl Kind {
+    /// Every kind, in the order of its number.
+    pub const ALL: [Self; 4] = [Self::Image, Self::Process, Self::File, Self::Socket];
+
+    /// The kind of a number as it stands in an address.
+    #[must_use]
+    pub fn of(number: u8) -> Option<Self> {
+        Self::ALL.into_iter().find(|kind| *kind as u8 == number)
+    }
+
+    /// Its name in JSON.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Image => "image",
+            Self::Process => "process",
+            Self::File => "file",
+            Self::Socket => "socket",
+        }
+    }
+}
+
 /// Fixed, system-wide identity of an image or of a resource in it: an IPv6 address,
 /// site prefix (48 bits) ∥ image (40) ∥ kind (4) ∥ index (36, never reused).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -225,6 +247,37 @@ impl Vid {
         Self::new(prefix, image, Kind::Image, 1)
     }
 
+    /// Reads an address as a VID of this site.
+    ///
+    /// # Errors
+    /// [`VidError`], for addresses that never name anything.
+    pub fn parse(prefix: SitePrefix, address: Ipv6Addr) -> Result<Self, VidError> {
+        let vid = Self(address);
+        if address.octets()[..6] != prefix.0 {
+            return Err(VidError::Prefix { address, prefix });
+        }
+        let number = (u128::from(address) >> Self::INDEX_BITS) as u8 & 0xf;
+        let kind = Kind::of(number).ok_or(VidError::Kind { address, number })?;
+        match (kind, vid.index()) {
+            (_, 0) => Err(VidError::Index { address }),
+            (Kind::Image, 2..) => Err(VidError::Index { address }),
+            _ => Ok(vid),
+        }
+    }
+
+    /// What it names.
+    #[must_use]
+    pub fn kind(self) -> Kind {
+        // Both ways to make a VID leave only numbers that are kinds.
+        Kind::of((u128::from(self.0) >> Self::INDEX_BITS) as u8 & 0xf).unwrap_or(Kind::Image)
+    }
+
+    /// Its index within its image.
+    #[must_use]
+    pub fn index(self) -> u64 {
+        (u128::from(self.0) & ((1 << Self::INDEX_BITS) - 1)) as u64
+    }
+
     /// The VID as an address.
     #[must_use]
     pub const fn address(self) -> Ipv6Addr {
@@ -242,6 +295,33 @@ impl Vid {
     pub fn image(self) -> ImageNumber {
         ImageNumber(((u128::from(self.0) >> 40) & ((1 << Self::IMAGE_BITS) - 1)) as u64)
     }
+}
+
+/// An address names nothing at this site.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum VidError {
+    /// Of another site.
+    #[error("{address} is no VID of this site, whose prefix is {prefix}")]
+    Prefix {
+        /// The address.
+        address: Ipv6Addr,
+        /// The site's prefix.
+        prefix: SitePrefix,
+    },
+    /// Of no kind.
+    #[error("{address} names nothing: {number} is no kind of resource")]
+    Kind {
+        /// The address.
+        address: Ipv6Addr,
+        /// What stands where the kind does.
+        number: u8,
+    },
+    /// An index nothing has.
+    #[error("{address} names nothing: nothing has that index")]
+    Index {
+        /// The address.
+        address: Ipv6Addr,
+    },
 }
 
 impl fmt::Display for Vid {
@@ -264,6 +344,30 @@ mod tests {
         let file = Vid::new(prefix, ImageNumber(7), Kind::File, 3);
         assert_eq!(file.to_string(), "fd4b:6167:6500::720:0:3");
         assert_eq!(file.image_prefix(), vid.image_prefix());
+    }
+
+    #[test]
+    fn an_address_is_taken_apart_as_it_was_composed() {
+        let prefix: SitePrefix = "fd4b:6167:6500::/48".parse().unwrap();
+        for kind in [Kind::Process, Kind::File, Kind::Socket] {
+            for (image, index) in [(1, 1), ((1 << 40) - 1, (1 << 36) - 1), (0x12_3456_789a, 0xf_edcb_a987)] {
+                let vid = Vid::new(prefix, ImageNumber(image), kind, index);
+                assert_eq!(Vid::parse(prefix, vid.address()), Ok(vid));
+                assert_eq!((vid.image(), vid.kind(), vid.index()), (ImageNumber(image), kind, index));
+            }
+        }
+        let image = Vid::of_image(prefix, ImageNumber(7));
+        assert_eq!(Vid::parse(prefix, image.address()), Ok(image));
+    }
+
+    #[test]
+    fn addresses_that_name_nothing_are_told_apart() {
+        let prefix: SitePrefix = "fd4b:6167:6500::/48".parse().unwrap();
+        let parse = |text: &str| Vid::parse(prefix, text.parse().unwrap());
+        assert!(matches!(parse("fd4b:6167:6501::700:0:1"), Err(VidError::Prefix { .. })));
+        assert!(matches!(parse("fd4b:6167:6500::740:0:1"), Err(VidError::Kind { number: 4, .. })));
+        assert!(matches!(parse("fd4b:6167:6500::710:0:0"), Err(VidError::Index { .. })));
+        assert!(matches!(parse("fd4b:6167:6500::700:0:2"), Err(VidError::Index { .. })));
     }
 
     #[test]

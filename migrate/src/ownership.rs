@@ -124,6 +124,8 @@ pub(crate) mod tests {
             backup: None,
             wanted: Wanted::Running,
             number: ImageNumber(1),
+            indices: ImageRecord::FIRST_INDICES,
+            ipv4: None,
             profile: Profile {
                 image: "default".into(),
                 memory_bytes: 16 << 20,

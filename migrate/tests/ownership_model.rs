@@ -168,6 +168,8 @@ impl Record {
             backup: None,
             wanted: Wanted::Running,
             number: ImageNumber(1),
+            indices: ImageRecord::FIRST_INDICES,
+            ipv4: None,
             profile: Profile {
                 image: String::new(),
                 memory_bytes: 0,

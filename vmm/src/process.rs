@@ -16,7 +16,7 @@ use std::{
     time::Duration,
 };
 
-use kage_abi::{self as abi, BootPage, Config, offset};
+use kage_abi::{self as abi, BootPage, Config, offset, resources::Resources};
 use kage_machine::{
     HostInstant, SavedState,
     control::{
@@ -464,6 +464,12 @@ impl Machine {
         let _ = self.memory.write_slice(bytes, GuestAddress(self.boot_page().0 + field as u64));
     }
 
+    fn write_indices(&self, field: usize, index: u64) {
+        let at = GuestAddress(abi::MEMORY + offset::RESOURCES + field as u64);
+        // The record lies in memory by construction.
+        let _ = self.memory.write_slice(&index.to_le_bytes(), at);
+    }
+
     fn deadline(&self) -> u64 {
         u64::from_le_bytes(self.read_word(std::mem::offset_of!(BootPage, deadline_ns)))
     }
@@ -524,13 +530,24 @@ impl Machine {
                 self.tell_time();
                 self.start(true)
             }
-            Request::Generation { identity, seed } => {
+            Request::Generation { identity, seed, indices } => {
                 if let Some(identity) = &identity {
                     self.write_config(identity)?;
                 }
                 self.generation += 1;
                 self.write_word(std::mem::offset_of!(BootPage, generation), &self.generation.to_le_bytes());
                 self.write_word(std::mem::offset_of!(BootPage, seed), &seed);
+                self.write_indices(std::mem::offset_of!(Resources, first_index), indices.start);
+                self.write_indices(std::mem::offset_of!(Resources, limit_index), indices.end);
+                self.news = true;
+                Ok(Reply::Done)
+            }
+            Request::RaiseIndices { limit } => {
+                let field = std::mem::offset_of!(Resources, limit_index);
+                let mut now = [0; 8];
+                let at = GuestAddress(abi::MEMORY + offset::RESOURCES + field as u64);
+                self.memory.read_slice(&mut now, at).map_err(|error| format!("resources: {error}"))?;
+                self.write_indices(field, limit.max(u64::from_le_bytes(now)));
                 self.news = true;
                 Ok(Reply::Done)
             }

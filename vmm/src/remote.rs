@@ -3,6 +3,7 @@
 use std::{
     fs::File,
     io,
+    ops::Range,
     os::{
         fd::{AsFd, BorrowedFd, OwnedFd},
         unix::process::CommandExt,
@@ -412,7 +413,7 @@ impl RemoteMachine {
         Ok(())
     }
 
-    /// Gives identity and a new generation.
+    /// Gives identity, a new generation, and indices for VIDs.
     ///
     /// # Errors
     /// [`MachineError`].
@@ -420,8 +421,17 @@ impl RemoteMachine {
         &mut self,
         identity: Option<Identity>,
         seed: [u8; 32],
+        indices: Range<u64>,
     ) -> Result<(), MachineError> {
-        self.done(&Request::Generation { identity, seed }, &[])
+        self.done(&Request::Generation { identity, seed, indices }, &[])
+    }
+
+    /// Lets the guest give out VIDs up to `limit`, when it may not already.
+    ///
+    /// # Errors
+    /// [`MachineError`].
+    pub fn raise_indices(&mut self, limit: u64) -> Result<(), MachineError> {
+        self.done(&Request::RaiseIndices { limit }, &[])
     }
 
     /// Takes a saved state; `moved` when it comes from another host.

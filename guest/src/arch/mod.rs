@@ -3,7 +3,9 @@
 
 use core::arch::{asm, global_asm};
 
-use kage_abi::{BootPage, Config, FaultRecord, LogRing, MEMORY, VECTOR_PANIC, offset, status};
+use kage_abi::{
+    BootPage, Config, FaultRecord, LogRing, MEMORY, VECTOR_PANIC, offset, resources::Resources, status,
+};
 
 // Fault stubs run in ring 0 on the exception stack: they note what happened and knock at the door for good.
 global_asm!(
@@ -86,6 +88,7 @@ unsafe extern "C" {
 }
 
 const BOOT: *mut BootPage = (MEMORY + offset::BOOT) as *mut BootPage;
+const RESOURCES: *mut Resources = (MEMORY + offset::RESOURCES) as *mut Resources;
 
 /// What the host said at the last door.
 #[derive(Clone, Copy)]
@@ -160,6 +163,29 @@ pub fn config() -> &'static Config {
     // SAFETY: mapped for ever, plain bytes for which every pattern is valid, written by the host only before
     // the first generation.
     unsafe { &*((MEMORY + offset::CONFIG) as *const Config) }
+}
+
+/// The resources record.
+pub fn resources() -> Resources {
+    // SAFETY: the record's page is mapped read-write for the machine's whole life, and the host touches it only
+    // while the vCPU is out of guest mode.
+    unsafe { RESOURCES.read_volatile() }
+}
+
+/// Sets the index given out next.
+pub fn set_next_index(index: u64) {
+    // SAFETY: as in `resources`.
+    unsafe { (&raw mut (*RESOURCES).next_index).write_volatile(index) }
+}
+
+/// Tells the host where the table that answers request `round` lies. It is to stay there over one door.
+pub fn publish_resources(round: u32, table: &[u8]) {
+    // SAFETY: as in `resources`.
+    unsafe {
+        (&raw mut (*RESOURCES).address).write_volatile(table.as_ptr() as u64);
+        (&raw mut (*RESOURCES).length).write_volatile(table.len() as u32);
+        (&raw mut (*RESOURCES).published).write_volatile(round);
+    }
 }
 
 /// First and one-past-last address of the heap.

@@ -99,6 +99,8 @@ mod tests {
             backup: None,
             wanted,
             number: ImageNumber(7),
+            indices: ImageRecord::FIRST_INDICES,
+            ipv4: None,
             profile: Profile {
                 image: "default".into(),
                 memory_bytes: 64 << 20,

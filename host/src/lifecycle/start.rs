@@ -19,6 +19,7 @@ use crate::{
         types::{LoginReply, LoginRequest, State},
     },
     machines::{MachineSpec, Via},
+    resources,
 };
 
 /// How long a started machine may take to answer its first packet.
@@ -165,6 +166,8 @@ impl Daemon {
             backup: None,
             wanted: Wanted::Running,
             number: self.take_number()?,
+            indices: ImageRecord::FIRST_INDICES,
+            ipv4: None,
             profile,
         })
     }
@@ -298,11 +301,15 @@ impl Daemon {
     ) -> Result<ImageRecord, ErrorBody> {
         if let Some(mut old) = slot.machine.take() {
             old.end();
+            if old.failure().is_some() {
+                record.return_indices(resources::next_index(&*old.memory()));
+            }
         }
         image.update(|status| *status = super::Status { state: State::Starting, ..Default::default() });
         let before = record.clone();
         record.term = record.term.next();
         record.wanted = Wanted::Running;
+        record.renew_indices();
         // Once the swap is seen, the directory's view wants a route to a tap that is not there yet.
         self.routes.hold(self.vid(&record));
         match self.swap(&image.user, revision, &record) {
@@ -427,6 +434,9 @@ impl Daemon {
             }
             if record.wanted != Wanted::Stopped {
                 record.wanted = Wanted::Stopped;
+                if let Some(machine) = &slot.machine {
+                    record.return_indices(resources::next_index(&*machine.memory()));
+                }
                 daemon.directory.swap(&image.user, revision, Some(&record))?;
             }
             daemon.take_down(&image, &mut slot, &record);

@@ -30,6 +30,8 @@ fn records() -> Records {
             backup: None,
             wanted,
             number: ImageNumber(number),
+            indices: ImageRecord::FIRST_INDICES,
+            ipv4: None,
             profile: crate::fake::profile(),
         };
         records.images.insert(user.parse().unwrap(), record);

@@ -273,6 +273,8 @@ impl Sim {
             backup: None,
             wanted: Wanted::Running,
             number: ImageNumber(1),
+            indices: ImageRecord::FIRST_INDICES,
+            ipv4: None,
             profile: Profile {
                 image: String::new(),
                 memory_bytes: 0,

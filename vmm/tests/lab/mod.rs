@@ -122,7 +122,7 @@ impl Lab {
             host_key_seed,
             authorized_keys,
         };
-        machine.give_generation(Some(identity), seed).unwrap();
+        machine.give_generation(Some(identity), seed, 1..1 << 20).unwrap();
         machine
     }
 

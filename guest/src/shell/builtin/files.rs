@@ -84,7 +84,7 @@ pub async fn stat(session: &Session, arguments: &[String], stdio: &Stdio) -> Res
         let whole = session.path(path);
         let facts = files::stat(&whole).map_err(at(path))?;
         let (kind, unit) = if facts.directory { ("directory", "entries") } else { ("file", "bytes") };
-        text.push_str(&format!("{whole}: {kind}, {} {unit}, number {}\n", facts.size, facts.number));
+        text.push_str(&format!("{whole}: {kind}, {} {unit}, vid {}\n", facts.size, facts.vid));
     }
     say(stdio, &text).await
 }

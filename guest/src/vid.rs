@@ -1,0 +1,78 @@
+//! Identities of the machine's resources: one counter for processes, files and sockets.
+//!
+//! The counter is guest memory, so a move does not disturb it. The host gives the range it may use with each
+//! generation ([`kage_abi::resources`]); a machine that starts from nothing, or goes back to an older state, starts
+//! behind everything its predecessor may have given out. An index is therefore never given out twice.
+
+use core::{fmt, net::Ipv6Addr};
+
+use kage_abi::resources::INDEX_MAX;
+
+use crate::arch;
+
+/// What a VID names. The numbers are those in its address.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Kind {
+    /// A process.
+    Process = 1,
+    /// A file or directory.
+    File = 2,
+    /// A listener, a connection, a datagram socket.
+    Socket = 3,
+}
+
+/// A resource's identity for its whole life. Shown as the address it is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Vid {
+    kind: Kind,
+    index: u64,
+}
+
+impl Vid {
+    /// What it names.
+    pub const fn kind(self) -> Kind {
+        self.kind
+    }
+
+    /// Its index, one no other resource of this machine has or had, of whatever kind.
+    pub const fn index(self) -> u64 {
+        self.index
+    }
+
+    /// The VID as an address of the image's prefix.
+    pub fn address(self) -> Ipv6Addr {
+        let image = u128::from_be_bytes(arch::config().address) & !((1 << 40) - 1);
+        Ipv6Addr::from(image | (self.kind as u128) << 36 | u128::from(self.index))
+    }
+}
+
+impl fmt::Display for Vid {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.address().fmt(formatter)
+    }
+}
+
+/// Takes over the range that came with a generation.
+pub fn start() {
+    let record = arch::resources();
+    arch::set_next_index(record.next_index.max(record.first_index));
+}
+
+/// The identity of a new resource.
+///
+/// The host raises the limit long before it is reached. Should it be unable to, because the directory has been away
+/// while half a million resources were made, the machine stands still here until the directory is back: an
+/// identity used twice would be worse.
+///
+/// # Panics
+/// After 2³⁶ resources.
+pub fn next(kind: Kind) -> Vid {
+    let mut record = arch::resources();
+    assert!(record.next_index <= INDEX_MAX, "every index of this image is used");
+    while record.next_index >= record.limit_index {
+        arch::door(u64::MAX);
+        record = arch::resources();
+    }
+    arch::set_next_index(record.next_index + 1);
+    Vid { kind, index: record.next_index }
+}
