@@ -17,8 +17,10 @@
 //!    +0x1_0000    log ring (64 KiB)
 //!    +0x2_1000    stack (256 KiB, guard below)
 //!    +0x6_2000    resources record (1 page)
-//!    +0x7_0000    .data, .bss, heap to the end of memory
+//!    +0x7_0000    .data, .bss, frame table, heap upwards, frames of processes from the end downwards
+//!  0xa000_0000  page tables of the windows: the VMM's own, not mapped in the guest, never sent
 //!  0xd000_0000  virtio-mmio, one page a device, never backed by memory
+//!  0x80_0000_0000  windows: frames of the machine's memory mapped a second time, see [`window`]
 //! ```
 //!
 //! Deliberately not here: anything of virtio that its specification fixes.
@@ -29,7 +31,7 @@ pub mod resources;
 pub mod stream;
 
 /// Version of everything in this crate; a kernel built for another is refused.
-pub const ABI_VERSION: u32 = 1;
+pub const ABI_VERSION: u32 = 2;
 
 /// Bytes in a page.
 pub const PAGE: u64 = 4096;
@@ -52,8 +54,12 @@ pub const KERNEL: u64 = BASE + 0x4000;
 pub const FAULT_STUBS: u64 = 32;
 /// Bytes of one fault stub.
 pub const FAULT_STUB_BYTES: u64 = 16;
+/// What the stubs run on into: the last code that runs in ring 0.
+pub const FAULT_COMMON: u64 = KERNEL + FAULT_STUBS * FAULT_STUB_BYTES;
+/// Most bytes of it.
+pub const FAULT_COMMON_BYTES: u64 = 0x100;
 /// Two instructions that knock at the door for ever and touch no memory: what a shell runs to get warm.
-pub const PARK: u64 = KERNEL + FAULT_STUBS * FAULT_STUB_BYTES;
+pub const PARK: u64 = FAULT_COMMON + FAULT_COMMON_BYTES;
 
 /// First address of the machine's memory.
 pub const MEMORY: u64 = 0x1000_0000;
@@ -83,6 +89,62 @@ pub mod offset {
     pub const DATA: u64 = 0x7_0000;
 }
 
+/// First guest-physical address of the windows' page tables.
+pub const TABLES: u64 = 0xa000_0000;
+
+/// Pages of the windows' page tables that a machine of `memory_bytes` gets: 1/8 of its pages. A process of 256 KiB,
+/// the smallest there is any use for, takes three of them.
+#[must_use]
+pub const fn table_pages(memory_bytes: u64) -> u64 {
+    memory_bytes / PAGE / 8
+}
+
+/// Windows: virtual space of processes. Any frame of the machine's memory can be mapped at any page of one.
+///
+/// Each region is whole entries of the root table, which point to fixed pages at [`TABLES`]: entry
+/// `window::MEMORY >> 39` to the first of them, and so on.
+pub mod window {
+    /// First address of all.
+    pub const FIRST: u64 = MEMORY;
+    /// Linear memories.
+    pub const MEMORY: u64 = 1 << 39;
+    /// 4 GiB that an index of 32 bits reaches, and as much that an offset of 32 bits adds: no access needs a check.
+    pub const MEMORY_STRIDE: u64 = 8 << 30;
+    /// How many there are.
+    pub const MEMORY_COUNT: u64 = (STACK - MEMORY) / MEMORY_STRIDE;
+    /// Stacks.
+    pub const STACK: u64 = 17 << 39;
+    /// Bytes of one, its guard included.
+    pub const STACK_STRIDE: u64 = 4 << 20;
+    /// How many there are.
+    pub const STACK_COUNT: u64 = (CODE - STACK) / STACK_STRIDE;
+    /// Code that arrived after the image was built. The only region whose pages can be executable.
+    pub const CODE: u64 = 18 << 39;
+    /// Bytes of one.
+    pub const CODE_STRIDE: u64 = 256 << 20;
+    /// How many there are.
+    pub const CODE_COUNT: u64 = (END - CODE) / CODE_STRIDE;
+    /// One past the last address of all.
+    pub const END: u64 = 19 << 39;
+    /// Entries of the root table, and fixed pages at [`super::TABLES`].
+    pub const ROOT_ENTRIES: u64 = (END - FIRST) >> 39;
+}
+
+/// Entries of the frame table, one for each page of the machine's memory: where it is mapped in a window.
+///
+/// Bits 12 to 46 are the virtual page; those not named here are 0 in an entry with [`PRESENT`](frame::PRESENT) set,
+/// and the guest's own in others.
+pub mod frame {
+    /// Mapped. The host ignores other entries.
+    pub const PRESENT: u64 = 1;
+    /// Writable, never together with [`EXECUTABLE`].
+    pub const WRITABLE: u64 = 1 << 1;
+    /// Executable; in the code region alone.
+    pub const EXECUTABLE: u64 = 1 << 2;
+    /// The virtual page.
+    pub const ADDRESS: u64 = 0x0000_7fff_ffff_f000;
+}
+
 /// First address of the virtio-mmio pages.
 pub const MMIO: u64 = 0xd000_0000;
 /// Devices, in slot order.
@@ -97,8 +159,33 @@ pub mod device {
     pub const COUNT: usize = 3;
 }
 
-/// Port whose write is the door.
+/// Port whose write is the door; the byte written is one of [`call`].
 pub const DOOR_PORT: u16 = 0x5a;
+
+/// What is asked for at the door.
+pub mod call {
+    /// Deliver what arrived, send what is queued, wait, tell the time.
+    pub const KNOCK: u8 = 0;
+    /// Map the frames of [`BootPage::map`](super::BootPage::map) as the frame table says. Nothing is delivered.
+    pub const MAP: u8 = 1;
+    /// Forget all mappings of windows and make those that the frame table holds. Nothing is delivered.
+    pub const REBUILD: u8 = 2;
+    /// From the fault stubs: [`FaultRecord`](super::FaultRecord) is written, the host decides how to go on.
+    pub const FAULT: u8 = 3;
+}
+
+/// Most [`MapRange`]s of one request.
+pub const MAP_RANGES: usize = 32;
+/// Most frames of one request.
+pub const MAP_FRAMES: u64 = 4096;
+
+/// What became of [`call::MAP`] or [`call::REBUILD`], in [`BootPage::map_status`].
+pub mod map_status {
+    /// Everything asked for is mapped.
+    pub const DONE: u32 = 0;
+    /// No page is left for another page table: some of it is not mapped.
+    pub const NO_TABLE: u32 = 1;
+}
 
 /// Longest time between two doors of a guest with runnable work.
 pub const DOOR_INTERVAL_NS: u64 = 1_000_000;
@@ -176,6 +263,71 @@ pub struct BootPage {
     pub heartbeat_round: u32,
     /// Guest: figures of the heartbeat.
     pub heartbeat: Heartbeat,
+    /// Guest: where an upcall goes; 0 = nowhere yet.
+    pub upcall_entry: u64,
+    /// Guest: code that upcalls may interrupt. Ranges that end where they start are empty.
+    pub code_ranges: [CodeRange; CODE_RANGES],
+    /// Host, before each upcall: why it comes.
+    pub upcall: Upcall,
+    /// Guest: address of the frame table, one word for each page of memory; 0 = none, no window is mapped.
+    pub frame_table: u64,
+    /// Guest: no frame below this one is mapped, so that the host need not look.
+    pub first_frame: u32,
+    /// Guest: process code that runs so many microseconds is interrupted; 0 = never.
+    pub preempt_us: u32,
+    /// Host: one of [`map_status`].
+    pub map_status: u32,
+    /// Guest: how many of `map` are used.
+    pub map_count: u32,
+    /// Guest: frames to be mapped.
+    pub map: [MapRange; MAP_RANGES],
+}
+
+/// How many [`BootPage::code_ranges`] there are.
+pub const CODE_RANGES: usize = 4;
+
+/// Half-open range of code addresses.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct CodeRange {
+    /// First address.
+    pub start: u64,
+    /// One past the last.
+    pub end: u64,
+}
+
+/// Kinds of an [`Upcall`].
+pub mod upcall {
+    /// The process has run for [`preempt_us`](super::BootPage::preempt_us).
+    pub const PREEMPT: u32 = 1;
+    /// An instruction of the process faulted.
+    pub const FAULT: u32 = 2;
+}
+
+/// Why process code was interrupted. All registers but the instruction pointer are as it left them.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Upcall {
+    /// One of [`upcall`].
+    pub kind: u32,
+    /// Exception vector of a fault (SDM vol. 3 §6.3.1).
+    pub vector: u32,
+    /// Interrupted or faulting instruction.
+    pub rip: u64,
+    /// Error code of a fault.
+    pub error_code: u64,
+    /// CR2 of a page fault.
+    pub address: u64,
+}
+
+/// Frames `first` to `first + count`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct MapRange {
+    /// First page of memory.
+    pub first: u32,
+    /// How many.
+    pub count: u32,
 }
 
 /// Figures of the heartbeat since its round began, in door time.
@@ -248,6 +400,10 @@ pub struct FaultRecord {
     pub rflags: u64,
     /// CR2.
     pub address: u64,
+    /// Code segment at the fault.
+    pub cs: u64,
+    /// RAX at the fault; the stub leaves all other registers as they were.
+    pub rax: u64,
     /// Bytes used of `message`.
     pub message_length: u64,
     /// A panic's message.
@@ -270,11 +426,20 @@ pub struct LogRing {
 
 const _: () = {
     use core::mem::{offset_of, size_of};
-    assert!(size_of::<BootPage>() == 144);
+    assert!(size_of::<BootPage>() == 528);
+    assert!(size_of::<BootPage>() as u64 <= PAGE);
     assert!(offset_of!(BootPage, deadline_ns) == 24);
     assert!(offset_of!(BootPage, now_ns) == 32);
     assert!(offset_of!(BootPage, seed) == 56);
     assert!(offset_of!(BootPage, heartbeat) == 104);
+    assert!(offset_of!(BootPage, upcall_entry) == 144);
+    assert!(offset_of!(BootPage, code_ranges) == 152);
+    assert!(offset_of!(BootPage, upcall) == 216);
+    assert!(offset_of!(BootPage, frame_table) == 248);
+    assert!(offset_of!(BootPage, map_status) == 264);
+    assert!(offset_of!(BootPage, map) == 272);
+    assert!(size_of::<Upcall>() == 32);
+    assert!(offset_of!(FaultRecord, rax) == 64);
     assert!(size_of::<Config>() == 24 + USER_MAX + 32 + AUTHORIZED_KEYS_MAX);
     assert!(size_of::<Config>() as u64 <= offset::FAULT - offset::CONFIG);
     assert!(size_of::<FaultRecord>() as u64 <= PAGE);
@@ -284,5 +449,10 @@ const _: () = {
     assert!(offset::RESOURCES + offset::RESOURCES_BYTES <= offset::DATA);
     assert!((DOOR_PORT as u64) / 8 + (TSS_IO_MAP as u64) < PAGE);
     assert!(MEMORY.is_multiple_of(2 << 20));
-    assert!(MMIO >= MEMORY + (2 << 30));
+    assert!(TABLES >= MEMORY + (2 << 30));
+    assert!(MMIO >= TABLES + table_pages(2 << 30) * PAGE);
+    assert!(window::MEMORY_COUNT == 1024);
+    assert!(window::ROOT_ENTRIES == 18);
+    assert!(window::ROOT_ENTRIES * 8 < table_pages(16 << 20));
+    assert!(window::END - 1 <= frame::ADDRESS | (PAGE - 1));
 };

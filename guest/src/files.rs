@@ -13,6 +13,7 @@ use core::fmt;
 use crate::{
     heap,
     local::Local,
+    memory,
     vid::{self, Kind, Vid},
 };
 
@@ -172,7 +173,9 @@ impl Tree {
 pub fn append(path: &str, bytes: &[u8]) -> Result<(), FileError> {
     let mut tree = TREE.get();
     let tree = &mut *tree;
-    if tree.bytes + bytes.len() > MAX_BYTES || heap::free_bytes() < bytes.len() + CHUNK + heap::RESERVE / 2 {
+    if tree.bytes + bytes.len() > MAX_BYTES
+        || memory::heap_free_bytes() < bytes.len() + CHUNK + heap::RESERVE / 2
+    {
         return Err(FileError::Full);
     }
     if !tree.nodes.contains_key(path) {

@@ -1,35 +1,76 @@
-//! The heap: everything from the kernel's data to the end of memory.
+//! The kernel's heap: it grows upwards into the free memory, and is cut when others need it.
 #![expect(unsafe_code, reason = "gives the allocator its memory, and takes some of it as it is")]
 
 use alloc::vec::Vec;
-use core::alloc::Layout;
+use core::{alloc::Layout, ptr::NonNull};
 
-use talc::{TalcLock, source::Manual};
+use talc::{
+    TalcLock,
+    base::{Talc, binning::Binning},
+    source::Source,
+};
+
+use crate::memory::{self, PAGE};
 
 /// What no one program may take, so that connections and their buffers go on: a dozen connections with
 /// full buffers.
 pub const RESERVE: usize = 5 << 20;
+/// The heap grows by so much at least: each step writes a mark at its new end, a page more to be sent in a move.
+const STEP: usize = 256 << 10;
+/// What the heap keeps when it is cut, so that it does not grow again at once.
+const SLACK: usize = 64 << 10;
+
+#[derive(Debug)]
+struct Growing;
 
 #[global_allocator]
-static HEAP: TalcLock<spinning_top::RawSpinlock, Manual> = TalcLock::new(Manual);
+static HEAP: TalcLock<spinning_top::RawSpinlock, Growing> = TalcLock::new(Growing);
 
-/// Gives the allocator all memory behind the kernel's data. Called once, before anything is allocated.
+// SAFETY: `acquire` allocates nothing and reaches the allocator only through its argument.
+unsafe impl Source for Growing {
+    fn acquire<B: Binning>(talc: &mut Talc<Self, B>, layout: Layout) -> Result<(), ()> {
+        // The allocator's own marks, and alignment, come on top.
+        let wanted =
+            layout.size().checked_add(layout.align()).and_then(|bytes| bytes.checked_add(PAGE)).ok_or(())?;
+        let wanted = wanted.checked_next_multiple_of(PAGE).ok_or(())?;
+        let end = memory::heap_end();
+        let grown =
+            [wanted.max(STEP), wanted].into_iter().find(|&bytes| memory::extend_heap(bytes)).ok_or(())?;
+        let at = NonNull::new(end as *mut u8).ok_or(())?;
+        // SAFETY: the heap's end is where `start` or the last change of it left it, a multiple of a page; the memory
+        // behind it was just taken from the free memory, is mapped read-write for ever and given away once.
+        unsafe { talc.extend(at, (end + grown) as *mut u8) };
+        Ok(())
+    }
+}
+
+/// Makes the heap. Called once, before anything is allocated.
 pub fn start() {
-    let (start, end) = crate::arch::heap_range();
+    let start = memory::heap_end();
+    assert!(memory::extend_heap(STEP), "no heap");
     // SAFETY: the range is mapped read-write for ever, lies behind everything the linker placed, and is
     // given away once.
-    let claimed = unsafe { HEAP.lock().claim(start as *mut u8, end - start) };
-    assert!(claimed.is_some(), "no heap");
+    let claimed = unsafe { HEAP.lock().claim(start as *mut u8, STEP) };
+    assert!(claimed.is_some_and(|end| end.as_ptr() as usize == start + STEP), "no heap");
 }
 
-/// Bytes not allocated, in however many pieces.
-pub fn free_bytes() -> usize {
+/// Gives what is unused at the heap's end back to the free memory.
+pub fn shrink() {
+    let mut heap = HEAP.lock();
+    let Some(end) = NonNull::new(memory::heap_end() as *mut u8) else { return };
+    // SAFETY: as in `acquire`: this is the heap's end.
+    let used = unsafe { heap.reserved(end) }.up_to;
+    let cut = (used.as_ptr() as usize + SLACK).next_multiple_of(PAGE);
+    if cut < end.as_ptr() as usize {
+        // SAFETY: as above; nothing behind `cut` is allocated, as was just asked.
+        let end = unsafe { heap.truncate(end, cut as *mut u8) };
+        memory::cut_heap(end.map_or(cut, |end| end.as_ptr() as usize));
+    }
+}
+
+/// Bytes of the heap that are not allocated, in however many pieces.
+pub fn unused_bytes() -> usize {
     HEAP.lock().counters().available_bytes
-}
-
-/// Bytes there are.
-pub fn total_bytes() -> usize {
-    HEAP.lock().counters().claimed_bytes
 }
 
 /// A buffer with whatever its memory held before. Unlike a zeroed one it touches no page until it is used, and

@@ -18,7 +18,8 @@ const ROUND: usize = 16;
 
 /// Boots and serves for ever.
 pub fn run() -> ! {
-    crate::heap::start();
+    crate::memory::start();
+    arch::upcall::start();
     executor::start();
     PULSE.set(None);
     let device = Net::start();
@@ -61,6 +62,11 @@ pub fn ask_pulse() -> Option<(Duration, Duration)> {
     let next = Pulse { until: now + PULSE_SPAN, since: now, last: now, longest: Duration::ZERO };
     let before = PULSE.get().replace(next);
     before.filter(|before| before.until > now).map(|before| (before.longest, now - before.since))
+}
+
+/// Whether the machine's own heartbeat is on.
+pub fn pulse_is_on() -> bool {
+    PULSE.get().as_ref().is_some_and(|pulse| pulse.until > crate::time::now())
 }
 
 /// Stops the machine's own heartbeat.

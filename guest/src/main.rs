@@ -1,6 +1,7 @@
 //! The unikernel: one user's machine, in ring 3, with one door to everything outside.
 //!
-//! - [`arch`]: entry, fault stubs, the mailbox, the door.
+//! - [`arch`]: entry, fault stubs, the mailbox, the door, upcalls.
+//! - [`memory`]: frames and the windows they are mapped in; [`heap`]: the kernel's own memory.
 //! - [`kernel`]: the loop: knock, poll the network, run what is runnable.
 //! - [`executor`]: tasks and timers; [`local`]: state of the one thread.
 //! - [`virtio`]: drivers; [`net`]: TCP and UDP as async streams; [`random`]: randomness of a generation.
@@ -17,6 +18,7 @@ mod heap;
 mod kernel;
 mod local;
 mod log;
+mod memory;
 mod net;
 mod random;
 mod service;

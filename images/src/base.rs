@@ -2,7 +2,7 @@
 //!
 //! A pure function of kernel, memory size and ABI version, so that every host builds the same bytes
 //! and none of it is ever sent. Page tables have accessed and dirty bits preset: a processor that
-//! sets them would write to a read-only slot.
+//! sets them would write to a read-only slot. The root's entries for windows point to tables that each VMM keeps.
 
 use kage_abi as abi;
 use kage_machine::Geometry;
@@ -118,6 +118,7 @@ impl Base {
         for page in (large_from..memory_end).step_by(LARGE as usize) {
             tables.map_large(page, USER | WRITABLE | NO_EXECUTE);
         }
+        tables.point_to_windows();
         for slot in 0..abi::device::COUNT as u64 {
             tables.map(abi::MMIO + slot * PAGE, USER | WRITABLE | NO_EXECUTE | UNCACHED);
         }
@@ -252,6 +253,16 @@ impl PageTables {
         (address >> (12 + 9 * (level - 1)) & 511) as usize
     }
 
+    /// Points the root to the fixed pages of the windows' tables. Only code windows can be executable.
+    fn point_to_windows(&mut self) {
+        for at in 0..abi::window::ROOT_ENTRIES {
+            let address = abi::window::FIRST + (at << 39);
+            let flags = if address < abi::window::CODE { NO_EXECUTE } else { 0 };
+            let table = abi::TABLES + at * PAGE;
+            self.tables[0][Self::index(address, 4)] = table | flags | PRESENT | WRITABLE | USER | ACCESSED;
+        }
+    }
+
     fn map(&mut self, page: u64, flags: u64) {
         let table = self.table(page, 1);
         self.tables[table][Self::index(page, 1)] = page | flags | PRESENT | ACCESSED | DIRTY;
@@ -304,6 +315,23 @@ mod tests {
         assert!(translate(&base, abi::MEMORY + abi::offset::STACK - 8).is_none());
         assert!(translate(&base, abi::MEMORY + abi::offset::FAULT_STACK - 8).is_none());
         assert!(translate(&base, abi::MEMORY + (64 << 20) - 8).is_some());
+    }
+
+    #[test]
+    fn windows_lie_beside_everything_else_and_only_code_can_be_executable() {
+        use abi::window::{CODE, END, FIRST};
+        let base = base(64 << 20);
+        let at = (base.page_table_root - abi::BASE) as usize;
+        let root = |index: u64| {
+            let at = at + index as usize * 8;
+            u64::from_le_bytes(base.bytes[at..at + 8].try_into().unwrap())
+        };
+        assert_ne!(root(0), 0);
+        for index in FIRST >> 39..END >> 39 {
+            assert_eq!(root(index) & ADDRESS, abi::TABLES + (index - (FIRST >> 39)) * PAGE);
+            assert_eq!(root(index) & NO_EXECUTE == 0, index << 39 >= CODE);
+        }
+        assert!((END >> 39..512).all(|index| root(index) == 0));
     }
 
     #[test]

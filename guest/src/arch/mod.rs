@@ -1,13 +1,17 @@
-//! The machine as seen from ring 3: entry, fault stubs, the boot page, the door.
+//! The machine as seen from ring 3: entry, fault stubs, the boot page, the door, [`upcall`]s.
 #![expect(unsafe_code, reason = "entry point, port access and the mailbox shared with the VMM")]
+
+pub mod upcall;
 
 use core::arch::{asm, global_asm};
 
 use kage_abi::{
-    BootPage, Config, FaultRecord, LogRing, MEMORY, VECTOR_PANIC, offset, resources::Resources, status,
+    BootPage, Config, DOOR_INTERVAL_NS, FaultRecord, HEARTBEAT_INTERVAL_NS, LogRing, MAP_RANGES, MEMORY,
+    MapRange, VECTOR_PANIC, call, offset, resources::Resources, status,
 };
 
-// Fault stubs run in ring 0 on the exception stack: they note what happened and knock at the door for good.
+// Fault stubs run in ring 0 on the exception stack: they note what happened and knock at the door for good. The host
+// ends the machine, or takes the vCPU back to ring 3 for an upcall: so they leave all registers but RAX as they were.
 global_asm!(
     r#"
     .section .fault_stubs, "ax", @progbits
@@ -57,7 +61,7 @@ global_asm!(
     1:  out {door}, al
         jmp 1b
 
-    .section .text.fault_common, "ax", @progbits
+    .section .fault_common, "ax", @progbits
     fault_common:
         push rax
         mov rax, [rsp + 8]
@@ -73,14 +77,17 @@ global_asm!(
         mov [{fault} + 40], rax
         mov rax, cr2
         mov [{fault} + 48], rax
-        mov dword ptr [{boot} + 12], {failed}
+        mov rax, [rsp + 32]
+        mov [{fault} + 56], rax
+        mov rax, [rsp]
+        mov [{fault} + 64], rax
+        mov eax, {call}
     2:  out {door}, al
         jmp 2b
     "#,
     door = const kage_abi::DOOR_PORT,
     fault = const MEMORY + offset::FAULT,
-    boot = const MEMORY + offset::BOOT,
-    failed = const status::FAILED,
+    call = const call::FAULT,
 );
 
 unsafe extern "C" {
@@ -116,9 +123,52 @@ pub fn door(deadline_ns: u64) -> Mail {
     // while the vCPU is out of guest mode, which is exactly during the `out`.
     unsafe {
         (&raw mut (*BOOT).deadline_ns).write_volatile(deadline_ns);
-        asm!("out {door}, al", door = const kage_abi::DOOR_PORT, in("al") 0u8, options(nostack, preserves_flags));
+        asm!("out {door}, al", door = const kage_abi::DOOR_PORT, in("al") call::KNOCK, options(nostack, preserves_flags));
     }
     mail()
+}
+
+/// Has the host interrupt process code, or not, from the next door on: when it has run for as long as two doors may
+/// lie apart. Wanted while there is any process, running or not: one that something wakes runs at once.
+pub fn set_preempt(on: bool) {
+    let beating = mail().heartbeat_on || crate::kernel::pulse_is_on();
+    let interval = if beating { HEARTBEAT_INTERVAL_NS } else { DOOR_INTERVAL_NS };
+    let micros = if on { (interval / 1000) as u32 } else { 0 };
+    // SAFETY: as in `door`.
+    unsafe { (&raw mut (*BOOT).preempt_us).write_volatile(micros) }
+}
+
+/// Tells the host of the frame table.
+pub fn set_frame_table(at: usize) {
+    // SAFETY: as in `door`.
+    unsafe { (&raw mut (*BOOT).frame_table).write_volatile(at as u64) }
+}
+
+/// Tells the host that no frame below `frame` is mapped in a window.
+pub fn set_first_frame(frame: u32) {
+    // SAFETY: as in `door`.
+    unsafe { (&raw mut (*BOOT).first_frame).write_volatile(frame) }
+}
+
+/// Has the host map frames as the frame table says; false when it has no page for another page table.
+pub fn map(ranges: &[MapRange; MAP_RANGES], count: usize) -> bool {
+    // SAFETY: as in `door`.
+    unsafe {
+        (&raw mut (*BOOT).map).write_volatile(*ranges);
+        (&raw mut (*BOOT).map_count).write_volatile(count as u32);
+        asm!("out {door}, al", door = const kage_abi::DOOR_PORT, in("al") call::MAP, options(nostack, preserves_flags));
+        (&raw const (*BOOT).map_status).read_volatile() == kage_abi::map_status::DONE
+    }
+}
+
+/// Has the host forget all mappings of windows and make those that the frame table holds; false when it has not
+/// enough pages for their page tables.
+pub fn rebuild() -> bool {
+    // SAFETY: as in `door`.
+    unsafe {
+        asm!("out {door}, al", door = const kage_abi::DOOR_PORT, in("al") call::REBUILD, options(nostack, preserves_flags));
+        (&raw const (*BOOT).map_status).read_volatile() == kage_abi::map_status::DONE
+    }
 }
 
 /// Reads the mailbox without knocking.
@@ -188,12 +238,9 @@ pub fn publish_resources(round: u32, table: &[u8]) {
     }
 }
 
-/// First and one-past-last address of the heap.
-pub fn heap_range() -> (usize, usize) {
-    let start = (&raw const kage_heap_start) as usize;
-    // SAFETY: as in `door`.
-    let memory = unsafe { (&raw const (*BOOT).memory_bytes).read_volatile() };
-    (start, MEMORY as usize + memory as usize)
+/// First and one-past-last address of the memory behind the kernel's data, whole pages.
+pub fn free_range() -> (usize, usize) {
+    ((&raw const kage_heap_start) as usize, MEMORY as usize + memory_bytes() as usize)
 }
 
 /// Bytes of memory the machine has.

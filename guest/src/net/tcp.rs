@@ -15,7 +15,7 @@ use smoltcp::{
 };
 
 use super::STACK;
-use crate::heap;
+use crate::{heap, memory};
 
 /// A peer that acknowledges nothing for so long is gone. Long, because a user's laptop sleeps in a lift.
 const SILENCE: Duration = Duration::from_secs(900);
@@ -63,7 +63,7 @@ impl Listener {
     fn fill(&mut self) -> bool {
         let Buffers { receive, send, backlog } = self.buffers;
         while self.waiting.len() < backlog {
-            if heap::free_bytes() < receive + send + LEFT {
+            if memory::heap_free_bytes() < receive + send + LEFT {
                 return false;
             }
             let mut socket = tcp::Socket::new(

@@ -17,7 +17,7 @@ use kage_abi::stream::Stream as Content;
 use request::{Bad, MAX_REQUEST, Request, Wanted};
 
 use crate::{
-    arch, executor, heap,
+    arch, executor, memory,
     net::{self, Buffers, Closed, Listener, Stream},
     service, time,
 };
@@ -176,8 +176,8 @@ fn state() -> String {
         mail.generation,
         mail.moves,
         arch::memory_bytes(),
-        heap::total_bytes(),
-        heap::free_bytes(),
+        memory::total_bytes(),
+        memory::free_bytes(),
     );
     let mut first = true;
     for connection in net::connections() {

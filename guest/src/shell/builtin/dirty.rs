@@ -12,13 +12,14 @@ use kage_abi::content::{Content, PAGE_WORDS, fill_page, mix};
 
 use super::measure::seconds;
 use crate::{
-    executor, heap,
+    executor,
+    memory::Frames,
     shell::{Failure, Session, stdio::Stdio},
     time,
 };
 
 const USAGE: &str = "dirty W% R/s [--content mixed|zero|random] [--words 8] [--for SECONDS]";
-/// Pages allocated at once.
+/// Pages taken at once.
 const EXTENT: usize = 64;
 /// Filling a page that was never touched, and checking one, in estimated nanoseconds.
 const FILL_COST: u64 = 8_000;
@@ -31,9 +32,6 @@ const TOUCH_COST: u64 = 200;
 const BATCH: Duration = Duration::from_micros(200);
 /// Rewriting that was missed, by a pause or for want of time, and is made up for.
 const DEBT: u64 = 2_000;
-
-#[repr(align(4096))]
-struct Page([u64; PAGE_WORDS]);
 
 /// What was asked for.
 struct Load {
@@ -68,7 +66,7 @@ impl Load {
 
 /// The pages that were filled. The working set is the first of them.
 struct Pages {
-    extents: Vec<Vec<Page>>,
+    extents: Vec<Frames>,
     count: usize,
 }
 
@@ -76,26 +74,22 @@ impl Pages {
     /// Takes all memory but the reserve.
     async fn fill(content: Content) -> Self {
         let mut pages = Self { extents: Vec::new(), count: 0 };
-        let bytes = EXTENT * size_of::<Page>();
-        while heap::free_bytes() > heap::RESERVE + 2 * bytes {
-            let mut extent = Vec::new();
-            if extent.try_reserve_exact(EXTENT).is_err() {
-                break;
-            }
+        while let Ok(extent) = Frames::take(EXTENT) {
+            pages.extents.push(extent);
             for _ in 0..EXTENT {
-                let mut page = Page([0; PAGE_WORDS]);
-                fill_page(content, pages.count as u64, &mut page.0);
-                extent.push(page);
+                let index = pages.count;
+                if let Some(page) = pages.page(index) {
+                    fill_page(content, index as u64, page);
+                }
                 pages.count += 1;
                 executor::work(FILL_COST).await;
             }
-            pages.extents.push(extent);
         }
         pages
     }
 
-    fn page(&mut self, index: usize) -> Option<&mut Page> {
-        self.extents.get_mut(index / EXTENT)?.get_mut(index % EXTENT)
+    fn page(&mut self, index: usize) -> Option<&mut [u64; PAGE_WORDS]> {
+        self.extents.get_mut(index / EXTENT)?.words_mut(index % EXTENT)
     }
 
     /// A checksum of the pages from `first` on, and whether they are as they were filled.
@@ -106,8 +100,8 @@ impl Pages {
         for index in first..self.count {
             fill_page(content, index as u64, &mut expected);
             let Some(page) = self.page(index) else { break };
-            whole &= page.0 == expected;
-            sum = page.0.iter().fold(sum, |sum: u64, word| (sum ^ word).wrapping_mul(0x0000_0100_0000_01b3));
+            whole &= *page == expected;
+            sum = page.iter().fold(sum, |sum: u64, word| (sum ^ word).wrapping_mul(0x0000_0100_0000_01b3));
             executor::work(CHECK_COST).await;
         }
         (sum, whole)
@@ -120,10 +114,12 @@ impl Drop for Pages {
         let extents = core::mem::take(&mut self.extents);
         executor::spawn("erase", async move {
             for mut extent in extents {
-                for page in &mut extent {
-                    page.0.fill(0);
-                    // What is about to be freed would not be written otherwise.
-                    core::hint::black_box(page);
+                for index in 0..extent.count() {
+                    if let Some(page) = extent.words_mut(index) {
+                        page.fill(0);
+                        // What is about to be freed would not be written otherwise.
+                        core::hint::black_box(page);
+                    }
                     executor::work(ERASE_COST).await;
                 }
             }
@@ -173,7 +169,7 @@ async fn rewrite(session: &Session, load: &Load, pages: &mut Pages, set: usize) 
             if let Some(page) = pages.page(index) {
                 for word in 0..load.words {
                     let at = mix(turn ^ (word as u64) << 40) as usize % PAGE_WORDS;
-                    page.0[at] = mix(turn.wrapping_mul(31) ^ word as u64);
+                    page[at] = mix(turn.wrapping_mul(31) ^ word as u64);
                 }
             }
             (turn, done, owed) = (turn + 1, done + 1, owed - 1);

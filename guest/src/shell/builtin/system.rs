@@ -5,7 +5,7 @@ use core::fmt::Write;
 
 use super::say;
 use crate::{
-    arch, executor, heap, kernel, net, service,
+    arch, executor, kernel, memory, net, service,
     shell::{Failure, stdio::Stdio},
     time,
 };
@@ -25,7 +25,7 @@ pub async fn uptime(stdio: &Stdio) -> Result<u32, Failure> {
 }
 
 pub async fn free(stdio: &Stdio) -> Result<u32, Failure> {
-    let (total, free) = (heap::total_bytes(), heap::free_bytes());
+    let (total, free) = (memory::total_bytes(), memory::free_bytes());
     let machine = arch::memory_bytes();
     say(stdio, &format!("machine {machine}\nheap {total}\nused {}\nfree {free}\n", total - free)).await
 }

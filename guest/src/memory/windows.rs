@@ -1,0 +1,256 @@
+//! Windows: virtual space of processes, in which frames are mapped.
+//!
+//! The host keeps the page tables and only ever adds to them: so a window that had anything mapped is *retired* when
+//! it is given up, its frames are free at once, and it is used again after the tables were built anew, which happens
+//! when windows or tables run out.
+
+use alloc::vec::Vec;
+
+use kage_abi::{MAP_FRAMES, MAP_RANGES, MapRange, frame, window};
+
+use super::{
+    PAGE,
+    frames::{self, Frames, OutOfMemory, Run},
+};
+use crate::{arch, local::Local};
+
+/// What a window is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// A linear memory: 8 GiB.
+    Memory,
+    /// A stack: 4 MiB.
+    Stack,
+    /// Code that is not in the image: 256 MiB.
+    Code,
+}
+
+impl Kind {
+    const fn first(self) -> u64 {
+        match self {
+            Self::Memory => window::MEMORY,
+            Self::Stack => window::STACK,
+            Self::Code => window::CODE,
+        }
+    }
+
+    /// Bytes of a window.
+    pub const fn bytes(self) -> usize {
+        (match self {
+            Self::Memory => window::MEMORY_STRIDE,
+            Self::Stack => window::STACK_STRIDE,
+            Self::Code => window::CODE_STRIDE,
+        }) as usize
+    }
+
+    const fn count(self) -> u64 {
+        match self {
+            Self::Memory => window::MEMORY_COUNT,
+            Self::Stack => window::STACK_COUNT,
+            Self::Code => window::CODE_COUNT,
+        }
+    }
+}
+
+/// What process code may do with a page.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Access {
+    /// Read.
+    Read,
+    /// Read and write.
+    ReadWrite,
+    /// Read and execute; in code windows alone.
+    ReadExecute,
+}
+
+impl Access {
+    const fn flags(self) -> u64 {
+        frame::PRESENT
+            | match self {
+                Self::Read => 0,
+                Self::ReadWrite => frame::WRITABLE,
+                Self::ReadExecute => frame::EXECUTABLE,
+            }
+    }
+}
+
+/// The windows of one kind.
+#[derive(Default)]
+struct Region {
+    /// Windows from this one on were never used.
+    next: u64,
+    /// Have no page mapped.
+    clean: Vec<u32>,
+    /// Given up with pages mapped.
+    retired: Vec<u32>,
+}
+
+static REGIONS: Local<[Region; 3]> = Local::new();
+
+pub(super) fn start() {
+    REGIONS.set([Region::default(), Region::default(), Region::default()]);
+}
+
+impl Region {
+    fn take(&mut self, kind: Kind) -> Option<u32> {
+        self.clean.pop().or_else(|| {
+            let index = self.next;
+            (index < kind.count()).then(|| {
+                self.next += 1;
+                index as u32
+            })
+        })
+    }
+}
+
+/// Has the host build the tables anew, without what was given up.
+fn rebuild() -> bool {
+    let done = arch::rebuild();
+    for region in REGIONS.get().iter_mut() {
+        let retired = core::mem::take(&mut region.retired);
+        region.clean.extend(retired);
+    }
+    done
+}
+
+/// Asks the host to map frames as the frame table says.
+fn request(runs: &[Run]) -> bool {
+    let mut ranges = [MapRange::default(); MAP_RANGES];
+    let (mut count, mut frames) = (0, 0);
+    for run in runs {
+        let mut left = *run;
+        while left.count > 0 {
+            let take = left.count.min((MAP_FRAMES - frames) as u32);
+            ranges[count] = MapRange { first: left.first, count: take };
+            (count, frames) = (count + 1, frames + u64::from(take));
+            left = Run { first: left.first + take, count: left.count - take };
+            if count == MAP_RANGES || frames == MAP_FRAMES {
+                if !arch::map(&ranges, count) {
+                    return false;
+                }
+                (count, frames) = (0, 0);
+            }
+        }
+    }
+    count == 0 || arch::map(&ranges, count)
+}
+
+/// Pages of a window that are mapped, in the order of their frames' runs.
+struct Part {
+    first_page: usize,
+    frames: Frames,
+}
+
+/// A part of virtual space and the frames mapped in it; they are free again when it is dropped.
+///
+/// Whoever drops one must be sure that no code uses its addresses any more.
+pub struct Window {
+    kind: Kind,
+    index: u32,
+    parts: Vec<Part>,
+    pages: usize,
+}
+
+impl Window {
+    /// Reserves a window with nothing mapped; `None` when all are in use.
+    pub fn reserve(kind: Kind) -> Option<Self> {
+        let taken = REGIONS.get()[kind as usize].take(kind);
+        let index = match taken {
+            Some(index) => index,
+            None if REGIONS.get()[kind as usize].retired.is_empty() => return None,
+            None => {
+                rebuild();
+                REGIONS.get()[kind as usize].take(kind)?
+            }
+        };
+        Some(Self { kind, index, parts: Vec::new(), pages: 0 })
+    }
+
+    /// Its first address.
+    pub const fn base(&self) -> usize {
+        self.kind.first() as usize + self.index as usize * self.kind.bytes()
+    }
+
+    /// Bytes of virtual space.
+    pub const fn bytes(&self) -> usize {
+        self.kind.bytes()
+    }
+
+    /// Pages mapped.
+    pub const fn mapped_pages(&self) -> usize {
+        self.pages
+    }
+
+    /// Maps `pages` fresh frames, all zero, from page `first_page` on. Zeroing takes its time: ask for at most 256
+    /// pages at once, and let others run in between.
+    ///
+    /// # Errors
+    /// [`OutOfMemory`]; nothing is mapped then.
+    ///
+    /// # Panics
+    /// When the pages lie outside the window, or one is mapped already, or executable where none may be.
+    pub fn map(&mut self, first_page: usize, pages: usize, access: Access) -> Result<(), OutOfMemory> {
+        let end = first_page.checked_add(pages).filter(|end| *end <= self.bytes() / PAGE);
+        assert!(end.is_some(), "{pages} pages at {first_page} lie outside a window");
+        assert!(access != Access::ReadExecute || self.kind == Kind::Code, "executable outside code");
+        let free = |part: &Part| {
+            part.first_page + part.frames.count() <= first_page || first_page + pages <= part.first_page
+        };
+        assert!(self.parts.iter().rev().all(free), "pages at {first_page} are mapped already");
+        if pages == 0 {
+            return Ok(());
+        }
+        let frames = Frames::take(pages)?;
+        let mut address = (self.base() + first_page * PAGE) as u64;
+        for &run in frames.runs() {
+            frames::note_mapped(run, address, access.flags());
+            address += u64::from(run.count) * PAGE as u64;
+        }
+        // Without a page for another table: those of retired windows come free when all are built anew, with the
+        // frames that were just noted.
+        if !request(frames.runs()) && !rebuild() {
+            frames.runs().iter().copied().for_each(frames::note_unmapped);
+            rebuild();
+            return Err(OutOfMemory);
+        }
+        self.parts.push(Part { first_page, frames });
+        self.pages += pages;
+        Ok(())
+    }
+
+    /// Fills mapped pages from byte `offset` on, through the kernel's own view of their frames: so executable ones
+    /// too. Bytes for pages that are not mapped are left out.
+    pub fn write(&mut self, offset: usize, bytes: &[u8]) {
+        let mut at = offset;
+        let mut rest = bytes;
+        while !rest.is_empty() {
+            let (now, later) = rest.split_at(rest.len().min(PAGE - at % PAGE));
+            if let Some(page) = self.page_mut(at / PAGE) {
+                page[at % PAGE..][..now.len()].copy_from_slice(now);
+            }
+            at += now.len();
+            rest = later;
+        }
+    }
+
+    fn page_mut(&mut self, page: usize) -> Option<&mut [u8; PAGE]> {
+        self.parts.iter_mut().find_map(|part| {
+            let index = page.checked_sub(part.first_page)?;
+            part.frames.page_mut(index)
+        })
+    }
+}
+
+impl Drop for Window {
+    fn drop(&mut self) {
+        for part in &self.parts {
+            part.frames.runs().iter().copied().for_each(frames::note_unmapped);
+        }
+        let region = &mut REGIONS.get()[self.kind as usize];
+        if self.parts.is_empty() {
+            region.clean.push(self.index);
+        } else {
+            region.retired.push(self.index);
+        }
+    }
+}
