@@ -5,7 +5,7 @@
 //! - [`kernel`]: the loop: knock, poll the network, run what is runnable.
 //! - [`executor`]: tasks and timers; [`local`]: state of the one thread.
 //! - [`virtio`]: drivers; [`net`]: TCP and UDP as async streams; [`random`]: randomness of a generation.
-//! - [`service`]: what listens; [`shell`]: what a user runs; [`files`]: what a user keeps; [`vid`]: what names it.
+//! - [`service`]: what listens; [`shell`]: what a user runs; [`fs`]: what a user keeps; [`vid`]: what names it.
 #![no_std]
 #![no_main]
 
@@ -13,7 +13,7 @@ extern crate alloc;
 
 mod arch;
 mod executor;
-mod files;
+mod fs;
 mod heap;
 mod kernel;
 mod local;

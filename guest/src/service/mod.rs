@@ -9,7 +9,7 @@ use core::time::Duration;
 
 use kage_abi::Config;
 
-use crate::local::Local;
+use crate::{arch, local::Local};
 
 /// What services know of the machine.
 pub struct Machine {
@@ -23,7 +23,7 @@ pub static MACHINE: Local<Machine> = Local::new();
 /// Starts all services.
 pub fn start(config: &'static Config, now: Duration) {
     MACHINE.set(Machine { started: now });
-    crate::files::start(&user(config));
+    crate::fs::start(&user(config), arch::memory_bytes(), core::iter::empty());
     measure::start();
     http::start();
     ssh::start();

@@ -18,7 +18,7 @@ use core::{
     task::{Context, Poll, Waker},
 };
 
-use crate::files::FileError;
+use crate::fs::FileError;
 
 /// How a command fails.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -130,6 +130,6 @@ impl Session {
 
     /// Makes a path absolute.
     pub fn path(&self, path: &str) -> String {
-        crate::files::resolve(&self.directory.borrow(), path)
+        crate::fs::resolve(&self.directory.borrow(), path)
     }
 }

@@ -13,7 +13,6 @@ use super::{
     pipe,
     stdio::{Input, Output, Stdio},
 };
-use crate::files;
 
 /// Status of a command that was interrupted.
 const INTERRUPTED: u32 = 130;
@@ -120,20 +119,12 @@ async fn start(session: &Rc<Session>, command: Command, mut stdio: Stdio) -> Run
 }
 
 fn redirect(session: &Session, redirects: &[Redirect], stdio: &mut Stdio) -> Result<(), Failure> {
-    let open = |word: &Word, append: bool| {
-        let path = session.path(&expand(session, word));
-        let made = if append { files::append(&path, &[]) } else { files::truncate(&path) };
-        made.map(|()| Output::File(path.clone())).map_err(|error| Failure::File(path, error))
-    };
+    let path = |word: &Word| session.path(&expand(session, word));
     for redirect in redirects {
         match redirect {
-            Redirect::Input(word) => {
-                let path = session.path(&expand(session, word));
-                files::read(&path, 0, &mut []).map_err(|error| Failure::File(path.clone(), error))?;
-                stdio.input = Input::File { path, offset: 0 };
-            }
-            Redirect::Output(word, append) => stdio.output = open(word, *append)?,
-            Redirect::Error(word, append) => stdio.error = open(word, *append)?,
+            Redirect::Input(word) => stdio.input = Input::open(&path(word))?,
+            Redirect::Output(word, append) => stdio.output = Output::open(&path(word), *append)?,
+            Redirect::Error(word, append) => stdio.error = Output::open(&path(word), *append)?,
             Redirect::ErrorToOutput => stdio.error = stdio.output.clone(),
         }
     }

@@ -17,7 +17,7 @@ use super::{
 };
 use crate::{
     executor::{self, TaskId},
-    files,
+    fs,
 };
 
 /// What a session runs.
@@ -135,11 +135,12 @@ async fn interactive(session: &Rc<Session>, keys: &pipe::Reader, screen: &pipe::
     let mut editor = LineEditor::new(columns);
     let mut width = columns;
     let output = Output::Terminal(screen.clone());
-    let mut motd = Input::File { path: "/etc/motd".into(), offset: 0 };
-    let mut text = [0; 512];
-    while let Ok(count @ 1..) = motd.read(&mut text).await {
-        if output.write(&text[..count]).await.is_err() {
-            return 0;
+    if let Ok(mut motd) = Input::open("/etc/motd") {
+        let mut text = [0; 512];
+        while let Ok(count @ 1..) = motd.read(&mut text).await {
+            if output.write(&text[..count]).await.is_err() {
+                return 0;
+            }
         }
     }
     loop {
@@ -197,7 +198,8 @@ fn prompt(session: &Session) -> String {
 /// The machine's name, as `/etc/hostname` has it.
 pub fn host_name() -> String {
     let mut bytes = [0; 64];
-    let count = files::read("/etc/hostname", 0, &mut bytes).unwrap_or(0);
+    let file = fs::open("/etc/hostname", fs::OpenOptions::default());
+    let count = file.and_then(|file| file.read_at(0, &mut bytes)).unwrap_or(0);
     let text = String::from_utf8_lossy(&bytes[..count]);
     text.lines().next().unwrap_or_default().chars().filter(|character| !character.is_control()).collect()
 }

@@ -10,7 +10,7 @@ use core::{
 use kage_ssh::line::{self, LineEditor, for_terminal};
 
 use super::{Failure, pipe};
-use crate::files;
+use crate::fs::{self, FileError, Kind, OpenFile, OpenOptions};
 
 /// Where a command's input comes from.
 #[derive(Clone)]
@@ -19,16 +19,19 @@ pub enum Input {
     Pipe(pipe::Reader),
     /// The user's keyboard.
     Terminal(Terminal),
-    /// A file, from an offset on.
-    File {
-        /// Its path.
-        path: String,
-        /// The next byte.
-        offset: usize,
-    },
+    /// A file.
+    File(NamedFile),
 }
 
 impl Input {
+    /// Opens a file.
+    ///
+    /// # Errors
+    /// [`Failure::File`].
+    pub fn open(path: &str) -> Result<Self, Failure> {
+        NamedFile::open(path, OpenOptions::default(), false).map(Self::File)
+    }
+
     /// Reads; 0 at the end.
     ///
     /// # Errors
@@ -37,13 +40,31 @@ impl Input {
         match self {
             Self::Pipe(reader) => Ok(reader.read(into).await),
             Self::Terminal(terminal) => Ok(terminal.read(into).await),
-            Self::File { path, offset } => {
-                let count =
-                    files::read(path, *offset, into).map_err(|error| Failure::File(path.clone(), error))?;
-                *offset += count;
-                Ok(count)
-            }
+            Self::File(named) => named.file.read(into).map_err(|error| named.failure(error)),
         }
+    }
+}
+
+/// An open file, and the path it had then.
+#[derive(Clone)]
+pub struct NamedFile {
+    path: Rc<str>,
+    /// The file; whoever shares it moves its position.
+    pub file: Rc<OpenFile>,
+}
+
+impl NamedFile {
+    fn open(path: &str, options: OpenOptions, append: bool) -> Result<Self, Failure> {
+        let failure = |error| Failure::File(path.into(), error);
+        let handle = fs::open(path, options).map_err(failure)?;
+        if handle.stat().map_err(failure)?.kind == Kind::Directory {
+            return Err(failure(FileError::IsDirectory));
+        }
+        Ok(Self { path: Rc::from(path), file: Rc::new(OpenFile::new(handle, append)) })
+    }
+
+    fn failure(&self, error: FileError) -> Failure {
+        Failure::File(String::from(&*self.path), error)
     }
 }
 
@@ -54,11 +75,20 @@ pub enum Output {
     Pipe(pipe::Writer),
     /// A terminal, which wants a carriage return before each line feed.
     Terminal(pipe::Writer),
-    /// The end of a file.
-    File(String),
+    /// A file.
+    File(NamedFile),
 }
 
 impl Output {
+    /// Opens a file, which is made if there is none, and emptied if nothing is to be appended.
+    ///
+    /// # Errors
+    /// [`Failure::File`].
+    pub fn open(path: &str, append: bool) -> Result<Self, Failure> {
+        let options = OpenOptions { create: true, truncate: !append, ..OpenOptions::default() };
+        NamedFile::open(path, options, append).map(Self::File)
+    }
+
     /// Writes everything.
     ///
     /// # Errors
@@ -69,8 +99,13 @@ impl Output {
             Self::Terminal(writer) => {
                 writer.write_all(&for_terminal(bytes)).await.map_err(|pipe::Broken| Failure::Broken)
             }
-            Self::File(path) => {
-                files::append(path, bytes).map_err(|error| Failure::File(path.clone(), error))
+            Self::File(named) => {
+                let mut rest = bytes;
+                while !rest.is_empty() {
+                    let count = named.file.write(rest).map_err(|error| named.failure(error))?;
+                    rest = &rest[count..];
+                }
+                Ok(())
             }
         }
     }

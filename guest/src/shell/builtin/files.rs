@@ -5,7 +5,7 @@ use alloc::{format, string::String, vec};
 use super::say;
 use crate::{
     executor,
-    files::{self, FileError},
+    fs::{self, FileError, Kind},
     shell::{
         Failure, Session,
         stdio::{Input, Stdio},
@@ -24,9 +24,9 @@ pub async fn ls(session: &Session, arguments: &[String], stdio: &Stdio) -> Resul
     let mut text = String::new();
     let here = [String::from(".")];
     for path in if arguments.is_empty() { &here[..] } else { arguments } {
-        for (name, facts) in files::list(&session.path(path)).map_err(at(path))? {
+        for (name, facts) in fs::list(&session.path(path)).map_err(at(path))? {
             text.push_str(&name);
-            text.push_str(if facts.directory { "/\n" } else { "\n" });
+            text.push_str(if facts.kind == Kind::Directory { "/\n" } else { "\n" });
         }
     }
     say(stdio, &text).await
@@ -38,7 +38,7 @@ pub fn cd(session: &Session, arguments: &[String]) -> Result<u32, Failure> {
         [path] => session.path(path),
         _ => return Err(Failure::Usage("cd [PATH]")),
     };
-    if !files::stat(&path).map_err(at(&path))?.directory {
+    if fs::stat(&path).map_err(at(&path))?.kind != Kind::Directory {
         return Err(Failure::File(path, FileError::NotDirectory));
     }
     *session.directory.borrow_mut() = path;
@@ -69,7 +69,7 @@ pub async fn cat(session: &Session, arguments: &[String], mut stdio: Stdio) -> R
         if path == "-" {
             copy(&mut stdio.input).await?;
         } else {
-            copy(&mut Input::File { path: session.path(path), offset: 0 }).await?;
+            copy(&mut Input::open(&session.path(path))?).await?;
         }
     }
     Ok(0)
@@ -82,8 +82,12 @@ pub async fn stat(session: &Session, arguments: &[String], stdio: &Stdio) -> Res
     let mut text = String::new();
     for path in arguments {
         let whole = session.path(path);
-        let facts = files::stat(&whole).map_err(at(path))?;
-        let (kind, unit) = if facts.directory { ("directory", "entries") } else { ("file", "bytes") };
+        let facts = fs::stat(&whole).map_err(at(path))?;
+        let (kind, unit) = match facts.kind {
+            Kind::Directory => ("directory", "entries"),
+            Kind::File => ("file", "bytes"),
+            Kind::Link => ("link", "bytes"),
+        };
         text.push_str(&format!("{whole}: {kind}, {} {unit}, vid {}\n", facts.size, facts.vid));
     }
     say(stdio, &text).await
@@ -101,5 +105,16 @@ pub fn each(
     for path in arguments {
         act(&session.path(path)).map_err(at(path))?;
     }
+    Ok(0)
+}
+
+pub fn mv(session: &Session, arguments: &[String]) -> Result<u32, Failure> {
+    let [from, to] = arguments else { return Err(Failure::Usage("mv FROM TO")) };
+    let (source, mut target) = (session.path(from), session.path(to));
+    if fs::stat(&target).is_ok_and(|facts| facts.kind == Kind::Directory) {
+        let name = source.rsplit('/').next().unwrap_or_default();
+        target = fs::resolve(&target, name);
+    }
+    fs::rename(&source, &target).map_err(at(from))?;
     Ok(0)
 }

@@ -51,7 +51,10 @@ pub async fn sum(session: &Session, arguments: &[String], mut stdio: Stdio) -> R
         let result = if name == "-" {
             hash(&mut stdio.input, &mut buffer).await
         } else {
-            hash(&mut Input::File { path: session.path(name), offset: 0 }, &mut buffer).await
+            match Input::open(&session.path(name)) {
+                Ok(mut input) => hash(&mut input, &mut buffer).await,
+                Err(failure) => Err(failure),
+            }
         };
         match result {
             Ok(digest) => {
