@@ -280,7 +280,13 @@ impl Model {
         number
     }
 
-    fn open(&mut self, path: &str, create: bool, exclusive: bool, truncate: bool) -> Result<usize, FileError> {
+    fn open(
+        &mut self,
+        path: &str,
+        create: bool,
+        exclusive: bool,
+        truncate: bool,
+    ) -> Result<usize, FileError> {
         let (directory, name, there) = self.find(path)?;
         let number = match there {
             Some(_) if create && exclusive => return Err(FileError::Exists),

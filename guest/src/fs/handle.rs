@@ -309,10 +309,7 @@ impl Handle {
         self.change(|tree, number| tree.store.truncate(number, length))
     }
 
-    fn change<R>(
-        &self,
-        act: impl FnOnce(&mut Tree, Number) -> Result<R, FileError>,
-    ) -> Result<R, FileError> {
+    fn change<R>(&self, act: impl FnOnce(&mut Tree, Number) -> Result<R, FileError>) -> Result<R, FileError> {
         let mut tree = FILES.get();
         match tree.kind(self.0)? {
             Kind::File => {

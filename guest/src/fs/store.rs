@@ -121,10 +121,13 @@ impl Store {
             at += now.len() as u64;
             rest = later;
         }
-        content.length = content.length.max(at);
         match bytes.len() - rest.len() {
             0 if !bytes.is_empty() => Err(FileError::Full),
-            count => Ok(count),
+            0 => Ok(0),
+            count => {
+                content.length = content.length.max(at);
+                Ok(count)
+            }
         }
     }
 

@@ -263,7 +263,8 @@ impl Tree {
             Err(_) => false,
         };
         if lost {
-            let other = if self.node(number).is_ok_and(|node| node.links > 0) { self.search(number) } else { None };
+            let other =
+                if self.node(number).is_ok_and(|node| node.links > 0) { self.search(number) } else { None };
             if let Ok(node) = self.node_mut(number) {
                 node.at = other;
             }
