@@ -14,6 +14,9 @@ pub const MEMORY_SLOT: u32 = 1;
 /// The slot of the read-only base.
 pub const BASE_SLOT: u32 = 0;
 
+/// The slot of the windows' page tables.
+pub const TABLES_SLOT: u32 = 2;
+
 /// Guest memory whose writes by this process are noted.
 pub type GuestMemory = vm_memory::GuestMemoryMmap<AtomicBitmap>;
 

@@ -16,5 +16,7 @@ pub mod pool;
 pub mod process;
 pub mod remote;
 mod sys;
+mod tables;
+mod upcall;
 mod vcpu;
 mod virtio;

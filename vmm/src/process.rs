@@ -41,12 +41,16 @@ use crate::{
     jail,
     packet::{self, Packet},
     sys::{Mapping, watchdog},
+    tables::{MapError, Tables},
+    upcall,
     vcpu::Vcpu,
     virtio::{block::Block, entropy::Entropy, net::Net},
 };
 
 /// Period of the alarm that takes a busy vCPU out of the guest.
 const ALARM: Duration = Duration::from_millis(10);
+/// Shortest period that a guest can ask for to have its processes interrupted.
+const SHORTEST_ALARM: Duration = Duration::from_micros(200);
 /// A guest that has not knocked for so long has failed.
 const HANG: Duration = Duration::from_secs(5);
 /// Idle waits longer than this stop the alarm.
@@ -78,6 +82,8 @@ pub fn main(listener: i32) -> Result<(), String> {
         while let Some(machine) = process.machine.as_mut().filter(|machine| machine.runs()) {
             match machine.enter() {
                 Ok(Entered::Door) => process.door()?,
+                // In ring 0 a machine cannot be saved: it is out of there within microseconds.
+                Ok(Entered::Alarm) if upcall::in_fault_stub(machine.vcpu.instruction_pointer()) => {}
                 Ok(Entered::Alarm) => process.serve_control(false)?,
                 Ok(Entered::Again) => {}
                 Err(failure) => return process.fail(&failure),
@@ -103,6 +109,7 @@ struct Machine {
     tracker: Tracker,
     memory: GuestMemory,
     _base: Mapping,
+    tables: Tables,
     control: Mapping,
     /// Memory, control page and, once attached, disk: what a daemon that adopts the machine gets.
     shared: Vec<OwnedFd>,
@@ -118,7 +125,10 @@ struct Machine {
     doors: u64,
     /// An exit waits to be completed by the next entry.
     exit_pending: bool,
-    alarm_on: bool,
+    /// Period of the alarm; zero while it is off.
+    alarm: Duration,
+    /// The alarm rang since the last entry.
+    rang: bool,
     /// The mailbox has news for the guest.
     news: bool,
 }
@@ -284,7 +294,7 @@ impl Process {
                 return Ok(());
             }
             let left = Duration::from_nanos(deadline.saturating_sub(now));
-            machine.set_alarm(left < QUIET);
+            machine.rest(left);
             let mut polled = vec![PollFd::new(&self.listener, PollFlags::IN)];
             if let Some(connection) = &self.connection {
                 polled.push(PollFd::from_borrowed_fd(connection.as_fd(), PollFlags::IN));
@@ -327,8 +337,9 @@ impl Machine {
         let region = GuestRegionMmap::new(region, GuestAddress(abi::MEMORY)).ok_or("memory overflows")?;
         let guest_memory =
             GuestMemory::from_regions(vec![region]).map_err(|error| format!("memory: {error}"))?;
+        let tables = Tables::new(setup.geometry.memory_bytes()).map_err(text("map the tables"))?;
         let (mut vcpu, tracker) =
-            Vcpu::new(kvm, &setup, base.address(), at).map_err(|error| error.to_string())?;
+            Vcpu::new(kvm, &setup, base.address(), at, &tables).map_err(|error| error.to_string())?;
         jail::drop_privileges(setup.jail).map_err(text("jail"))?;
         let block = Block::new(setup.geometry.disk_bytes()).map_err(text("disk worker"))?;
         // Read once before the filter: finding the vDSO takes system calls that reading the clock does not.
@@ -347,6 +358,7 @@ impl Machine {
             tracker,
             memory: guest_memory,
             _base: base,
+            tables,
             control: control_mapping,
             shared: vec![memory, control],
             net: Net::new(),
@@ -358,7 +370,8 @@ impl Machine {
             knocked_at: now,
             doors: 0,
             exit_pending: false,
-            alarm_on: false,
+            alarm: Duration::ZERO,
+            rang: false,
             news: false,
         })
     }
@@ -367,23 +380,52 @@ impl Machine {
         matches!(self.phase, Phase::Running { .. })
     }
 
-    fn set_alarm(&mut self, on: bool) {
-        if on != self.alarm_on {
-            watchdog::set_period(if on { ALARM } else { Duration::ZERO });
-            self.alarm_on = on;
+    fn set_alarm(&mut self, period: Duration) {
+        if period != self.alarm {
+            watchdog::set_period(period);
+            self.alarm = period;
+        }
+    }
+
+    /// The period that suits a guest about to run.
+    fn alarm_period(&self) -> Duration {
+        match u32::from_le_bytes(self.read_word(std::mem::offset_of!(BootPage, preempt_us))) {
+            0 => ALARM,
+            micros => Duration::from_micros(micros.into()).clamp(SHORTEST_ALARM, ALARM),
+        }
+    }
+
+    /// Stops the alarm for a wait that it would only interrupt.
+    fn rest(&mut self, wait: Duration) {
+        if wait >= QUIET.min(self.alarm * 2) {
+            self.set_alarm(Duration::ZERO);
         }
     }
 
     /// Enters the guest until it knocks, faults, or the alarm rings.
     fn enter(&mut self) -> Result<Entered, String> {
-        self.set_alarm(true);
+        self.set_alarm(self.alarm_period());
+        if std::mem::take(&mut self.rang)
+            && !self.vcpu.takes_exception()
+            && let Some(rip) = upcall::preempt(&self.memory, self.vcpu.instruction_pointer())
+        {
+            self.vcpu.continue_at(rip);
+        }
         self.exit_pending = false;
         let mut mmio = None;
         let outcome = match self.vcpu.fd.run() {
-            Ok(VcpuExit::IoOut(abi::DOOR_PORT, _)) => {
+            Ok(VcpuExit::IoOut(abi::DOOR_PORT, data)) => {
                 self.exit_pending = true;
-                self.doors += 1;
-                Ok(Entered::Door)
+                match data.first().copied() {
+                    Some(abi::call::KNOCK) => {
+                        self.doors += 1;
+                        Ok(Entered::Door)
+                    }
+                    Some(abi::call::MAP) => self.map(false).map(|()| Entered::Again),
+                    Some(abi::call::REBUILD) => self.map(true).map(|()| Entered::Again),
+                    Some(abi::call::FAULT) => self.fault().map(|()| Entered::Again),
+                    call => Err(format!("the guest asked its door for what there is not: {call:?}")),
+                }
             }
             Ok(VcpuExit::MmioWrite(address, data)) => {
                 let mut bytes = [0; 8];
@@ -436,6 +478,7 @@ impl Machine {
             Ok(Entered::Door) => self.knocked_at = now,
             Ok(Entered::Alarm) => {
                 self.vcpu.fd.set_kvm_immediate_exit(0);
+                self.rang = true;
                 if now.since(self.knocked_at) > HANG {
                     let rip = self.vcpu.instruction_pointer();
                     return Err(format!(
@@ -447,6 +490,35 @@ impl Machine {
             _ => {}
         }
         outcome
+    }
+
+    /// Maps frames in windows as the guest asks; with `anew`, drops all that is mapped first.
+    fn map(&mut self, anew: bool) -> Result<(), String> {
+        let memory = &self.memory;
+        let mapped = if anew {
+            let filled = self.vcpu.replace_tables(&mut self.tables, |tables| tables.map_all(memory));
+            filled.map_err(|error| error.to_string())?
+        } else {
+            self.tables.map_requested(memory)
+        };
+        let status = match mapped {
+            Ok(()) => abi::map_status::DONE,
+            Err(MapError::NoTable) => abi::map_status::NO_TABLE,
+            Err(error) => return Err(error.to_string()),
+        };
+        self.write_word(std::mem::offset_of!(BootPage, map_status), &status.to_le_bytes());
+        Ok(())
+    }
+
+    /// Takes a fault of process code to the guest's kernel; one of the kernel itself ends the machine.
+    fn fault(&mut self) -> Result<(), String> {
+        let Some(to) = upcall::fault(&self.memory) else {
+            let failed = abi::status::FAILED.to_le_bytes();
+            self.write_word(std::mem::offset_of!(BootPage, guest_status), &failed);
+            return Err(self.guest_failure().unwrap_or_default());
+        };
+        self.exit_pending = false;
+        self.vcpu.leave_fault(to).map_err(|error| error.to_string())
     }
 
     fn boot_page(&self) -> GuestAddress {
@@ -499,6 +571,8 @@ impl Machine {
         both[..8].copy_from_slice(&reading.monotonic_ns.to_le_bytes());
         both[8..].copy_from_slice(&reading.wall_ns.to_le_bytes());
         self.write_word(std::mem::offset_of!(BootPage, now_ns), &both);
+        // What an alarm since the last exit was for has just been done.
+        self.vcpu.fd.set_kvm_immediate_exit(0);
         self.news = false;
     }
 
@@ -629,7 +703,7 @@ impl Machine {
         if self.phase == (Phase::Running { gate_open: true }) {
             self.net.send(&self.memory);
         }
-        self.set_alarm(false);
+        self.set_alarm(Duration::ZERO);
         if self.exit_pending {
             self.vcpu.complete_exit().map_err(|error| error.to_string())?;
             self.exit_pending = false;
@@ -668,6 +742,8 @@ impl Machine {
             device.restore(saved, &self.memory).map_err(|error| error.to_string())?;
         }
         self.vcpu.restore(&state.vcpu).map_err(|error| error.to_string())?;
+        self.tables.map_all(&self.memory).map_err(|error| error.to_string())?;
+        self.rang = false;
         self.clock = GuestClock::resume(state.clock, paused_at);
         self.generation = state.clock.generation;
         if moved {

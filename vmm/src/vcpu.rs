@@ -15,12 +15,14 @@ use kvm_bindings::{
     CpuId, KVM_MAX_CPUID_ENTRIES, KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY, kvm_dtable, kvm_regs,
     kvm_segment, kvm_userspace_memory_region, kvm_xcrs, kvm_xsave,
 };
-use kvm_ioctls::{Kvm, VcpuFd, VmFd};
+use kvm_ioctls::{Cap, Kvm, SyncReg, VcpuFd, VmFd};
 
 use crate::{
     cpu,
-    dirty::{self, BASE_SLOT, MEMORY_SLOT, Tracker},
+    dirty::{self, BASE_SLOT, MEMORY_SLOT, TABLES_SLOT, Tracker},
     sys::watchdog,
+    tables::Tables,
+    upcall::Continuation,
 };
 
 /// What could not be done to the vCPU, with the cause.
@@ -53,8 +55,17 @@ impl Vcpu {
     ///
     /// # Errors
     /// [`VcpuError`] names the step.
-    pub fn new(kvm: OwnedFd, setup: &Setup, base: u64, memory: u64) -> Result<(Self, Tracker), VcpuError> {
+    pub fn new(
+        kvm: OwnedFd,
+        setup: &Setup,
+        base: u64,
+        memory: u64,
+        tables: &Tables,
+    ) -> Result<(Self, Tracker), VcpuError> {
         let kvm = kvm_from(kvm);
+        if !kvm.check_extension(Cap::SyncRegs) {
+            return step("KVM_CAP_SYNC_REGS", Err(io::Error::from(io::ErrorKind::Unsupported)));
+        }
         let supported: CpuId =
             step("KVM_GET_SUPPORTED_CPUID", kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES))?;
         let cpuid = cpu::restrict(supported).map_err(|missing| VcpuError {
@@ -66,6 +77,7 @@ impl Vcpu {
         let slots = [
             (BASE_SLOT, KVM_MEM_READONLY, abi::BASE, setup.base_bytes, base),
             (MEMORY_SLOT, KVM_MEM_LOG_DIRTY_PAGES, abi::MEMORY, setup.geometry.memory_bytes(), memory),
+            (TABLES_SLOT, 0, abi::TABLES, tables.bytes(), tables.address()),
         ];
         for (slot, flags, guest_phys_addr, memory_size, userspace_addr) in slots {
             let region =
@@ -74,6 +86,8 @@ impl Vcpu {
         }
         let mut fd = step("KVM_CREATE_VCPU", vm.create_vcpu(0))?;
         step("KVM_SET_CPUID2", fd.set_cpuid2(&cpuid))?;
+        fd.set_sync_valid_reg(SyncReg::Register);
+        fd.set_sync_valid_reg(SyncReg::VcpuEvents);
         let tracker = step("map the dirty ring", Tracker::new(&fd, ring, setup.geometry))?;
         step("install the watchdog", watchdog::watch(watchdog::immediate_exit_of(fd.get_kvm_run())))?;
         let vcpu = Self { vm, fd, entry: setup.entry, page_table_root: setup.page_table_root };
@@ -84,19 +98,6 @@ impl Vcpu {
     /// Flat 64-bit segments at ring 3, tables from the base slot, write protection and no-execute on.
     fn set_system_registers(&self, fs_base: u64, gs_base: u64) -> Result<(), VcpuError> {
         let mut sregs = step("KVM_GET_SREGS", self.fd.get_sregs())?;
-        let segment = |selector: u16, type_: u8, base: u64| kvm_segment {
-            base,
-            limit: u32::MAX,
-            selector,
-            type_,
-            present: 1,
-            dpl: (selector & 3) as u8,
-            db: u8::from(type_ & 8 == 0),
-            s: 1,
-            l: u8::from(type_ & 8 != 0),
-            g: 1,
-            ..kvm_segment::default()
-        };
         sregs.cs = segment(abi::selector::USER_CODE, 0xb, 0);
         let data = |base| segment(abi::selector::USER_DATA, 3, base);
         (sregs.ds, sregs.es, sregs.ss) = (data(0), data(0), data(0));
@@ -228,10 +229,78 @@ impl Vcpu {
         step("KVM_SET_XSAVE", set_xsave(&self.fd, &xsave))
     }
 
-    /// Where the vCPU stands, for a report of a guest that hangs.
+    /// Where the vCPU stood when it last left the guest.
     #[must_use]
     pub fn instruction_pointer(&self) -> u64 {
-        self.fd.get_regs().map_or(0, |regs| regs.rip)
+        self.fd.sync_regs().regs.rip
+    }
+
+    /// Whether an exception is on its way into the guest, so that the instruction pointer must stay.
+    #[must_use]
+    pub fn takes_exception(&self) -> bool {
+        self.fd.sync_regs().events.exception.injected != 0
+    }
+
+    /// Has the next entry go on at `rip`, all other registers as they are.
+    pub fn continue_at(&mut self, rip: u64) {
+        self.fd.sync_regs_mut().regs.rip = rip;
+        self.fd.set_sync_dirty_reg(SyncReg::Register);
+    }
+
+    /// Takes the vCPU from the fault stub in ring 0 back to ring 3.
+    ///
+    /// # Errors
+    /// [`VcpuError`].
+    pub fn leave_fault(&mut self, to: Continuation) -> Result<(), VcpuError> {
+        self.complete_exit()?;
+        let mut sregs = step("KVM_GET_SREGS", self.fd.get_sregs())?;
+        sregs.cs = segment(abi::selector::USER_CODE, 0xb, 0);
+        sregs.ss = segment(abi::selector::USER_DATA, 3, 0);
+        step("KVM_SET_SREGS", self.fd.set_sregs(&sregs))?;
+        let mut regs = step("KVM_GET_REGS", self.fd.get_regs())?;
+        (regs.rip, regs.rsp, regs.rflags, regs.rax) = (to.rip, to.rsp, to.rflags, to.rax);
+        step("KVM_SET_REGS", self.fd.set_regs(&regs))
+    }
+
+    /// Takes the slot of the windows' tables away, has it filled anew, and gives it back: the one way to have a
+    /// change of present entries seen.
+    ///
+    /// # Errors
+    /// [`VcpuError`]; the machine cannot go on then.
+    pub fn replace_tables<T>(
+        &self,
+        tables: &mut Tables,
+        fill: impl FnOnce(&mut Tables) -> T,
+    ) -> Result<T, VcpuError> {
+        let region = |tables: &Tables, memory_size| kvm_userspace_memory_region {
+            slot: TABLES_SLOT,
+            flags: 0,
+            guest_phys_addr: abi::TABLES,
+            memory_size,
+            userspace_addr: tables.address(),
+        };
+        step("remove the slot of tables", set_region(&self.vm, region(tables, 0)))?;
+        step("clear the tables", tables.clear())?;
+        let filled = fill(tables);
+        step("restore the slot of tables", set_region(&self.vm, region(tables, tables.bytes())))?;
+        Ok(filled)
+    }
+}
+
+/// A flat segment of the selector's privilege; code has bit 3 of its type set (SDM vol. 3 §3.4.5.1).
+fn segment(selector: u16, type_: u8, base: u64) -> kvm_segment {
+    kvm_segment {
+        base,
+        limit: u32::MAX,
+        selector,
+        type_,
+        present: 1,
+        dpl: (selector & 3) as u8,
+        db: u8::from(type_ & 8 == 0),
+        s: 1,
+        l: u8::from(type_ & 8 != 0),
+        g: 1,
+        ..kvm_segment::default()
     }
 }
 

@@ -4,5 +4,7 @@
 pub mod mapping;
 pub mod ring;
 pub mod watchdog;
+pub mod words;
 
 pub use mapping::Mapping;
+pub use words::Words;
