@@ -49,14 +49,14 @@ impl Words {
         }
         // SAFETY: the index is below the count, the memory is mapped, aligned and always initialised. Volatile: a
         // processor reads it too.
-        unsafe { self.at.as_ptr().add(index).read_volatile() }
+        unsafe { self.at.as_ptr().wrapping_add(index).read_volatile() }
     }
 
     /// Writes a word; one outside is ignored.
     pub fn set(&mut self, index: usize, word: u64) {
         if index < self.count {
             // SAFETY: as in `get`.
-            unsafe { self.at.as_ptr().add(index).write_volatile(word) }
+            unsafe { self.at.as_ptr().wrapping_add(index).write_volatile(word) }
         }
     }
 
