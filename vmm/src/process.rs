@@ -9,6 +9,8 @@
 //! the gate is shut; a released machine is never entered again, by this process or after it, since the
 //! control page says so before the release is answered.
 
+mod mailbox;
+
 use std::{
     fs::File,
     io,
@@ -16,12 +18,10 @@ use std::{
     time::Duration,
 };
 
-use kage_abi::{self as abi, BootPage, Config, offset, resources::Resources};
+use kage_abi::{self as abi, BootPage, offset, resources::Resources};
 use kage_machine::{
     HostInstant, SavedState,
-    control::{
-        CONTROL_VERSION, Identity, MAX_PACKET, Phase, Reply, Request, Setup, control_page, decode, encode,
-    },
+    control::{CONTROL_VERSION, MAX_PACKET, Phase, Reply, Request, Setup, control_page, decode, encode},
     state::STATE_VERSION,
 };
 use kvm_ioctls::VcpuExit;
@@ -41,7 +41,7 @@ use crate::{
     jail,
     packet::{self, Packet},
     sys::{Mapping, watchdog},
-    tables::{MapError, Tables},
+    tables::Tables,
     upcall,
     vcpu::Vcpu,
     virtio::{block::Block, entropy::Entropy, net::Net},
@@ -492,66 +492,6 @@ impl Machine {
         outcome
     }
 
-    /// Maps frames in windows as the guest asks; with `anew`, drops all that is mapped first.
-    fn map(&mut self, anew: bool) -> Result<(), String> {
-        let memory = &self.memory;
-        let mapped = if anew {
-            let filled = self.vcpu.replace_tables(&mut self.tables, |tables| tables.map_all(memory));
-            filled.map_err(|error| error.to_string())?
-        } else {
-            self.tables.map_requested(memory)
-        };
-        let status = match mapped {
-            Ok(()) => abi::map_status::DONE,
-            Err(MapError::NoTable) => abi::map_status::NO_TABLE,
-            Err(error) => return Err(error.to_string()),
-        };
-        self.write_word(std::mem::offset_of!(BootPage, map_status), &status.to_le_bytes());
-        Ok(())
-    }
-
-    /// Takes a fault of process code to the guest's kernel; one of the kernel itself ends the machine.
-    fn fault(&mut self) -> Result<(), String> {
-        let Some(to) = upcall::fault(&self.memory) else {
-            let failed = abi::status::FAILED.to_le_bytes();
-            self.write_word(std::mem::offset_of!(BootPage, guest_status), &failed);
-            return Err(self.guest_failure().unwrap_or_default());
-        };
-        self.exit_pending = false;
-        self.vcpu.leave_fault(to).map_err(|error| error.to_string())
-    }
-
-    fn boot_page(&self) -> GuestAddress {
-        GuestAddress(abi::MEMORY + offset::BOOT)
-    }
-
-    fn read_word<const N: usize>(&self, field: usize) -> [u8; N] {
-        let mut bytes = [0; N];
-        // The boot page lies in memory by construction; a failed read leaves zeros.
-        let _ = self.memory.read_slice(&mut bytes, GuestAddress(self.boot_page().0 + field as u64));
-        bytes
-    }
-
-    fn write_word(&self, field: usize, bytes: &[u8]) {
-        let _ = self.memory.write_slice(bytes, GuestAddress(self.boot_page().0 + field as u64));
-    }
-
-    fn write_indices(&self, field: usize, index: u64) {
-        let at = GuestAddress(abi::MEMORY + offset::RESOURCES + field as u64);
-        // The record lies in memory by construction.
-        let _ = self.memory.write_slice(&index.to_le_bytes(), at);
-    }
-
-    fn deadline(&self) -> u64 {
-        u64::from_le_bytes(self.read_word(std::mem::offset_of!(BootPage, deadline_ns)))
-    }
-
-    /// The guest's own report of its end.
-    fn guest_failure(&self) -> Option<String> {
-        let status = u32::from_le_bytes(self.read_word(std::mem::offset_of!(BootPage, guest_status)));
-        (status == abi::status::FAILED).then(|| "the guest stopped on a fault or panic".to_owned())
-    }
-
     /// Serves all devices; returns whether anything was delivered to the guest.
     fn serve_devices(&mut self) -> bool {
         if self.phase == (Phase::Running { gate_open: true }) {
@@ -562,18 +502,6 @@ impl Machine {
         let blocks = self.block.serve(&self.memory, |block| tracker.note_disk(block));
         let entropy = self.entropy.serve(&self.memory);
         received > 0 || blocks || entropy
-    }
-
-    /// Writes the door's answer.
-    fn tell_time(&mut self) {
-        let reading = self.clock.read(host_now(), wall_now());
-        let mut both = [0; 16];
-        both[..8].copy_from_slice(&reading.monotonic_ns.to_le_bytes());
-        both[8..].copy_from_slice(&reading.wall_ns.to_le_bytes());
-        self.write_word(std::mem::offset_of!(BootPage, now_ns), &both);
-        // What an alarm since the last exit was for has just been done.
-        self.vcpu.fd.set_kvm_immediate_exit(0);
-        self.news = false;
     }
 
     fn perform(&mut self, request: Request, descriptors: Vec<OwnedFd>) -> Result<Reply, String> {
@@ -751,34 +679,6 @@ impl Machine {
             let moves = u32::from_le_bytes(self.read_word(field)).wrapping_add(1);
             self.write_word(field, &moves.to_le_bytes());
         }
-        Ok(())
-    }
-
-    fn write_config(&mut self, identity: &Identity) -> Result<(), String> {
-        let (user, keys) = (identity.user.as_bytes(), identity.authorized_keys.as_bytes());
-        if user.len() > abi::USER_MAX || keys.len() > abi::AUTHORIZED_KEYS_MAX {
-            return Err(format!(
-                "user name over {} or keys over {} bytes",
-                abi::USER_MAX,
-                abi::AUTHORIZED_KEYS_MAX
-            ));
-        }
-        let mut bytes = vec![0; size_of::<Config>()];
-        let mut put = |at: usize, what: &[u8]| bytes[at..at + what.len()].copy_from_slice(what);
-        put(std::mem::offset_of!(Config, address), &identity.address);
-        put(std::mem::offset_of!(Config, prefix_length), &[identity.prefix_length]);
-        put(std::mem::offset_of!(Config, mtu), &identity.mtu.to_le_bytes());
-        put(std::mem::offset_of!(Config, user_length), &(user.len() as u16).to_le_bytes());
-        put(std::mem::offset_of!(Config, authorized_keys_length), &(keys.len() as u16).to_le_bytes());
-        put(std::mem::offset_of!(Config, user), user);
-        put(std::mem::offset_of!(Config, host_key_seed), &identity.host_key_seed);
-        put(std::mem::offset_of!(Config, authorized_keys), keys);
-        self.memory
-            .write_slice(&bytes, GuestAddress(abi::MEMORY + offset::CONFIG))
-            .map_err(|error| format!("config: {error}"))?;
-        let field = std::mem::offset_of!(BootPage, config_version);
-        let version = u32::from_le_bytes(self.read_word(field)).wrapping_add(1);
-        self.write_word(field, &version.to_le_bytes());
         Ok(())
     }
 }

@@ -390,7 +390,7 @@ fn tables_have_an_end_that_the_guest_is_told_of_and_a_full_memory_is_mapped_in_n
     let pages = bare.geometry().memory_pages;
     // A page in each gigabyte: two tables each.
     let scattered: Vec<_> =
-        (FRAME..FRAME + 2000).map(|at| (at, window::MEMORY + (u64::from(at - FRAME) << 30) | W)).collect();
+        (FRAME..FRAME + 2000).map(|at| (at, (window::MEMORY + (u64::from(at - FRAME) << 30)) | W)).collect();
     let ranges = [MapRange { first: FRAME, count: 2000 }];
     let mut machine = call(&bare, abi::call::MAP, TABLE, &ranges, &scattered);
     until("an answer", &machine, |machine| Bare::word(machine, PREEMPTED) > 0);
@@ -399,7 +399,7 @@ fn tables_have_an_end_that_the_guest_is_told_of_and_a_full_memory_is_mapped_in_n
 
     // Everything behind the first 8 MiB in a row.
     let dense: Vec<_> =
-        (FRAME..pages).map(|at| (at, window::MEMORY + u64::from(at - FRAME) * abi::PAGE | W)).collect();
+        (FRAME..pages).map(|at| (at, (window::MEMORY + u64::from(at - FRAME) * abi::PAGE) | W)).collect();
     let mut machine = call(&bare, abi::call::REBUILD, TABLE, &[], &dense);
     until("an answer", &machine, |machine| Bare::word(machine, PREEMPTED) > 0);
     assert_eq!(status(&machine), map_status::DONE);

@@ -31,7 +31,7 @@ fn promised(number: u32, entry: u64) -> Option<(u64, u64)> {
     let address = entry & frame::ADDRESS;
     let in_code = (window::CODE..window::END).contains(&address);
     let in_data = (window::MEMORY..window::CODE).contains(&address);
-    let leaf = abi::MEMORY + u64::from(number) * PAGE | PRESENT | USER | ACCESSED | DIRTY;
+    let leaf = (abi::MEMORY + u64::from(number) * PAGE) | PRESENT | USER | ACCESSED | DIRTY;
     if entry & !known != 0 {
         return None;
     }
@@ -85,7 +85,7 @@ proptest! {
 #[test]
 fn the_budget_holds_and_a_clear_gives_it_back() {
     let mut tables = Tables::new(MEMORY).unwrap();
-    let far = |at: u32| window::MEMORY + (u64::from(at) << 30) | W;
+    let far = |at: u32| (window::MEMORY + (u64::from(at) << 30)) | W;
     for _ in 0..2 {
         let free = (tables.pages - tables.used) as u32;
         for at in 0..free / 2 {
