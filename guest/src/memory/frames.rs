@@ -183,10 +183,13 @@ impl Frames {
     pub fn take(count: usize) -> Result<Self, OutOfMemory> {
         let mut frames = Self::default();
         let mut left = u32::try_from(count).map_err(|_| OutOfMemory)?;
-        if super::free_frames() < count {
+        if super::frames_at_hand() < count {
             heap::shrink();
         }
-        if super::free_frames() < count {
+        if super::frames_at_hand() < count {
+            super::windows::drop_spare();
+        }
+        if super::frames_at_hand() < count {
             return Err(OutOfMemory);
         }
         while left > 0 {

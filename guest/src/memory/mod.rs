@@ -68,7 +68,7 @@ pub fn cut_heap(end: usize) {
 
 /// Bytes that nobody uses, wherever they are.
 pub fn free_bytes() -> usize {
-    heap::unused_bytes() + gap() + frames::given_back() * PAGE
+    heap::unused_bytes() + gap() + (frames::given_back() + windows::spare_pages()) * PAGE
 }
 
 /// Bytes there are for heap and frames.
@@ -84,5 +84,10 @@ pub fn heap_free_bytes() -> usize {
 
 /// Frames that can be had: all but what is kept for the kernel's heap.
 pub fn free_frames() -> usize {
+    frames_at_hand() + windows::spare_pages()
+}
+
+/// Frames that can be had without taking any from who might do without.
+fn frames_at_hand() -> usize {
     frames::given_back() + heap_free_bytes().saturating_sub(heap::RESERVE).min(gap()) / PAGE
 }

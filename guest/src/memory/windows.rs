@@ -2,7 +2,8 @@
 //!
 //! The host keeps the page tables and only ever adds to them: so a window that had anything mapped is *retired* when
 //! it is given up, its frames are free at once, and it is used again after the tables were built anew, which happens
-//! when windows or tables run out.
+//! when windows or tables run out, or while little is mapped: the guest pays for it by touching all pages anew.
+//! Stacks are all alike, so some are kept with their pages mapped for the next who wants one.
 
 use alloc::vec::Vec;
 
@@ -74,6 +75,13 @@ impl Access {
     }
 }
 
+/// Retired windows from which on the tables are built anew when few pages are mapped, and how many these are: pages
+/// touched anew take some 4 µs each, and nothing is to wait longer than a millisecond or two.
+const MANY_RETIRED: usize = 256;
+const FEW_PAGES: usize = 512;
+/// Stacks kept.
+const SPARE_STACKS: usize = 8;
+
 /// The windows of one kind.
 #[derive(Default)]
 struct Region {
@@ -85,10 +93,31 @@ struct Region {
     retired: Vec<u32>,
 }
 
-static REGIONS: Local<[Region; 3]> = Local::new();
+/// All windows.
+#[derive(Default)]
+struct Windows {
+    regions: [Region; 3],
+    /// Pages mapped in windows that are not retired.
+    pages: usize,
+    /// Stacks with their pages mapped that nobody uses.
+    spare: Vec<Window>,
+}
+
+static WINDOWS: Local<Windows> = Local::new();
 
 pub(super) fn start() {
-    REGIONS.set([Region::default(), Region::default(), Region::default()]);
+    WINDOWS.set(Windows::default());
+}
+
+/// Frees the frames of spare stacks.
+pub(super) fn drop_spare() {
+    let spare = core::mem::take(&mut WINDOWS.get().spare);
+    spare.into_iter().for_each(Window::retire);
+}
+
+/// Pages of spare stacks.
+pub(super) fn spare_pages() -> usize {
+    WINDOWS.get().spare.iter().map(|window| window.pages).sum()
 }
 
 impl Region {
@@ -106,7 +135,7 @@ impl Region {
 /// Has the host build the tables anew, without what was given up.
 fn rebuild() -> bool {
     let done = arch::rebuild();
-    for region in REGIONS.get().iter_mut() {
+    for region in &mut WINDOWS.get().regions {
         let retired = core::mem::take(&mut region.retired);
         region.clean.extend(retired);
     }
@@ -154,16 +183,33 @@ pub struct Window {
 impl Window {
     /// Reserves a window with nothing mapped; `None` when all are in use.
     pub fn reserve(kind: Kind) -> Option<Self> {
-        let taken = REGIONS.get()[kind as usize].take(kind);
+        let taken = WINDOWS.get().regions[kind as usize].take(kind);
         let index = match taken {
             Some(index) => index,
-            None if REGIONS.get()[kind as usize].retired.is_empty() => return None,
+            None if WINDOWS.get().regions[kind as usize].retired.is_empty() => return None,
             None => {
                 rebuild();
-                REGIONS.get()[kind as usize].take(kind)?
+                WINDOWS.get().regions[kind as usize].take(kind)?
             }
         };
         Some(Self { kind, index, parts: Vec::new(), pages: 0 })
+    }
+
+    /// A stack with its highest `pages` pages mapped read-write, and all below absent. What it holds is not zero: it
+    /// may have been another's.
+    ///
+    /// # Errors
+    /// [`OutOfMemory`], also when there are no windows left.
+    pub fn stack(pages: usize) -> Result<Self, OutOfMemory> {
+        {
+            let spare = &mut WINDOWS.get().spare;
+            if let Some(at) = spare.iter().position(|window| window.pages == pages) {
+                return Ok(spare.swap_remove(at));
+            }
+        }
+        let mut window = Self::reserve(Kind::Stack).ok_or(OutOfMemory)?;
+        window.map(window.bytes() / PAGE - pages, pages, Access::ReadWrite)?;
+        Ok(window)
     }
 
     /// Its first address.
@@ -215,6 +261,7 @@ impl Window {
         }
         self.parts.push(Part { first_page, frames });
         self.pages += pages;
+        WINDOWS.get().pages += pages;
         Ok(())
     }
 
@@ -241,16 +288,57 @@ impl Window {
     }
 }
 
-impl Drop for Window {
-    fn drop(&mut self) {
-        for part in &self.parts {
+impl Window {
+    /// Frees the frames and leaves the addresses to the next rebuild.
+    fn retire(mut self) {
+        self.give_up();
+        // Nothing is left to do for the drop.
+        core::mem::forget(self);
+    }
+
+    fn give_up(&mut self) {
+        let parts = core::mem::take(&mut self.parts);
+        for part in &parts {
             part.frames.runs().iter().copied().for_each(frames::note_unmapped);
         }
-        let region = &mut REGIONS.get()[self.kind as usize];
-        if self.parts.is_empty() {
+        let mut windows = WINDOWS.get();
+        windows.pages -= self.pages;
+        let region = &mut windows.regions[self.kind as usize];
+        if parts.is_empty() {
             region.clean.push(self.index);
         } else {
             region.retired.push(self.index);
+        }
+        let retired: usize = windows.regions.iter().map(|region| region.retired.len()).sum();
+        let due = retired >= MANY_RETIRED && windows.pages <= FEW_PAGES;
+        drop(windows);
+        drop(parts);
+        if due {
+            rebuild();
+        }
+    }
+
+    /// Whether exactly the highest pages are mapped.
+    fn is_plain_stack(&self) -> bool {
+        let top = self.bytes() / PAGE;
+        self.kind == Kind::Stack
+            && matches!(self.parts.as_slice(), [part] if part.first_page + part.frames.count() == top)
+    }
+}
+
+impl Drop for Window {
+    fn drop(&mut self) {
+        let kept = self.is_plain_stack() && WINDOWS.get().spare.len() < SPARE_STACKS;
+        if kept {
+            let window = Self {
+                kind: self.kind,
+                index: self.index,
+                parts: core::mem::take(&mut self.parts),
+                pages: self.pages,
+            };
+            WINDOWS.get().spare.push(window);
+        } else {
+            self.give_up();
         }
     }
 }
