@@ -5,13 +5,17 @@
 //!  host                                     guest
 //!  wanted += 1, wakes the door   ─────▶     builds the table in memory of its own, in pieces
 //!                                ◀─────     address, length, then published = wanted, knocks
-//!  copies the table between two
-//!  runs of the vCPU                         frees it after that door
+//!  copies the table between runs
+//!  of the vCPU, then taken = wanted ─────▶  frees it
 //! ```
 //!
 //! Indices of VIDs: the host gives a range, `first_index..limit_index`, with each generation, and raises the limit
 //! while the machine runs; the guest gives them out in order. A range is kept in the directory before it is given,
 //! so that a machine restarted from nothing starts behind everything that may ever have been given out.
+
+pub mod table;
+#[cfg(test)]
+mod tests;
 
 /// The record. Each field has one writer; both sides read it only between two runs of the vCPU, or, where a daemon
 /// shows a number, as it is.
@@ -32,8 +36,8 @@ pub struct Resources {
     pub address: u64,
     /// Guest: its bytes.
     pub length: u32,
-    /// Explicit padding.
-    pub _pad: u32,
+    /// Host: the last request whose table was taken.
+    pub taken: u32,
 }
 
 /// Largest index of a VID, which has 36 bits for it.

@@ -8,7 +8,7 @@ use crate::{
     arch::{self, Mail},
     executor,
     local::Local,
-    log, net, random, service, vid,
+    log, net, random, resources, service, vid,
     virtio::{block, entropy::Entropy, net::Net},
 };
 
@@ -34,6 +34,7 @@ pub fn run() -> ! {
     }
     random::reseed(arch::take_seed(), entropy.draw());
     vid::start();
+    resources::start();
     let config = arch::config();
     net::open(device, config, Duration::from_nanos(mail.now_ns));
     service::start(config, Duration::from_nanos(mail.now_ns));
@@ -112,6 +113,7 @@ impl Kernel {
                 net::moved();
                 net::poll(now);
             }
+            resources::poll();
             executor::fire_timers(now);
             executor::run_round(ROUND);
             net::poll(now);

@@ -5,7 +5,8 @@
 //! - [`kernel`]: the loop: knock, poll the network, run what is runnable.
 //! - [`executor`]: tasks and timers; [`local`]: state of the one thread.
 //! - [`virtio`]: drivers; [`net`]: TCP and UDP as async streams; [`random`]: randomness of a generation.
-//! - [`service`]: what listens; [`shell`]: what a user runs; [`fs`]: what a user keeps; [`vid`]: what names it.
+//! - [`service`]: what listens; [`shell`]: what a user runs; [`fs`]: what a user keeps; [`vid`]: what names it,
+//!   [`resources`]: where the host sees it.
 #![no_std]
 #![no_main]
 
@@ -21,6 +22,7 @@ mod log;
 mod memory;
 mod net;
 mod random;
+mod resources;
 mod service;
 mod shell;
 mod time;

@@ -103,6 +103,12 @@ async fn count(
 #[derive(Clone, Copy, Debug)]
 pub struct Hops(u8);
 
+impl Hops {
+    const fn count(self) -> u8 {
+        self.0
+    }
+}
+
 impl<S: Sync> FromRequestParts<S> for Hops {
     type Rejection = std::convert::Infallible;
     async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Self, Self::Rejection> {

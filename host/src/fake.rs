@@ -311,6 +311,9 @@ impl Hosted for FakeMachine {
     fn heartbeat(&mut self, _on: bool) -> Result<(), MachineError> {
         Ok(())
     }
+    fn inspector(&self) -> Option<Arc<dyn crate::machines::Inspect>> {
+        None
+    }
     fn raise_indices(&mut self, _limit: u64) -> Result<(), MachineError> {
         Ok(())
     }

@@ -42,7 +42,7 @@ use crate::{
     },
     config::Config,
     events::Events,
-    machines::{Hosted, MachineSpec, Machines, Net},
+    machines::{Hosted, Inspect, MachineSpec, Machines, Net},
     metrics::Metrics,
     operations::Operations,
     peers::Peers,
@@ -145,6 +145,8 @@ pub struct Status {
     pub operation: Option<String>,
     /// Its memory, to read logs and figures from.
     pub memory: Option<Arc<dyn Memory>>,
+    /// The way to its table of resources.
+    pub inspector: Option<Arc<dyn Inspect>>,
     /// Its process.
     pub pid: Option<u32>,
     /// From which index on its machine wants more; 0 as long as nobody has looked.

@@ -6,6 +6,7 @@ use std::{
     ops::Range,
     os::fd::OwnedFd,
     path::PathBuf,
+    sync::Arc,
 };
 
 use kage_directory::{ImageRecord, Profile};
@@ -119,8 +120,30 @@ pub struct Label {
 /// Called from any thread, once, with what was seen of the end of a machine's process.
 pub type OnEnd = Box<dyn FnOnce(String) + Send>;
 
+/// Reads a machine's table of resources, whoever holds the machine.
+pub trait Inspect: Send + Sync {
+    /// The table as it is now, not looked at yet; blocks.
+    ///
+    /// # Errors
+    /// [`NoTable`].
+    fn table(&self, patience: std::time::Duration) -> Result<Vec<u8>, NoTable>;
+}
+
+/// Why there is no table.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum NoTable {
+    /// The machine has ended here; it may be at another host.
+    #[error("the machine has ended here")]
+    Gone,
+    /// It is held, or does not answer.
+    #[error("the machine does not answer: {0}")]
+    Silent(String),
+}
+
 /// A machine on this host.
 pub trait Hosted: Machine {
+    /// The way to its table of resources; `None` when there is none.
+    fn inspector(&self) -> Option<Arc<dyn Inspect>>;
     /// Where it stands.
     fn found(&mut self) -> Found;
     /// Its process.

@@ -20,6 +20,7 @@ use kage_machine::{
 };
 use kage_migrate::{recover::Found, report::Drained};
 use kage_vmm::{
+    inspect::{InspectError, Inspector},
     pool::{Pool, PoolSpec},
     remote::{RemoteMachine, Spawn},
 };
@@ -30,7 +31,7 @@ use rustix::{
 
 use crate::{
     config::Config,
-    machines::{Adopted, Hosted, Label, MachineSpec, Machines, Net, OnEnd, Via},
+    machines::{Adopted, Hosted, Inspect, Label, MachineSpec, Machines, Net, NoTable, OnEnd, Via},
 };
 
 /// Clones of a template kept waiting.
@@ -136,7 +137,7 @@ impl VmmMachines {
             machine.set_label(label_bytes(&spec.label())).map_err(|error| error.to_string())
         })();
         match dressed {
-            Ok(()) => Ok(VmmMachine { machine, symbols }),
+            Ok(()) => Ok(VmmMachine::new(machine, symbols)),
             Err(reason) => {
                 machine.end();
                 Err(reason)
@@ -234,7 +235,7 @@ impl Machines for VmmMachines {
             match postcard::from_bytes::<Label>(machine.label()) {
                 Ok(label) => {
                     let symbols = Arc::new(Symbols::of(ImageFile::embedded().kernel()));
-                    let mut machine = VmmMachine { machine, symbols };
+                    let mut machine = VmmMachine::new(machine, symbols);
                     let found = machine.found();
                     all.push(Adopted { label, found, machine: Box::new(machine) });
                 }
@@ -259,9 +260,36 @@ impl Machines for VmmMachines {
 struct VmmMachine {
     machine: RemoteMachine,
     symbols: Arc<Symbols>,
+    inspector: Option<Arc<Inspector>>,
+}
+
+impl VmmMachine {
+    fn new(mut machine: RemoteMachine, symbols: Arc<Symbols>) -> Self {
+        let inspector = match machine.inspector() {
+            Ok(inspector) => Some(Arc::new(inspector)),
+            Err(error) => {
+                tracing::warn!(%error, "a machine's resources cannot be read");
+                None
+            }
+        };
+        Self { machine, symbols, inspector }
+    }
+}
+
+impl Inspect for Inspector {
+    fn table(&self, patience: Duration) -> Result<Vec<u8>, NoTable> {
+        Self::table(self, patience).map_err(|error| match error {
+            InspectError::Gone => NoTable::Gone,
+            error => NoTable::Silent(error.to_string()),
+        })
+    }
 }
 
 impl Hosted for VmmMachine {
+    fn inspector(&self) -> Option<Arc<dyn Inspect>> {
+        self.inspector.clone().map(|inspector| inspector as Arc<dyn Inspect>)
+    }
+
     fn found(&mut self) -> Found {
         if !self.machine.is_alive() {
             return Found::None;

@@ -101,8 +101,18 @@ pub enum Command {
         #[arg(long)]
         no_wait: bool,
     },
-    /// Show which host a resource is on now
-    #[command(after_help = "Example: kage where fd4b:6167:6500::100:0:1")]
+    /// List the processes of a user's machine, by VID
+    #[command(after_help = "Example: kage ps alice -o json")]
+    Ps(User),
+    /// List the files of a user's machine, by VID
+    #[command(after_help = "Example: kage files alice")]
+    Files(User),
+    /// List the sockets of a user's machine, by VID
+    #[command(after_help = "Example: kage sockets alice")]
+    Sockets(User),
+    /// Show which host an image, a process, a file or a socket is on now
+    #[command(after_help = "Exit code 3: nothing has this VID, or no longer.\n\
+        Example: kage where fd4b:6167:6500::120:0:6")]
     Where {
         /// Its VID
         vid: Ipv6Addr,
@@ -349,6 +359,9 @@ mod tests {
             "migrate alice h2 --mode precopy --blackout 10ms --timeout 30s --bandwidth 50mbit --no-reverse --dry-run --verbose",
             "migrate alice --cancel",
             "roam alice ap-2",
+            "ps alice",
+            "files alice -o json",
+            "sockets alice",
             "where fd4b:6167:6500::100:0:1",
             "events -f",
             "wait alice --state running --at h2 --timeout 5s",

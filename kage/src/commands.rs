@@ -3,6 +3,7 @@
 mod doctor;
 mod images;
 mod migrate;
+mod resources;
 mod site;
 mod watch;
 
@@ -39,7 +40,10 @@ pub fn run(cli: Cli) -> Result<(), Failure> {
         Command::Start(user) => wait_for(images::start(client()?, user.user, output)),
         Command::Ls => wait_for(images::ls(client()?, output)),
         Command::Show(user) => wait_for(images::show(client()?, user.user, output)),
-        Command::Where { vid } => wait_for(images::find(client()?, vid, output)),
+        Command::Where { vid } => wait_for(resources::find(client()?, vid, output)),
+        Command::Ps(user) => wait_for(resources::processes(client()?, user.user, output)),
+        Command::Files(user) => wait_for(resources::files(client()?, user.user, output)),
+        Command::Sockets(user) => wait_for(resources::sockets(client()?, user.user, output)),
         Command::Wait { user, state, at, timeout } => {
             wait_for(watch::wait(client()?, user, state, at, timeout.duration(), output))
         }

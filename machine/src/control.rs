@@ -79,6 +79,8 @@ pub enum Request {
         /// Indices of VIDs it may give out.
         indices: Range<u64>,
     },
+    /// Answer requests for the table of resources on a connection of their own. Descriptor: the connection.
+    AttachInspector,
     /// Raise the index that may not be given out yet.
     RaiseIndices {
         /// The limit from now on; a lower one changes nothing.

@@ -2,6 +2,7 @@
 //!
 //! - [`process`]: what `kage vmm` runs: `KVM_RUN`, serve the door, repeat.
 //! - [`remote`]: the daemon's handle on such a process, an implementation of [`kage_machine::Machine`].
+//! - [`inspect`]: the guest's table of resources.
 //! - [`pool`]: shells and logins made ready before they are wanted.
 //!
 //! Deliberately not here: keys, peers, policy. The process that runs hostile code opens nothing;
@@ -10,6 +11,7 @@
 mod clock;
 mod cpu;
 mod dirty;
+pub mod inspect;
 mod jail;
 mod packet;
 pub mod pool;

@@ -38,6 +38,7 @@ use crate::{
     clock::GuestClock,
     cpu,
     dirty::{GuestMemory, Tracker},
+    inspect::Answering,
     jail,
     packet::{self, Packet},
     sys::{Mapping, watchdog},
@@ -84,7 +85,10 @@ pub fn main(listener: i32) -> Result<(), String> {
                 Ok(Entered::Door) => process.door()?,
                 // In ring 0 a machine cannot be saved: it is out of there within microseconds.
                 Ok(Entered::Alarm) if upcall::in_fault_stub(machine.vcpu.instruction_pointer()) => {}
-                Ok(Entered::Alarm) => process.serve_control(false)?,
+                Ok(Entered::Alarm) => {
+                    machine.news |= machine.inspecting.hear(&machine.memory);
+                    process.serve_control(false)?;
+                }
                 Ok(Entered::Again) => {}
                 Err(failure) => return process.fail(&failure),
             }
@@ -131,6 +135,7 @@ struct Machine {
     rang: bool,
     /// The mailbox has news for the guest.
     news: bool,
+    inspecting: Answering,
 }
 
 enum Entered {
@@ -286,6 +291,7 @@ impl Process {
             if let Some(failure) = machine.guest_failure() {
                 return self.fail(&failure);
             }
+            machine.inspecting.serve(&machine.memory);
             let deadline = machine.deadline();
             let delivered = machine.serve_devices();
             let now = machine.clock.at(host_now());
@@ -300,12 +306,16 @@ impl Process {
                 polled.push(PollFd::from_borrowed_fd(connection.as_fd(), PollFlags::IN));
             }
             polled.push(PollFd::from_borrowed_fd(machine.block.wake(), PollFlags::IN));
+            if let Some(inspector) = machine.inspecting.socket() {
+                polled.push(PollFd::from_borrowed_fd(inspector, PollFlags::IN));
+            }
             if let Some(tap) = machine.net.tap() {
                 polled.push(PollFd::from_borrowed_fd(tap.as_fd(), PollFlags::IN));
             }
             let waited = ppoll_for(&mut polled, (deadline != u64::MAX).then_some(left));
             drop(polled);
             machine.stopped_at = host_now();
+            machine.news |= machine.inspecting.hear(&machine.memory);
             match waited {
                 Err(error) if error.kind() != io::ErrorKind::Interrupted => {
                     return Err(format!("ppoll: {error}"));
@@ -373,6 +383,7 @@ impl Machine {
             alarm: Duration::ZERO,
             rang: false,
             news: false,
+            inspecting: Answering::default(),
         })
     }
 
@@ -542,6 +553,12 @@ impl Machine {
                 self.write_indices(std::mem::offset_of!(Resources, first_index), indices.start);
                 self.write_indices(std::mem::offset_of!(Resources, limit_index), indices.end);
                 self.news = true;
+                Ok(Reply::Done)
+            }
+            Request::AttachInspector => {
+                let socket =
+                    descriptors.into_iter().next().ok_or("an inspector comes with its connection")?;
+                self.inspecting.attach(socket);
                 Ok(Reply::Done)
             }
             Request::RaiseIndices { limit } => {

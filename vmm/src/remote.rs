@@ -35,7 +35,7 @@ use rustix::{
     },
 };
 
-use crate::{packet, sys::Mapping};
+use crate::{inspect::Inspector, packet, sys::Mapping};
 
 /// How long a VMM may take to answer before it counts as gone.
 const ANSWER_TIMEOUT: std::time::Duration = std::time::Duration::from_secs(10);
@@ -424,6 +424,17 @@ impl RemoteMachine {
         indices: Range<u64>,
     ) -> Result<(), MachineError> {
         self.done(&Request::Generation { identity, seed, indices }, &[])
+    }
+
+    /// A way to ask for the guest's table of resources, whoever holds the machine. It replaces an older one.
+    ///
+    /// # Errors
+    /// [`MachineError`].
+    pub fn inspector(&mut self) -> Result<Inspector, MachineError> {
+        let refused = |error: io::Error| MachineError::Refused { reason: format!("socket pair: {error}") };
+        let (inspector, other) = Inspector::new().map_err(refused)?;
+        self.done(&Request::AttachInspector, &[other.as_fd()])?;
+        Ok(inspector)
     }
 
     /// Lets the guest give out VIDs up to `limit`, when it may not already.

@@ -228,7 +228,7 @@ pub fn set_next_index(index: u64) {
     unsafe { (&raw mut (*RESOURCES).next_index).write_volatile(index) }
 }
 
-/// Tells the host where the table that answers request `round` lies. It is to stay there over one door.
+/// Tells the host where the table that answers request `round` lies. It is to stay there until it is taken.
 pub fn publish_resources(round: u32, table: &[u8]) {
     // SAFETY: as in `resources`.
     unsafe {

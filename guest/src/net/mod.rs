@@ -4,10 +4,12 @@
 //! nothing to tell but that there was one ([`resume`]).
 
 mod resume;
+mod table;
 mod tcp;
 mod udp;
 
-pub use tcp::{Buffers, Closed, Listener, Stream, connections};
+pub use table::{Entry, Protocol, entries};
+pub use tcp::{Buffers, Closed, Listener, Stream};
 pub use udp::Socket as UdpSocket;
 
 use alloc::collections::BTreeSet;
@@ -23,11 +25,13 @@ use smoltcp::{
 
 use crate::{local::Local, virtio::net::Net};
 use resume::Port;
+use table::Named;
 
 struct Stack {
     device: Port,
     interface: Interface,
     sockets: SocketSet<'static>,
+    named: Named,
 }
 
 static STACK: Local<Stack> = Local::new();
@@ -57,7 +61,12 @@ fn interface(device: &mut Port, config: &Config, now: Duration) -> Interface {
 pub fn open(device: Net, config: &Config, now: Duration) {
     let mut device = Port::new(device);
     let interface = interface(&mut device, config, now);
-    STACK.set(Stack { device, interface, sockets: SocketSet::new(alloc::vec::Vec::new()) });
+    STACK.set(Stack {
+        device,
+        interface,
+        sockets: SocketSet::new(alloc::vec::Vec::new()),
+        named: Named::default(),
+    });
 }
 
 /// Starts again after a change of generation: every connection is reset, and sequence numbers come from

@@ -14,8 +14,8 @@ use smoltcp::{
     wire::IpEndpoint,
 };
 
-use super::STACK;
-use crate::{heap, memory};
+use super::{STACK, table::Traffic};
+use crate::{heap, memory, vid::Vid};
 
 /// A peer that acknowledges nothing for so long is gone. Long, because a user's laptop sleeps in a lift.
 const SILENCE: Duration = Duration::from_secs(900);
@@ -45,6 +45,7 @@ pub struct Closed;
 
 /// Accepts connections at one port.
 pub struct Listener {
+    vid: Vid,
     port: u16,
     buffers: Buffers,
     waiting: Vec<SocketHandle>,
@@ -53,7 +54,8 @@ pub struct Listener {
 impl Listener {
     /// Listens at a port of all addresses of the image.
     pub fn bind(port: u16, buffers: Buffers) -> Self {
-        let mut listener = Self { port, buffers, waiting: Vec::new() };
+        let vid = STACK.get().named.add_listener(port);
+        let mut listener = Self { vid, port, buffers, waiting: Vec::new() };
         listener.fill();
         listener
     }
@@ -117,11 +119,22 @@ impl Listener {
         self.fill();
         {
             let mut stack = STACK.get();
+            stack.named.add(handle);
             let socket = stack.sockets.get_mut::<tcp::Socket>(handle);
             socket.set_timeout(Some(SILENCE));
             socket.set_keep_alive(Some(KEEP_ALIVE));
         }
         Stream { handle }
+    }
+}
+
+impl Drop for Listener {
+    fn drop(&mut self) {
+        let mut stack = STACK.get();
+        stack.named.remove_listener(self.vid);
+        for handle in self.waiting.drain(..) {
+            drop(stack.sockets.remove(handle));
+        }
     }
 }
 
@@ -131,18 +144,23 @@ pub struct Stream {
 }
 
 impl Stream {
-    fn with<R>(&self, act: impl FnOnce(&mut tcp::Socket<'static>) -> R) -> R {
-        act(STACK.get().sockets.get_mut::<tcp::Socket>(self.handle))
+    fn with<R>(&self, act: impl FnOnce(&mut tcp::Socket<'static>, &mut Traffic) -> R) -> R {
+        let mut stack = STACK.get();
+        let stack = &mut *stack;
+        act(stack.sockets.get_mut::<tcp::Socket>(self.handle), stack.named.traffic(self.handle))
     }
 
     /// Polls for received bytes; `Ok(0)` means the peer sends no more.
     pub fn poll_read(&mut self, context: &mut Context<'_>, into: &mut [u8]) -> Poll<Result<usize, Closed>> {
-        self.with(|socket| match socket.recv_slice(into) {
+        self.with(|socket, traffic| match socket.recv_slice(into) {
             Ok(0) if !into.is_empty() => {
                 socket.register_recv_waker(context.waker());
                 Poll::Pending
             }
-            Ok(count) => Poll::Ready(Ok(count)),
+            Ok(count) => {
+                traffic.received += count as u64;
+                Poll::Ready(Ok(count))
+            }
             Err(tcp::RecvError::Finished) => Poll::Ready(Ok(0)),
             Err(tcp::RecvError::InvalidState) => Poll::Ready(Err(Closed)),
         })
@@ -150,12 +168,15 @@ impl Stream {
 
     /// Polls for room to send; returns the bytes taken.
     pub fn poll_write(&mut self, context: &mut Context<'_>, bytes: &[u8]) -> Poll<Result<usize, Closed>> {
-        self.with(|socket| match socket.send_slice(bytes) {
+        self.with(|socket, traffic| match socket.send_slice(bytes) {
             Ok(0) if !bytes.is_empty() => {
                 socket.register_send_waker(context.waker());
                 Poll::Pending
             }
-            Ok(count) => Poll::Ready(Ok(count)),
+            Ok(count) => {
+                traffic.sent += count as u64;
+                Poll::Ready(Ok(count))
+            }
             Err(_) => Poll::Ready(Err(Closed)),
         })
     }
@@ -167,12 +188,17 @@ impl Stream {
         context: &mut Context<'_>,
         take: impl FnOnce(&[u8]) -> (usize, R),
     ) -> Poll<Result<Option<R>, Closed>> {
-        self.with(|socket| {
+        self.with(|socket, traffic| {
             if socket.may_recv() && !socket.can_recv() {
                 socket.register_recv_waker(context.waker());
                 return Poll::Pending;
             }
-            match socket.recv(|bytes| take(bytes)) {
+            let taken = socket.recv(|bytes| {
+                let (count, result) = take(bytes);
+                traffic.received += count as u64;
+                (count, result)
+            });
+            match taken {
                 Ok(result) => Poll::Ready(Ok(Some(result))),
                 Err(tcp::RecvError::Finished) => Poll::Ready(Ok(None)),
                 Err(tcp::RecvError::InvalidState) => Poll::Ready(Err(Closed)),
@@ -186,13 +212,14 @@ impl Stream {
         context: &mut Context<'_>,
         fill: impl FnOnce(&mut [u8]) -> usize,
     ) -> Poll<Result<usize, Closed>> {
-        self.with(|socket| {
+        self.with(|socket, traffic| {
             if socket.may_send() && !socket.can_send() {
                 socket.register_send_waker(context.waker());
                 return Poll::Pending;
             }
             let filled = socket.send(|room| {
                 let count = fill(room);
+                traffic.sent += count as u64;
                 (count, count)
             });
             Poll::Ready(filled.map_err(|_| Closed))
@@ -221,7 +248,13 @@ impl Stream {
 
     /// The other end.
     pub fn peer(&self) -> Option<IpEndpoint> {
-        self.with(|socket| socket.remote_endpoint())
+        self.with(|socket, _| socket.remote_endpoint())
+    }
+
+    /// Its identity.
+    #[allow(dead_code, reason = "for programs")]
+    pub fn vid(&self) -> Vid {
+        STACK.get().named.vid(self.handle)
     }
 }
 
@@ -246,38 +279,9 @@ impl Drop for Stream {
                 Pin::new(&mut limit).poll(context)
             })
             .await;
-            let socket = STACK.get().sockets.remove(handle);
-            drop(socket);
+            let mut stack = STACK.get();
+            stack.named.remove(handle);
+            drop(stack.sockets.remove(handle));
         });
     }
-}
-
-/// One row of what `sockets` shows.
-pub struct Connection {
-    /// `listen`, `established`, …
-    pub state: State,
-    /// This end.
-    pub local: Option<IpEndpoint>,
-    /// The other end.
-    pub remote: Option<IpEndpoint>,
-    /// Port listened at, when there is no other end.
-    pub port: u16,
-}
-
-/// All TCP sockets.
-pub fn connections() -> Vec<Connection> {
-    let stack = STACK.get();
-    stack
-        .sockets
-        .iter()
-        .filter_map(|(_, socket)| match socket {
-            smoltcp::socket::Socket::Tcp(socket) => Some(Connection {
-                state: socket.state(),
-                local: socket.local_endpoint(),
-                remote: socket.remote_endpoint(),
-                port: socket.listen_endpoint().port,
-            }),
-            _ => None,
-        })
-        .collect()
 }

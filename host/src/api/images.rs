@@ -11,7 +11,7 @@ use axum::{
 };
 use http::{Method, StatusCode};
 use kage_directory::{ImageRecord, Records as _};
-use kage_machine::{HostName, UserName};
+use kage_machine::{HostName, UserName, identity::Kind};
 use serde::Deserialize;
 use serde_json::json;
 
@@ -20,13 +20,15 @@ use super::{
     error::{Code, ErrorBody},
     name,
     types::{
-        ImageView, LogView, LoginRequest, MigrateRequest, Operation, PulseRequest, State as MachineState,
+        ImageView, LogView, LoginRequest, MigrateRequest, Operation, Place, PulseRequest, Resources,
+        State as MachineState,
     },
 };
 use crate::{
     http::Call,
     lifecycle::{Daemon, How, Login, blocking},
     operations::Operations,
+    resources::Only,
     units::Span,
 };
 
@@ -102,6 +104,24 @@ pub(super) fn routes() -> Vec<Route> {
             "LogView",
             &["after"],
             get(logs),
+        ),
+        route(
+            Method::GET,
+            "/v1/images/{user}/resources",
+            "The machine's processes, files and sockets, or those of a kind, or the one of a VID.",
+            None,
+            "Resources",
+            &["kind", "vid"],
+            get(resources),
+        ),
+        route(
+            Method::GET,
+            "/v1/where/{vid}",
+            "The host that an image or a resource is on now.",
+            None,
+            "Place",
+            &[],
+            get(place),
         ),
         route(
             Method::POST,
@@ -299,6 +319,33 @@ async fn logs(
     }
     let view: LogView = blocking(move || app.logs(&user, after)).await?;
     Ok(Json(view).into_response())
+}
+
+#[derive(Debug, Default, Deserialize)]
+struct Which {
+    kind: Option<Kind>,
+    vid: Option<std::net::Ipv6Addr>,
+}
+
+async fn resources(
+    State(app): State<App>,
+    Path(user): Path<String>,
+    Query(which): Query<Which>,
+    hops: Hops,
+) -> Reply<Resources> {
+    let user: UserName = name(&user)?;
+    let only = match which.vid {
+        Some(address) => Only::One(app.known_vid(address)?),
+        None => which.kind.map_or(Only::All, Only::Kind),
+    };
+    Ok(Json(app.resources(&user, only, hops.count()).await?))
+}
+
+async fn place(State(app): State<App>, Path(vid): Path<String>) -> Reply<Place> {
+    let address = vid
+        .parse()
+        .map_err(|_| ErrorBody::bad_request(format!("{vid:?} is no IPv6 address, which every VID is")))?;
+    Ok(Json(app.place_of(address).await?))
 }
 
 async fn pulse(

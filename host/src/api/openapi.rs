@@ -6,9 +6,10 @@ use super::{
     error::{Code, ErrorBody},
     routes,
     types::{
-        ApView, HostView, ImageView, LogView, LoginReply, LoginRequest, MigrateRequest, MoveOutcome,
-        MovePlan, MoveReport, Operation, OperationState, PhaseView, Pulse, PulseRequest, Ready, Replica,
-        ReplicaHit, ReplicaKind, RoamAction, RoamReply, RoamRequest, State,
+        ApView, FileView, HostView, ImageView, LogView, LoginReply, LoginRequest, MigrateRequest,
+        MoveOutcome, MovePlan, MoveReport, Operation, OperationState, PhaseView, Place, ProcessView, Pulse,
+        PulseRequest, Ready, Replica, ReplicaHit, ReplicaKind, Resources, RoamAction, RoamReply, RoamRequest,
+        SocketView, State,
     },
 };
 use crate::events::Event;
@@ -115,6 +116,8 @@ fn schemas() -> Value {
     add("MovePlan", serde_json::to_value(&samples.plan));
     add("MoveReport", serde_json::to_value(&samples.report));
     add("Operation", serde_json::to_value(&samples.operation));
+    add("Resources", serde_json::to_value(&samples.resources));
+    add("Place", serde_json::to_value(&samples.place));
     add("LogView", serde_json::to_value(LogView { text: "ready\n".into(), next: 6, truncated: false }));
     add("HostView", serde_json::to_value(&samples.host));
     add("ApView", serde_json::to_value(&samples.ap));
@@ -139,6 +142,8 @@ struct Samples {
     plan: MovePlan,
     report: MoveReport,
     operation: Operation,
+    resources: Resources,
+    place: Place,
     host: HostView,
     ap: ApView,
     roam: RoamRequest,
@@ -157,6 +162,9 @@ impl Samples {
         let ap: kage_machine::identity::ApName =
             "ap-1".parse().unwrap_or_else(|_| unreachable!("a constant"));
         let address = std::net::Ipv6Addr::new(0xfd4b, 0x6167, 0x6500, 0, 0, 0x700, 0, 1);
+        let within = |kind: u16, index| {
+            std::net::Ipv6Addr::new(0xfd4b, 0x6167, 0x6500, 0, 0, 0x700 | kind << 4, 0, index)
+        };
         let advertise = std::net::SocketAddr::from(([0x2001, 0xdb8, 0, 0, 0, 0, 0, 0xa], 7701));
         let term = kage_machine::Term(4);
         let report = MoveReport {
@@ -236,6 +244,46 @@ impl Samples {
                 error: None,
             },
             report,
+            resources: Resources {
+                user: user.clone(),
+                host: host("h1"),
+                term,
+                processes: vec![ProcessView {
+                    vid: within(1, 9),
+                    name: "sqlite".into(),
+                    state: "waiting".into(),
+                    pid: 3,
+                    cpu_ms: 120,
+                    memory_bytes: 4 << 20,
+                }],
+                files: vec![FileView {
+                    vid: within(2, 6),
+                    name: "motd".into(),
+                    state: "file".into(),
+                    path: "/etc/motd".into(),
+                    bytes: 75,
+                    replicas: vec![host("h2")],
+                }],
+                sockets: vec![SocketView {
+                    vid: within(3, 14),
+                    name: "tcp/22".into(),
+                    state: "established".into(),
+                    protocol: "tcp".into(),
+                    local: "[fd4b:6167:6500::700:0:1]:22".into(),
+                    remote: Some("[fd4b:6167:6500:ffff::1]:40312".into()),
+                    bytes_in: 2048,
+                    bytes_out: 4096,
+                }],
+                omitted: 0,
+            },
+            place: Place {
+                vid: within(2, 6),
+                kind: kage_machine::identity::Kind::File,
+                name: "/etc/motd".into(),
+                user: user.clone(),
+                host: host("h1"),
+                term,
+            },
             host: HostView {
                 name: host("h1"),
                 advertise,

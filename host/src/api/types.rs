@@ -2,7 +2,10 @@
 
 use std::net::{Ipv6Addr, SocketAddr};
 
-use kage_machine::{HostName, Term, UserName, identity::ApName};
+use kage_machine::{
+    HostName, Term, UserName,
+    identity::{ApName, Kind},
+};
 use serde::{Deserialize, Serialize};
 
 use crate::{
@@ -328,6 +331,100 @@ pub struct LogView {
     pub next: u64,
     /// Whether text before this is lost.
     pub truncated: bool,
+}
+
+/// A process of a machine.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ProcessView {
+    /// Its identity.
+    pub vid: Ipv6Addr,
+    /// Its name.
+    pub name: String,
+    /// `running`, `waiting`, `stopped` or `ended`.
+    pub state: String,
+    /// Its number within the machine.
+    pub pid: u32,
+    /// Time it had the vCPU.
+    pub cpu_ms: u64,
+    /// Memory it holds.
+    pub memory_bytes: u64,
+}
+
+/// A file of a machine.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FileView {
+    /// Its identity.
+    pub vid: Ipv6Addr,
+    /// The last part of its path.
+    pub name: String,
+    /// `file`, `directory`, `link`, or, of the image and unchanged, `base` and `base_directory`.
+    pub state: String,
+    /// Its path.
+    pub path: String,
+    /// Bytes of content.
+    pub bytes: u64,
+    /// Hosts that hold a copy beside the owner.
+    pub replicas: Vec<HostName>,
+}
+
+/// A socket of a machine.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SocketView {
+    /// Its identity.
+    pub vid: Ipv6Addr,
+    /// What it serves, or its protocol and port.
+    pub name: String,
+    /// `listen`, `established` and the other states of TCP; `open` for UDP.
+    pub state: String,
+    /// `tcp` or `udp`.
+    pub protocol: String,
+    /// This end; `[::]` is every address of the image.
+    pub local: String,
+    /// The other end, if it has one.
+    pub remote: Option<String>,
+    /// Bytes received.
+    pub bytes_in: u64,
+    /// Bytes sent.
+    pub bytes_out: u64,
+}
+
+/// What a machine consists of.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Resources {
+    /// Whose machine.
+    pub user: UserName,
+    /// The host that has looked: its owner.
+    pub host: HostName,
+    /// Under which term.
+    pub term: Term,
+    /// Processes; left out unless asked for, as the others.
+    #[serde(default)]
+    pub processes: Vec<ProcessView>,
+    /// Files.
+    #[serde(default)]
+    pub files: Vec<FileView>,
+    /// Sockets.
+    #[serde(default)]
+    pub sockets: Vec<SocketView>,
+    /// How many more there are, for which the table had no room.
+    pub omitted: u32,
+}
+
+/// Where something is now.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Place {
+    /// What was asked for.
+    pub vid: Ipv6Addr,
+    /// What it is.
+    pub kind: Kind,
+    /// Name of a process or socket, path of a file, user of an image.
+    pub name: String,
+    /// Whose it is.
+    pub user: UserName,
+    /// The host it is on.
+    pub host: HostName,
+    /// Under which term.
+    pub term: Term,
 }
 
 /// Body of `POST /v1/images/{user}/pulse`.

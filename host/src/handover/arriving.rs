@@ -152,11 +152,13 @@ impl TargetSide for Arriving {
     fn target_running(&mut self) {
         self.route_here();
         let (memory, pid, term) = (self.machine.memory(), self.machine.pid(), self.term);
+        let inspector = self.machine.inspector();
         self.image.update(|status| {
             *status = crate::lifecycle::Status {
                 state: State::Running,
                 term,
                 memory: Some(memory),
+                inspector,
                 pid,
                 ..Default::default()
             };

@@ -33,6 +33,7 @@ impl Daemon {
                 status.state = if found == Found::Running { State::Running } else { State::InDoubt };
                 status.term = label.term;
                 status.memory = Some(machine.memory());
+                status.inspector = machine.inspector();
                 status.pid = machine.pid();
             });
             slot.spec = Some(MachineSpec::adopted(

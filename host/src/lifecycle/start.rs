@@ -396,6 +396,7 @@ impl Daemon {
                 state: State::Running,
                 term: spec.term,
                 memory: Some(machine.memory()),
+                inspector: machine.inspector(),
                 pid: machine.pid(),
                 ..Default::default()
             };

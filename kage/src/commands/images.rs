@@ -1,6 +1,6 @@
-//! `login logout stop start ls show where`.
+//! `login logout stop start ls show`.
 
-use std::{net::Ipv6Addr, time::Duration};
+use std::time::Duration;
 
 use http::Method;
 use kage_host::{
@@ -12,7 +12,6 @@ use kage_host::{
     lifecycle::check_key,
 };
 use kage_machine::UserName;
-use serde::Serialize;
 
 use crate::{
     cli::LoginArgs,
@@ -138,32 +137,4 @@ pub async fn show(client: Client, user: UserName, output: Output) -> Result<(), 
         lines.extend(view.note.as_ref().map(|note| format!("note      {note}")));
         lines.join("\n")
     })
-}
-
-/// Answer of `kage where`.
-#[derive(Debug, Serialize)]
-struct Place {
-    vid: Ipv6Addr,
-    user: UserName,
-    host: kage_machine::HostName,
-    kind: &'static str,
-}
-
-/// `kage where`.
-pub async fn find(client: Client, vid: Ipv6Addr, output: Output) -> Result<(), Failure> {
-    // An image's /88 is what its own VID has above bit 40.
-    let image = |address: Ipv6Addr| u128::from(address) >> 40;
-    let views: Vec<ImageView> = client.call(&Call::new(Method::GET, "/v1/images")).await?;
-    let view = views.into_iter().find(|view| image(view.vid) == image(vid)).ok_or_else(|| {
-        ErrorBody::new(Code::NotFound, format!("{vid} belongs to no image; `kage ls` lists them"))
-    })?;
-    let kind = match (u128::from(vid) >> 36) & 0xf {
-        0 => "image",
-        1 => "process",
-        2 => "file",
-        3 => "socket",
-        _ => "unknown",
-    };
-    let place = Place { vid, user: view.user, host: view.host, kind };
-    output.result(&place, |place| place.host.to_string())
 }

@@ -180,13 +180,12 @@ fn state() -> String {
         memory::free_bytes(),
     );
     let mut first = true;
-    for connection in net::connections() {
-        if let (Some(local), Some(remote)) = (connection.local, connection.remote) {
+    for net::Entry { vid, protocol, local, remote, .. } in net::entries() {
+        if let (net::Protocol::Tcp(state), Some(remote)) = (protocol, remote) {
             let separator = if core::mem::take(&mut first) { "" } else { "," };
-            let state = connection.state;
             let _ = write!(
                 text,
-                "{separator}{{\"local\":\"{local}\",\"remote\":\"{remote}\",\"state\":\"{state}\"}}"
+                "{separator}{{\"vid\":\"{vid}\",\"local\":\"{local}\",\"remote\":\"{remote}\",\"state\":\"{state}\"}}"
             );
         }
     }

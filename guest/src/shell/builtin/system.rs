@@ -3,6 +3,8 @@
 use alloc::{format, string::String};
 use core::fmt::Write;
 
+use smoltcp::wire::IpEndpoint;
+
 use super::say;
 use crate::{
     arch, executor, kernel, memory, net, service,
@@ -68,16 +70,23 @@ pub async fn ip(stdio: &Stdio) -> Result<u32, Failure> {
     let gateway = core::net::Ipv6Addr::from(kage_abi::GATEWAY);
     let mut text = format!("inet6 {own}/{} mtu {}\n", config.prefix_length, config.mtu);
     let _ = writeln!(text, "inet6 {local}/64 scope link\ndefault via {gateway}");
-    for connection in net::connections() {
-        match (connection.local, connection.remote) {
-            (Some(local), Some(remote)) => {
-                let _ = writeln!(text, "tcp {local} {remote} {}", connection.state);
-            }
-            _ if connection.port != 0 => {
-                let _ = writeln!(text, "tcp [::]:{} {}", connection.port, connection.state);
-            }
-            _ => {}
-        }
+    say(stdio, &text).await
+}
+
+pub async fn sockets(stdio: &Stdio) -> Result<u32, Failure> {
+    let mut text = String::new();
+    for net::Entry { vid, protocol, local, remote, traffic } in net::entries() {
+        let (protocol, state) = match protocol {
+            net::Protocol::Tcp(state) => ("tcp", format!("{state}").to_lowercase()),
+            net::Protocol::Udp => ("udp", "open".into()),
+        };
+        let local = match local.addr {
+            Some(address) => format!("{}", IpEndpoint::new(address, local.port)),
+            None => format!("[::]:{}", local.port),
+        };
+        let remote = remote.map_or_else(|| "-".into(), |remote| format!("{remote}"));
+        let (received, sent) = (traffic.received, traffic.sent);
+        let _ = writeln!(text, "{vid} {protocol} {state:11} {local} {remote} in {received} out {sent}");
     }
     say(stdio, &text).await
 }
