@@ -57,6 +57,24 @@ fn interface(device: &mut Port, config: &Config, now: Duration) -> Interface {
     interface
 }
 
+/// Ports that connections of the machine's own start from (RFC 6335 §6).
+const DYNAMIC: core::ops::RangeInclusive<u16> = 49_152..=65_535;
+
+/// A port that no socket uses.
+fn free_port(sockets: &SocketSet<'_>) -> u16 {
+    let used: BTreeSet<u16> = sockets
+        .iter()
+        .filter_map(|(_, socket)| smoltcp::socket::tcp::Socket::downcast(socket)?.local_endpoint())
+        .map(|local| local.port)
+        .collect();
+    // Not predictable, as RFC 6056 wants it, and not one of the few in use.
+    let offset = (crate::random::number() % 8192) as u16;
+    DYNAMIC
+        .map(|port| port.wrapping_add(offset) | *DYNAMIC.start())
+        .find(|port| !used.contains(port))
+        .unwrap_or(0)
+}
+
 /// Opens the network with the image's addresses and a fresh seed for sequence numbers.
 pub fn open(device: Net, config: &Config, now: Duration) {
     let mut device = Port::new(device);

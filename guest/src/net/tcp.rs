@@ -3,6 +3,7 @@
 use alloc::vec::Vec;
 use core::{
     future::{Future, poll_fn},
+    net::Ipv6Addr,
     pin::Pin,
     task::{Context, Poll},
 };
@@ -11,7 +12,7 @@ use smoltcp::{
     iface::SocketHandle,
     socket::tcp::{self, CongestionControl, State},
     time::Duration,
-    wire::IpEndpoint,
+    wire::{IpAddress, IpEndpoint},
 };
 
 use super::{STACK, table::Traffic};
@@ -19,6 +20,8 @@ use crate::{heap, memory, vid::Vid};
 
 /// A peer that acknowledges nothing for so long is gone. Long, because a user's laptop sleeps in a lift.
 const SILENCE: Duration = Duration::from_secs(900);
+/// A peer that does not answer for so long is not there.
+const CONNECTING: Duration = Duration::from_secs(20);
 /// An idle connection asks for a sign of life this often.
 const KEEP_ALIVE: Duration = Duration::from_secs(75);
 /// How often a listener without memory for another connection looks again.
@@ -144,6 +147,52 @@ pub struct Stream {
 }
 
 impl Stream {
+    /// Connects to a port of another machine or of the gateway.
+    ///
+    /// # Errors
+    /// [`Closed`]: refused, no answer in time, or no memory for the buffers.
+    pub async fn connect(address: Ipv6Addr, port: u16, buffers: Buffers) -> Result<Self, Closed> {
+        if memory::heap_free_bytes() < buffers.receive + buffers.send + LEFT {
+            return Err(Closed);
+        }
+        let mut socket = tcp::Socket::new(
+            tcp::SocketBuffer::new(heap::buffer(buffers.receive)),
+            tcp::SocketBuffer::new(heap::buffer(buffers.send)),
+        );
+        socket.set_nagle_enabled(false);
+        socket.set_congestion_control(CongestionControl::Reno);
+        socket.set_ack_delay(None);
+        socket.set_timeout(Some(CONNECTING));
+        let stream = {
+            let mut stack = STACK.get();
+            let stack = &mut *stack;
+            let local = super::free_port(&stack.sockets);
+            let connected =
+                socket.connect(stack.interface.context(), (IpAddress::from(address), port), local);
+            connected.map_err(|_| Closed)?;
+            let handle = stack.sockets.add(socket);
+            stack.named.add(handle);
+            Self { handle }
+        };
+        poll_fn(|context| {
+            stream.with(|socket, _| match socket.state() {
+                State::SynSent | State::SynReceived => {
+                    socket.register_recv_waker(context.waker());
+                    socket.register_send_waker(context.waker());
+                    Poll::Pending
+                }
+                State::Closed => Poll::Ready(Err(Closed)),
+                _ => {
+                    socket.set_timeout(Some(SILENCE));
+                    socket.set_keep_alive(Some(KEEP_ALIVE));
+                    Poll::Ready(Ok(()))
+                }
+            })
+        })
+        .await?;
+        Ok(stream)
+    }
+
     fn with<R>(&self, act: impl FnOnce(&mut tcp::Socket<'static>, &mut Traffic) -> R) -> R {
         let mut stack = STACK.get();
         let stack = &mut *stack;
