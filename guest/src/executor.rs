@@ -3,6 +3,9 @@
 //! A task that has long work charges for it ([`charge`]) and yields ([`yield_now`]): between two rounds the
 //! kernel knocks, and what a round may cost is what bounds the time between two doors. There is no clock to
 //! look at between doors, so costs are estimates.
+//!
+//! Tasks of processes are a class of their own: they run a *slice* at a time ([`run_slice`]), in turn, and only when
+//! the kernel finds that nothing else wants to run.
 
 use alloc::{
     boxed::Box,
@@ -30,14 +33,23 @@ pub struct TaskId(u64);
 
 struct Task {
     name: &'static str,
+    class: Class,
     /// Taken while the task is polled.
     future: Option<Pin<Box<dyn Future<Output = ()>>>>,
     waker: Waker,
 }
 
+/// Which tasks run before which.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Class {
+    Kernel,
+    Process,
+}
+
 struct Executor {
     tasks: BTreeMap<TaskId, Task>,
-    runnable: VecDeque<TaskId>,
+    /// By class.
+    runnable: [VecDeque<TaskId>; 2],
     queued: BTreeSet<TaskId>,
     timers: BTreeMap<Timer, Waker>,
     next_task: u64,
@@ -54,7 +66,7 @@ static EXECUTOR: Local<Executor> = Local::new();
 pub fn start() {
     EXECUTOR.set(Executor {
         tasks: BTreeMap::new(),
-        runnable: VecDeque::new(),
+        runnable: [VecDeque::new(), VecDeque::new()],
         queued: BTreeSet::new(),
         timers: BTreeMap::new(),
         next_task: 0,
@@ -63,7 +75,7 @@ pub fn start() {
     });
 }
 
-struct TaskWaker(TaskId);
+struct TaskWaker(TaskId, Class);
 
 impl Wake for TaskWaker {
     fn wake(self: Arc<Self>) {
@@ -73,20 +85,29 @@ impl Wake for TaskWaker {
     fn wake_by_ref(self: &Arc<Self>) {
         let mut executor = EXECUTOR.get();
         if executor.queued.insert(self.0) {
-            executor.runnable.push_back(self.0);
+            executor.runnable[self.1 as usize].push_back(self.0);
         }
     }
 }
 
 /// Starts a task.
 pub fn spawn(name: &'static str, future: impl Future<Output = ()> + 'static) -> TaskId {
+    add(name, Class::Kernel, future)
+}
+
+/// Starts the task of a process.
+pub fn spawn_process(future: impl Future<Output = ()> + 'static) -> TaskId {
+    add("process", Class::Process, future)
+}
+
+fn add(name: &'static str, class: Class, future: impl Future<Output = ()> + 'static) -> TaskId {
     let mut executor = EXECUTOR.get();
     let id = TaskId(executor.next_task);
     executor.next_task += 1;
-    let waker = Waker::from(Arc::new(TaskWaker(id)));
-    executor.tasks.insert(id, Task { name, future: Some(Box::pin(future)), waker });
+    let waker = Waker::from(Arc::new(TaskWaker(id, class)));
+    executor.tasks.insert(id, Task { name, class, future: Some(Box::pin(future)), waker });
     executor.queued.insert(id);
-    executor.runnable.push_back(id);
+    executor.runnable[class as usize].push_back(id);
     id
 }
 
@@ -152,20 +173,45 @@ pub fn fire_timers(now: Duration) {
     due.into_iter().for_each(Waker::wake);
 }
 
-/// Runs each task that is runnable now once, `most` at the most, until the round costs enough.
-pub fn run_round(most: usize) {
+/// Runs each of the kernel's tasks that is runnable now once, `most` at the most, until the round costs enough. Returns
+/// how many ran.
+pub fn run_round(most: usize) -> usize {
+    run(Class::Kernel, most)
+}
+
+/// Runs processes in turn, `most` at the most, until the first that is interrupted.
+pub fn run_slice(most: usize) -> usize {
+    run(Class::Process, most)
+}
+
+/// Ends the slice: what runs has used it up.
+pub fn end_slice() {
+    charge(ROUND_COST);
+}
+
+/// Whether a process could run.
+pub fn wants_slice() -> bool {
+    !EXECUTOR.get().runnable[Class::Process as usize].is_empty()
+}
+
+/// Whether a task of the kernel could run.
+pub fn wants_round() -> bool {
+    !EXECUTOR.get().runnable[Class::Kernel as usize].is_empty()
+}
+
+fn run(class: Class, most: usize) -> usize {
     let waiting = {
         let mut executor = EXECUTOR.get();
         executor.cost = 0;
-        executor.runnable.len().min(most)
+        executor.runnable[class as usize].len().min(most)
     };
-    for _ in 0..waiting {
+    for ran in 0..waiting {
         let (id, mut future, waker) = {
             let mut executor = EXECUTOR.get();
             if executor.cost >= ROUND_COST {
-                return;
+                return ran;
             }
-            let Some(id) = executor.runnable.pop_front() else { return };
+            let Some(id) = executor.runnable[class as usize].pop_front() else { return ran };
             executor.queued.remove(&id);
             // A task that is not there has ended.
             let Some(task) = executor.tasks.get_mut(&id) else { continue };
@@ -185,19 +231,22 @@ pub fn run_round(most: usize) {
         };
         drop(rest);
     }
+    waiting
 }
 
 /// When something is to run next: at once, at a time, or only once something arrives.
 pub fn next_run() -> Option<Duration> {
     let executor = EXECUTOR.get();
-    if executor.runnable.is_empty() {
+    if executor.runnable.iter().all(VecDeque::is_empty) {
         executor.timers.keys().next().map(|(at, _)| *at)
     } else {
         Some(Duration::ZERO)
     }
 }
 
-/// Numbers and names of the tasks there are, oldest first.
+/// Numbers and names of the kernel's tasks, oldest first.
 pub fn tasks() -> Vec<(u64, &'static str)> {
-    EXECUTOR.get().tasks.iter().map(|(id, task)| (id.0, task.name)).collect()
+    let executor = EXECUTOR.get();
+    let tasks = executor.tasks.iter().filter(|(_, task)| task.class == Class::Kernel);
+    tasks.map(|(id, task)| (id.0, task.name)).collect()
 }

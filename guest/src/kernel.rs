@@ -8,7 +8,7 @@ use crate::{
     arch::{self, Mail},
     executor,
     local::Local,
-    log, net, random, resources, service, vid,
+    log, net, process, random, resources, service, vid,
     virtio::{block, entropy::Entropy, net::Net},
 };
 
@@ -16,11 +16,19 @@ use crate::{
 /// stands still between doors, so the number is what bounds the time.
 const ROUND: usize = 16;
 
+/// Processes that run between two doors, if each soon waits for something.
+const SLICE: usize = 8;
+
+/// Processes get a slice when nothing else wants to run, so that packets and what they wake come first; and at least
+/// this often.
+const PATIENCE: Duration = Duration::from_millis(3);
+
 /// Boots and serves for ever.
 pub fn run() -> ! {
     crate::memory::start();
     arch::upcall::start();
     executor::start();
+    process::start();
     PULSE.set(None);
     let device = Net::start();
     block::start();
@@ -40,8 +48,14 @@ pub fn run() -> ! {
     service::start(config, Duration::from_nanos(mail.now_ns));
     arch::set_status(status::RUNNING);
     log!("generation {}", mail.generation);
-    Kernel { generation: mail.generation, moves: mail.moves, heartbeat: Heartbeat::default(), entropy }
-        .serve(mail)
+    let kernel = Kernel {
+        generation: mail.generation,
+        moves: mail.moves,
+        heartbeat: Heartbeat::default(),
+        entropy,
+        slice: Duration::ZERO,
+    };
+    kernel.serve(mail)
 }
 
 /// How long the machine's own heartbeat goes on after it was last asked for.
@@ -93,6 +107,8 @@ struct Kernel {
     moves: u32,
     heartbeat: Heartbeat,
     entropy: Entropy,
+    /// End of the last slice of processes.
+    slice: Duration,
 }
 
 impl Kernel {
@@ -115,7 +131,7 @@ impl Kernel {
             }
             resources::poll();
             executor::fire_timers(now);
-            executor::run_round(ROUND);
+            let ran = executor::run_round(ROUND);
             net::poll(now);
             let next = executor::next_run().into_iter().chain(net::next_poll(now)).min();
             let mut deadline = next.map_or(u64::MAX, |next| next.as_nanos() as u64);
@@ -123,6 +139,16 @@ impl Kernel {
                 deadline = deadline.min(self.beat(&mail));
             }
             deadline = pulse(now).map_or(deadline, |next| deadline.min(next));
+            arch::set_preempt(!process::table::is_empty());
+            let quiet = ran == 0 && !executor::wants_round();
+            if executor::wants_slice() && (quiet || now.saturating_sub(self.slice) >= PATIENCE) {
+                executor::run_slice(SLICE);
+                net::poll(now);
+                mail = arch::door(0);
+                self.slice = Duration::from_nanos(mail.now_ns);
+                process::table::account(self.slice.saturating_sub(now));
+                continue;
+            }
             mail = arch::door(if deadline <= mail.now_ns { 0 } else { deadline });
         }
     }

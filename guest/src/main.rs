@@ -5,6 +5,7 @@
 //! - [`kernel`]: the loop: knock, poll the network, run what is runnable.
 //! - [`executor`]: tasks and timers; [`local`]: state of the one thread.
 //! - [`virtio`]: drivers; [`net`]: TCP and UDP as async streams; [`random`]: randomness of a generation.
+//! - [`process`]: programs in WebAssembly, each on a stack of its own; [`programs`]: those of the image.
 //! - [`service`]: what listens; [`shell`]: what a user runs; [`fs`]: what a user keeps; [`vid`]: what names it,
 //!   [`resources`]: where the host sees it.
 #![no_std]
@@ -21,6 +22,8 @@ mod local;
 mod log;
 mod memory;
 mod net;
+mod process;
+mod programs;
 mod random;
 mod resources;
 mod service;
