@@ -9,7 +9,7 @@ mod parse;
 #[allow(dead_code)]
 mod request;
 
-use parse::{ParseError, Piece, Redirect, When};
+use parse::{ParseError, Piece, Pipeline, Redirect, When};
 use proptest::prelude::*;
 use request::{Bad, Wanted};
 
@@ -21,17 +21,35 @@ fn text(word: &str) -> parse::Word {
 fn a_line_is_pipelines_commands_words_and_redirections() {
     let list =
         parse::parse("sum <a>b | cat >> 'c d' 2>&1 && echo \"$USER's $?\" || false; ~/x # rest").unwrap();
-    let whens: Vec<When> = list.iter().map(|(when, _)| *when).collect();
+    let whens: Vec<When> = list.iter().map(|pipeline| pipeline.when).collect();
     assert_eq!(whens, [When::Always, When::Success, When::Failure, When::Always]);
-    let first = &list[0].1;
+    let first = &list[0].commands;
     assert_eq!(first[0].words, [text("sum")]);
     assert_eq!(first[0].redirects, [Redirect::Input(text("a")), Redirect::Output(text("b"), false)]);
     assert_eq!(first[1].redirects, [Redirect::Output(text("c d"), true), Redirect::ErrorToOutput]);
-    let echo = &list[1].1[0].words[1];
-    assert!(echo.contains(&Piece::User) && echo.contains(&Piece::Status), "{echo:?}");
-    assert_eq!(list[3].1[0].words[0], [Piece::Home, Piece::Text("/x".into())]);
+    let echo = &list[1].commands[0].words[1];
+    assert!(echo.contains(&variable("USER")) && echo.contains(&Piece::Status), "{echo:?}");
+    assert_eq!(list[3].commands[0].words[0], [Piece::Home, Piece::Text("/x".into())]);
     assert_eq!(parse::parse("  # nothing").unwrap(), []);
-    assert_eq!(parse::parse("echo ''").unwrap()[0].1[0].words.len(), 2);
+    assert_eq!(parse::parse("echo ''").unwrap()[0].commands[0].words.len(), 2);
+}
+
+fn variable(name: &str) -> Piece {
+    Piece::Variable(name.into())
+}
+
+#[test]
+fn variables_and_the_background_have_their_signs() {
+    let list = parse::parse("A=1 x ${A}b $A-$ & y && z& a '&' $").unwrap();
+    let background: Vec<bool> = list.iter().map(|pipeline| pipeline.background).collect();
+    assert_eq!(background, [true, false, true, false]);
+    let Pipeline { commands, .. } = &list[0];
+    assert_eq!(commands[0].words[0], text("A=1"));
+    assert_eq!(commands[0].words[2], [variable("A"), Piece::Text("b".into())]);
+    assert_eq!(commands[0].words[3], [variable("A"), Piece::Text("-$".into())]);
+    assert_eq!(list[2].when, When::Success);
+    assert_eq!(list[3].commands[0].words[1..], [text("&"), text("$")]);
+    assert!(parse::is_name("_a1") && !parse::is_name("1a") && !parse::is_name("") && !parse::is_name("a-b"));
 }
 
 #[test]
@@ -45,6 +63,8 @@ fn half_a_line_is_refused() {
         ("cat |", ParseError::Operator),
         ("cat &&", ParseError::Operator),
         ("; echo", ParseError::Operator),
+        ("& echo", ParseError::Operator),
+        ("echo & &", ParseError::Operator),
         ("cat < | cat", ParseError::Operator),
     ] {
         assert_eq!(parse::parse(line), Err(error), "{line}");

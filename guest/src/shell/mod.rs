@@ -2,16 +2,19 @@
 //!
 //! A session is one task. Its commands are futures within it: ending the session's task, or dropping a command's
 //! future at an interrupt, frees whatever they hold. [`pipe`] and [`stdio`] are what they read and write, [`parse`]
-//! the language, [`run`] runs a line, [`session`] is the loop around it, [`builtin`] the commands.
+//! the language, [`run`] runs a line, [`session`] is the loop around it, [`builtin`] the commands, [`program`] those
+//! that are processes, [`jobs`] what runs in the background.
 
 mod builtin;
+mod jobs;
 pub mod parse;
 pub mod pipe;
+mod program;
 mod run;
 pub mod session;
 pub mod stdio;
 
-use alloc::{rc::Rc, string::String};
+use alloc::{collections::BTreeMap, format, rc::Rc, string::String, vec::Vec};
 use core::{
     cell::{Cell, RefCell},
     fmt,
@@ -74,6 +77,11 @@ impl Interrupt {
         }
     }
 
+    /// Whether it was asked for.
+    pub fn is_raised(&self) -> bool {
+        self.raised.get()
+    }
+
     /// Forgets one that was asked for.
     pub fn clear(&self) {
         self.raised.set(false);
@@ -88,6 +96,10 @@ impl Interrupt {
         Poll::Pending
     }
 }
+
+/// Most variables of a session, and most bytes of their names and values.
+const VARIABLES: usize = 256;
+const VARIABLE_BYTES: usize = 64 << 10;
 
 /// What the commands of a session share.
 pub struct Session {
@@ -105,12 +117,23 @@ pub struct Session {
     pub interrupt: Interrupt,
     /// Columns of the terminal, 0 if unknown.
     pub columns: Cell<u32>,
+    /// What runs in the background.
+    pub jobs: jobs::Jobs,
+    variables: RefCell<BTreeMap<String, String>>,
 }
 
 impl Session {
     /// A new session of a user.
     pub fn new(user: &str, columns: u32) -> Rc<Self> {
-        let home = alloc::format!("/home/{user}");
+        let home = format!("/home/{user}");
+        let mut variables = BTreeMap::from([
+            ("HOME".into(), home.clone()),
+            ("USER".into(), user.into()),
+            ("PATH".into(), format!("/bin:{home}/bin:{home}")),
+        ]);
+        if columns > 0 {
+            variables.insert("TERM".into(), "xterm".into());
+        }
         Rc::new(Self {
             user: user.into(),
             directory: RefCell::new(home.clone()),
@@ -119,7 +142,54 @@ impl Session {
             leaving: Cell::new(None),
             interrupt: Interrupt::default(),
             columns: Cell::new(columns),
+            jobs: jobs::Jobs::default(),
+            variables: RefCell::new(variables),
         })
+    }
+
+    /// A session like this one with an interrupt of its own: what a job's commands share.
+    pub fn apart(&self) -> Rc<Self> {
+        Rc::new(Self {
+            user: self.user.clone(),
+            home: self.home.clone(),
+            directory: self.directory.clone(),
+            status: self.status.clone(),
+            leaving: Cell::new(None),
+            interrupt: Interrupt::default(),
+            columns: self.columns.clone(),
+            jobs: jobs::Jobs::default(),
+            variables: self.variables.clone(),
+        })
+    }
+
+    /// Value of a variable.
+    pub fn variable(&self, name: &str) -> Option<String> {
+        self.variables.borrow().get(name).cloned()
+    }
+
+    /// Sets a variable; false when its name is none, or there are too many.
+    pub fn set_variable(&self, name: &str, value: &str) -> bool {
+        let mut variables = self.variables.borrow_mut();
+        let bytes: usize = variables.iter().map(|(name, value)| name.len() + value.len()).sum();
+        let fits = variables.len() < VARIABLES && bytes + name.len() + value.len() <= VARIABLE_BYTES;
+        let set = parse::is_name(name) && fits;
+        if set {
+            variables.insert(name.into(), value.into());
+        }
+        set
+    }
+
+    /// Forgets a variable.
+    pub fn unset_variable(&self, name: &str) {
+        self.variables.borrow_mut().remove(name);
+    }
+
+    /// All variables as programs get them.
+    pub fn environment(&self) -> Vec<String> {
+        let mut all: Vec<String> =
+            self.variables.borrow().iter().map(|(name, value)| format!("{name}={value}")).collect();
+        all.push(format!("PWD={}", self.directory.borrow()));
+        all
     }
 
     /// Notes the terminal's new width.

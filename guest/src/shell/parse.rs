@@ -1,13 +1,13 @@
-//! Command lines: words, quotes, `;` `&&` `||` `|`, redirections.
+//! Command lines: words, quotes, variables, `;` `&` `&&` `||` `|`, redirections.
 //!
 //! Grammar, a small part of POSIX 2.10:
 //! ```text
-//! list     = [ pipeline { (";" | "&&" | "||") pipeline } [ ";" ] ]
+//! list     = [ pipeline { (";" | "&" | "&&" | "||") pipeline } [ ";" | "&" ] ]
 //! pipeline = command { "|" command }
 //! command  = { word | ("<" | ">" | ">>" | "2>" | "2>>") word | "2>&1" }
 //! ```
-//! `'…'` quotes everything, `"…"` all but `\` and `$`; `$?`, `$USER` and `$HOME` are replaced when a command runs.
-//! Not here: globs, other variables, subshells, background jobs.
+//! `'…'` quotes everything, `"…"` all but `\` and `$`; `$?`, `$NAME` and `${NAME}` are replaced when a command runs.
+//! `&` puts the pipeline before it into the background. Not here: globs, subshells.
 
 use alloc::{string::String, vec::Vec};
 use core::fmt;
@@ -43,9 +43,9 @@ pub enum Piece {
     Text(String),
     /// `$?`.
     Status,
-    /// `$USER`.
-    User,
-    /// `$HOME`, or `~` at a word's start.
+    /// `$NAME` or `${NAME}`.
+    Variable(String),
+    /// `~` at a word's start.
     Home,
 }
 
@@ -85,8 +85,19 @@ pub enum When {
     Failure,
 }
 
+/// Commands joined by pipes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Pipeline {
+    /// When it runs.
+    pub when: When,
+    /// Nobody waits for it.
+    pub background: bool,
+    /// In order.
+    pub commands: Vec<Command>,
+}
+
 /// Pipelines in order.
-pub type List = Vec<(When, Vec<Command>)>;
+pub type List = Vec<Pipeline>;
 
 enum Token {
     Word(Word),
@@ -140,7 +151,8 @@ pub fn parse(line: &str) -> Result<List, ParseError> {
             }
             continue;
         }
-        list.push((when, core::mem::take(&mut pipeline)));
+        let commands = core::mem::take(&mut pipeline);
+        list.push(Pipeline { when, background: operator == "&", commands });
         when = match operator {
             "&&" => When::Success,
             "||" => When::Failure,
@@ -154,13 +166,13 @@ pub fn parse(line: &str) -> Result<List, ParseError> {
         pipeline.push(command);
     }
     if !pipeline.is_empty() {
-        list.push((when, pipeline));
+        list.push(Pipeline { when, background: false, commands: pipeline });
     }
     Ok(list)
 }
 
 /// Operators, the longer before those they start with.
-const OPERATORS: [&str; 10] = ["2>&1", "2>>", "2>", "&&", "||", ">>", ">", "<", "|", ";"];
+const OPERATORS: [&str; 11] = ["2>&1", "2>>", "2>", "&&", "||", ">>", ">", "<", "|", ";", "&"];
 
 fn tokens(line: &str) -> Result<Vec<Token>, ParseError> {
     let mut tokens = Vec::new();
@@ -222,26 +234,24 @@ fn word(text: &str) -> Result<(Word, &str), ParseError> {
                 plain.push(escaped);
                 rest = &after[escaped.len_utf8()..];
             }
-            '$' => {
-                let known = [("?", Piece::Status), ("USER", Piece::User), ("HOME", Piece::Home)];
-                match known.into_iter().find(|(name, _)| after.starts_with(name)) {
-                    Some((name, piece)) => {
-                        if !plain.is_empty() {
-                            word.push(Piece::Text(core::mem::take(&mut plain)));
-                        }
-                        word.push(piece);
-                        rest = &after[name.len()..];
+            '$' => match variable(after) {
+                Some((piece, after)) => {
+                    if !plain.is_empty() {
+                        word.push(Piece::Text(core::mem::take(&mut plain)));
                     }
-                    None => {
-                        plain.push('$');
-                        rest = after;
-                    }
+                    word.push(piece);
+                    rest = after;
                 }
-            }
-            _ if !quoted && (character.is_whitespace() || matches!(character, ';' | '|' | '<' | '>')) => {
+                None => {
+                    plain.push('$');
+                    rest = after;
+                }
+            },
+            _ if !quoted
+                && (character.is_whitespace() || matches!(character, ';' | '|' | '<' | '>' | '&')) =>
+            {
                 break;
             }
-            _ if !quoted && rest.starts_with("&&") => break,
             _ => {
                 plain.push(character);
                 rest = after;
@@ -255,4 +265,25 @@ fn word(text: &str) -> Result<(Word, &str), ParseError> {
         word.push(Piece::Text(plain));
     }
     Ok((word, rest))
+}
+
+/// Whether a variable may be called so.
+pub fn is_name(text: &str) -> bool {
+    !text.is_empty()
+        && !text.starts_with(|first: char| first.is_ascii_digit())
+        && text.chars().all(|character| character.is_ascii_alphanumeric() || character == '_')
+}
+
+/// Reads what stands behind a `$`; `None` if that is no variable.
+fn variable(text: &str) -> Option<(Piece, &str)> {
+    if let Some(rest) = text.strip_prefix('?') {
+        return Some((Piece::Status, rest));
+    }
+    if let Some(rest) = text.strip_prefix('{') {
+        let (name, rest) = rest.split_once('}')?;
+        return is_name(name).then(|| (Piece::Variable(name.into()), rest));
+    }
+    let end = text.find(|character: char| !character.is_ascii_alphanumeric() && character != '_');
+    let (name, rest) = text.split_at(end.unwrap_or(text.len()));
+    is_name(name).then(|| (Piece::Variable(name.into()), rest))
 }

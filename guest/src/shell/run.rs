@@ -9,7 +9,7 @@ use core::{
 
 use super::{
     Failure, Session, builtin,
-    parse::{self, Command, Piece, Redirect, When, Word},
+    parse::{self, Command, Piece, Pipeline, Redirect, When, Word},
     pipe,
     stdio::{Input, Output, Stdio},
 };
@@ -29,7 +29,7 @@ pub async fn run_line(session: &Rc<Session>, line: &str, stdio: &Stdio) -> u32 {
             return SYNTAX;
         }
     };
-    for (when, pipeline) in list {
+    for Pipeline { when, background, commands } in list {
         let succeeded = session.status.get() == 0;
         let runs = match when {
             When::Always => true,
@@ -39,13 +39,46 @@ pub async fn run_line(session: &Rc<Session>, line: &str, stdio: &Stdio) -> u32 {
         if !runs {
             continue;
         }
-        let status = run_pipeline(session, pipeline, stdio).await;
+        let status = if background {
+            start_job(session, commands, stdio).await
+        } else {
+            run_pipeline(session, commands, stdio).await
+        };
         session.status.set(status);
         if session.leaving.get().is_some() || status == INTERRUPTED {
             break;
         }
     }
     session.status.get()
+}
+
+/// Starts a pipeline that nobody waits for. It reads nothing from the terminal.
+async fn start_job(session: &Rc<Session>, commands: Vec<Command>, stdio: &Stdio) -> u32 {
+    let text = commands
+        .iter()
+        .map(|command| {
+            let words: Vec<String> = command.words.iter().map(|word| expand(session, word)).collect();
+            words.join(" ")
+        })
+        .collect::<Vec<_>>()
+        .join(" | ");
+    let (_, nothing) = pipe::pipe();
+    let own = Stdio { input: Input::Pipe(nothing), ..stdio.clone() };
+    let job = session
+        .jobs
+        .start(text, session.apart(), |session| async move { run_pipeline(&session, commands, &own).await });
+    match job {
+        Some(job) => {
+            if session.columns.get() > 0 {
+                let _ = stdio.error.write(format!("[{}]\n", job.number).as_bytes()).await;
+            }
+            0
+        }
+        None => {
+            let _ = stdio.error.write(b"kage: too many jobs\n").await;
+            1
+        }
+    }
 }
 
 struct Running {
@@ -94,7 +127,12 @@ fn poll_pipeline(session: &Session, running: &mut [Running], context: &mut Conte
 
 /// Applies redirections and makes the command's future.
 async fn start(session: &Rc<Session>, command: Command, mut stdio: Stdio) -> Running {
-    let words: Vec<String> = command.words.iter().map(|word| expand(session, word)).collect();
+    let mut words: Vec<String> = command.words.iter().map(|word| expand(session, word)).collect();
+    let session = match assign(session, &command.words, &mut words) {
+        Some(session) => session,
+        None => Rc::clone(session),
+    };
+    let session = &session;
     if let Err(failure) = redirect(session, &command.redirects, &mut stdio) {
         let _ = stdio.error.write(format!("kage: {failure}\n").as_bytes()).await;
         return Running { future: None, polite: false, status: failure.status() };
@@ -118,6 +156,26 @@ async fn start(session: &Rc<Session>, command: Command, mut stdio: Stdio) -> Run
     Running { future: Some(Box::pin(future)), polite, status: 0 }
 }
 
+/// Takes assignments before a command off its words. Those of a command are its own, which then gets a session apart;
+/// those without one are the session's.
+fn assign(session: &Rc<Session>, parsed: &[Word], words: &mut Vec<String>) -> Option<Rc<Session>> {
+    // An assignment's name is plain text: `"A"=b` and `$A=b` are none.
+    let is_assignment = |word: &Word| match word.first() {
+        Some(Piece::Text(text)) => text.split_once('=').is_some_and(|(name, _)| parse::is_name(name)),
+        _ => false,
+    };
+    let count = parsed.iter().take_while(|word| is_assignment(word)).count();
+    if count == 0 {
+        return None;
+    }
+    let assignments: Vec<String> = words.drain(..count).collect();
+    let session = if words.is_empty() { Rc::clone(session) } else { session.apart() };
+    for (name, value) in assignments.iter().filter_map(|word| word.split_once('=')) {
+        session.set_variable(name, value);
+    }
+    Some(session)
+}
+
 fn redirect(session: &Session, redirects: &[Redirect], stdio: &mut Stdio) -> Result<(), Failure> {
     let path = |word: &Word| session.path(&expand(session, word));
     for redirect in redirects {
@@ -137,7 +195,7 @@ fn expand(session: &Session, word: &Word) -> String {
         match piece {
             Piece::Text(plain) => text.push_str(plain),
             Piece::Status => text.push_str(&format!("{}", session.status.get())),
-            Piece::User => text.push_str(&session.user),
+            Piece::Variable(name) => text.push_str(&session.variable(name).unwrap_or_default()),
             Piece::Home => text.push_str(&session.home),
         }
     }

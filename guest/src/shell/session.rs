@@ -70,6 +70,8 @@ pub fn start(user: &str, what: What, columns: Option<u32>) -> Running {
     let (shared, result) = (Rc::clone(&session), Rc::clone(&exit));
     let name = if matches!(what, What::Shell) { "shell" } else { "command" };
     let task = executor::spawn(name, async move {
+        // Jobs may hold the ends of output too, and live on: what they write then has no reader.
+        let _ends = Ends([out.clone(), err.clone()]);
         let status = match (what, columns) {
             (What::Line(line), None) => {
                 let stdio =
@@ -84,6 +86,15 @@ pub fn start(user: &str, what: What, columns: Option<u32>) -> Running {
         result.set(Some(status));
     });
     Running { session, input, output, error, exit, task }
+}
+
+/// Ends of output that end with the session.
+struct Ends([pipe::Writer; 2]);
+
+impl Drop for Ends {
+    fn drop(&mut self) {
+        self.0.iter().for_each(pipe::Writer::end);
+    }
 }
 
 /// Runs a line whose input and output are a terminal.

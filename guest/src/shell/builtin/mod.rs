@@ -3,6 +3,7 @@
 mod crash;
 mod dirty;
 mod files;
+mod jobs;
 mod measure;
 mod system;
 
@@ -25,7 +26,13 @@ const HELP: &[(&str, &str, &str)] = &[
     ("rm", "PATH…", "remove files and empty directories"),
     ("mv", "FROM TO", "give a file or a directory another path"),
     ("echo", "[-n] TEXT…", "print text"),
-    ("ps", "", "tasks"),
+    ("ps", "[-k]", "processes; the kernel's tasks too"),
+    ("kill", "[-SIGNAL] PID|%JOB…", "end processes or jobs"),
+    ("jobs", "", "what runs in the background"),
+    ("wait", "[PID|%JOB…]", "wait for its end"),
+    ("export", "NAME=VALUE…", "set variables"),
+    ("unset", "NAME…", "forget variables"),
+    ("env", "", "all variables"),
     ("uptime", "", "guest time since this machine began"),
     ("date", "", "wall clock, UTC"),
     ("free", "", "memory"),
@@ -73,7 +80,13 @@ pub async fn run(
         "rm" => files::each(session, arguments, crate::fs::remove, "rm PATH…"),
         "mv" => files::mv(session, arguments),
         "echo" => echo(arguments, &stdio).await,
-        "ps" => system::ps(&stdio).await,
+        "ps" => jobs::ps(arguments, &stdio).await,
+        "kill" => jobs::kill(session, arguments, &stdio).await,
+        "jobs" => jobs::jobs(session, &stdio).await,
+        "wait" => jobs::wait(session, arguments).await,
+        "export" => jobs::export(session, arguments, &stdio).await,
+        "unset" => jobs::unset(session, arguments),
+        "env" => jobs::env(session, &stdio).await,
         "uptime" => system::uptime(&stdio).await,
         "date" => system::date(&stdio).await,
         "free" => system::free(&stdio).await,
@@ -90,13 +103,7 @@ pub async fn run(
         "false" => Ok(1),
         "exit" => exit(session, arguments),
         "crash" => crash::run(arguments).await,
-        _ => {
-            stdio
-                .error
-                .write(format!("kage: {name}: no such command; `help` lists what there is\n").as_bytes())
-                .await?;
-            Ok(UNKNOWN)
-        }
+        _ => super::program::run(session, name, arguments, stdio).await,
     }
 }
 
@@ -116,7 +123,7 @@ async fn help(stdio: &Stdio) -> Result<u32, Failure> {
             text.push_str(&format!("  {usage:24} {what}\n"));
         }
     }
-    text.push_str("Lines take ; && || | < > >> 2> and quotes.\n");
+    text.push_str("Any other name is a program: a path, or a file in $PATH. Lines take ; & && || | < > >> 2> $NAME and quotes.\n");
     say(stdio, &text).await
 }
 

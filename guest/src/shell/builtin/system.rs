@@ -7,18 +7,10 @@ use smoltcp::wire::IpEndpoint;
 
 use super::say;
 use crate::{
-    arch, executor, kernel, memory, net, service,
+    arch, kernel, memory, net, service,
     shell::{Failure, stdio::Stdio},
     time,
 };
-
-pub async fn ps(stdio: &Stdio) -> Result<u32, Failure> {
-    let mut text = String::from("  TASK NAME\n");
-    for (number, name) in executor::tasks() {
-        let _ = writeln!(text, "{number:6} {name}");
-    }
-    say(stdio, &text).await
-}
 
 pub async fn uptime(stdio: &Stdio) -> Result<u32, Failure> {
     let up = service::uptime();
