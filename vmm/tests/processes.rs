@@ -1,0 +1,413 @@
+//! Programs in a machine: they run, share, end and move without harm to anything else.
+
+mod lab;
+
+use std::{
+    io::{Read, Write},
+    net::{TcpListener, TcpStream},
+    path::PathBuf,
+    process::{Command, Stdio},
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+use lab::{
+    Lab,
+    desk::{Desk, Terminal},
+};
+
+/// The compiler that the host would run.
+fn compiler() -> PathBuf {
+    std::env::var_os("KAGE_COMPILER").expect("names the compiler").into()
+}
+
+/// Compiles as a host does for a machine; connections are served one after the other. Returns how many there were.
+fn serve_compiles() -> Arc<AtomicUsize> {
+    let listener = TcpListener::bind("[::]:7702").unwrap();
+    let count = Arc::new(AtomicUsize::new(0));
+    let counted = Arc::clone(&count);
+    std::thread::spawn(move || {
+        for stream in listener.incoming() {
+            counted.fetch_add(1, Ordering::Relaxed);
+            // A machine that moved hangs up in the middle.
+            let _ = serve(stream.unwrap());
+        }
+    });
+    count
+}
+
+fn serve(mut stream: TcpStream) -> std::io::Result<()> {
+    let mut head = [0; 13];
+    stream.read_exact(&mut head)?;
+    assert_eq!(&head[..12], b"kagecomp\x01\0\0\0");
+    let mut engine = vec![0; usize::from(head[12])];
+    stream.read_exact(&mut engine)?;
+    let mut length = [0; 4];
+    stream.read_exact(&mut length)?;
+    let mut module = vec![0; u32::from_le_bytes(length) as usize];
+    stream.read_exact(&mut module)?;
+    let mut child = Command::new(compiler())
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .expect("the compiler runs");
+    let mut stdin = child.stdin.take().unwrap();
+    let writer = std::thread::spawn(move || stdin.write_all(&module));
+    let output = child.wait_with_output()?;
+    let _ = writer.join();
+    let (status, bytes) = if output.status.success() { (0_u32, output.stdout) } else { (1, output.stderr) };
+    stream.write_all(&status.to_le_bytes())?;
+    stream.write_all(&(bytes.len() as u32).to_le_bytes())?;
+    stream.write_all(&bytes)
+}
+
+/// Puts a program into the machine.
+fn put(desk: &Desk<'_>, name: &str, text: &str) {
+    put_bytes(desk, name, &wat::parse_str(text).expect("the test's own text"));
+}
+
+fn put_bytes(desk: &Desk<'_>, name: &str, bytes: &[u8]) {
+    let mut child = desk
+        .ssh(&[])
+        .args(["--", &format!("cat > {name}")])
+        .stdin(Stdio::piped())
+        .spawn()
+        .expect("ssh is installed");
+    child.stdin.take().unwrap().write_all(bytes).unwrap();
+    assert!(child.wait().unwrap().success());
+}
+
+/// Prints and leaves with a code of its own.
+const HELLO: &str = r#"(module
+  (import "wasi_snapshot_preview1" "fd_write" (func $write (param i32 i32 i32 i32) (result i32)))
+  (import "wasi_snapshot_preview1" "proc_exit" (func $exit (param i32)))
+  (memory (export "memory") 1)
+  (data (i32.const 0) "\08\00\00\00\06\00\00\00hello\n")
+  (func (export "_start")
+    (drop (call $write (i32.const 1) (i32.const 0) (i32.const 1) (i32.const 64)))
+    (call $exit (i32.const 7))))"#;
+
+const LOOP: &str = r#"(module (func (export "_start") (loop (br 0))))"#;
+
+/// Steps of xorshift64 with every value written to memory and read back; prints the last in sixteen digits.
+const WORK: &str = r#"(module
+  (import "wasi_snapshot_preview1" "fd_write" (func $write (param i32 i32 i32 i32) (result i32)))
+  (memory (export "memory") 17)
+  (data (i32.const 0) "\10\00\00\00\11\00\00\00")
+  (func (export "_start") (local $x i64) (local $n i32) (local $at i32)
+    (local.set $x (i64.const 88172645463325252))
+    (local.set $n (i32.const STEPS))
+    (loop $step
+      (local.set $x (i64.xor (local.get $x) (i64.shl (local.get $x) (i64.const 13))))
+      (local.set $x (i64.xor (local.get $x) (i64.shr_u (local.get $x) (i64.const 7))))
+      (local.set $x (i64.xor (local.get $x) (i64.shl (local.get $x) (i64.const 17))))
+      (local.set $at (i32.add (i32.const 65536) (i32.and (i32.wrap_i64 (local.get $x)) (i32.const 0xffff8))))
+      (local.set $x (i64.add (local.get $x) (i64.load (local.get $at))))
+      (i64.store (local.get $at) (local.get $x))
+      (br_if $step (local.tee $n (i32.sub (local.get $n) (i32.const 1)))))
+    (local.set $n (i32.const 15))
+    (loop $digit
+      (local.set $at (i32.wrap_i64 (i64.and (local.get $x) (i64.const 15))))
+      (i32.store8 (i32.add (i32.const 16) (local.get $n))
+        (i32.add (local.get $at) (select (i32.const 87) (i32.const 48) (i32.gt_u (local.get $at) (i32.const 9)))))
+      (local.set $x (i64.shr_u (local.get $x) (i64.const 4)))
+      (br_if $digit (i32.ge_s (local.tee $n (i32.sub (local.get $n) (i32.const 1))) (i32.const 0))))
+    (i32.store8 (i32.const 32) (i32.const 10))
+    (drop (call $write (i32.const 1) (i32.const 0) (i32.const 1) (i32.const 8)))))"#;
+
+/// What [`WORK`] prints.
+fn work(steps: u32) -> String {
+    let mut memory = vec![0_u64; 1 << 17];
+    let mut x = 88_172_645_463_325_252_u64;
+    for _ in 0..steps {
+        x ^= x << 13;
+        x ^= x >> 7;
+        x ^= x << 17;
+        let at = (x as u32 & 0xf_fff8) as usize / 8;
+        x = x.wrapping_add(memory[at]);
+        memory[at] = x;
+    }
+    format!("{x:016x}\n")
+}
+
+/// A program of a few instructions, as a body of `_start` with a memory of one page.
+fn body(text: &str) -> String {
+    format!("(module (memory (export \"memory\") 1) (func $start (export \"_start\") {text}))")
+}
+
+#[test]
+fn a_program_runs_and_its_code_is_kept() {
+    Lab::run(|lab| {
+        let compiles = serve_compiles();
+        let desk = Desk::new(lab);
+        put(&desk, "hello.wasm", HELLO);
+        for command in ["./hello.wasm", "/home/alice/hello.wasm", "hello.wasm", "hello"] {
+            let output = desk.exec(command);
+            assert_eq!((output.status.code(), &output.stdout[..]), (Some(7), &b"hello\n"[..]), "{output:?}");
+        }
+        assert_eq!(compiles.load(Ordering::Relaxed), 1);
+        assert_eq!(desk.say("hello | cat > out; cat < out; ./hello.wasm || echo $?"), "hello\nhello\n7\n");
+        put(&desk, "hello.wasm", &HELLO.replace("hello", "jello"));
+        assert_eq!(desk.exec("hello").stdout, b"jello\n");
+        let output = desk.exec("export A=b; C=d env; echo $A$C");
+        let text = String::from_utf8(output.stdout).unwrap();
+        assert!(text.contains("\nA=b") || text.starts_with("A=b"), "{text}");
+        assert!(text.contains("\nC=d\n") && text.ends_with("\nb\n"), "{text}");
+        let mut times: Vec<Duration> = (0..9)
+            .map(|_| {
+                let started = Instant::now();
+                assert_eq!(desk.exec("hello").status.code(), Some(7));
+                started.elapsed()
+            })
+            .collect();
+        times.sort();
+        eprintln!("a kept program over ssh: median {:?}", times[4]);
+    });
+}
+
+#[test]
+fn a_trap_ends_its_process_alone_and_says_why() {
+    Lab::run(|lab| {
+        serve_compiles();
+        let desk = Desk::new(lab);
+        let traps = [
+            ("unreachable", "reached `unreachable`"),
+            ("(drop (i32.div_u (i32.const 1) (i32.load (i32.const 0))))", "integer divide by zero"),
+            ("(drop (i32.load (i32.const 70000)))", "out of bounds memory access"),
+            ("(drop (i32.load offset=2147483640 (i32.const -1)))", "out of bounds memory access"),
+            ("(i64.store (i32.const 65530) (i64.const 1))", "out of bounds memory access"),
+            ("(call $start) (i32.store (i32.const 0) (i32.const 1))", "call stack exhausted"),
+            ("(drop (i32.trunc_f32_s (f32.const nan)))", "invalid conversion to integer"),
+        ];
+        put(&desk, "work", &WORK.replace("STEPS", "400000000"));
+        let mut worker = desk.ssh(&[]).args(["--", "./work"]).stdout(Stdio::piped()).spawn().unwrap();
+        for (index, (text, reason)) in traps.iter().enumerate() {
+            let name = format!("t{index}.wasm");
+            put(&desk, &name, &body(text));
+            let output = desk.exec(&format!("./{name}"));
+            assert_eq!(output.status.code(), Some(134), "{text}: {output:?}");
+            let said = String::from_utf8_lossy(&output.stderr);
+            assert_eq!(said, format!("./{name}: trap: {reason}\n"), "{text}");
+        }
+        let mut text = String::new();
+        worker.stdout.take().unwrap().read_to_string(&mut text).unwrap();
+        assert_eq!(text, work(400_000_000));
+        assert!(worker.wait().unwrap().success());
+        assert_eq!(desk.say("ps").lines().count(), 1);
+    });
+}
+
+#[test]
+fn what_is_no_program_is_refused_by_name() {
+    Lab::run(|lab| {
+        serve_compiles();
+        let desk = Desk::new(lab);
+        put_bytes(&desk, "text", b"just text\n");
+        put_bytes(&desk, "broken.wasm", b"\0asm\x01\0\0\0garbage");
+        put(&desk, "lacks", r#"(module (import "env" "fork" (func)) (func (export "_start")))"#);
+        put(&desk, "nostart", "(module (func (export \"main\")))");
+        put(&desk, "wide", "(module (memory 65536) (func (export \"_start\")))");
+        for (command, status, words) in [
+            ("./missing", 127, "no such command"),
+            ("missing", 127, "no such command"),
+            ("./text", 126, "not a WebAssembly module"),
+            ("./broken.wasm", 126, "broken.wasm"),
+            ("./lacks", 126, "imports `fork` of `env`"),
+            ("./nostart", 126, "_start"),
+            ("./wide", 126, "memory"),
+            ("/tmp", 127, "no such command"),
+        ] {
+            let output = desk.exec(command);
+            let said = String::from_utf8_lossy(&output.stderr);
+            assert_eq!(output.status.code(), Some(status), "{command}: {said}");
+            assert!(said.contains(words) && said.lines().count() == 1, "{command}: {said}");
+        }
+    });
+}
+
+#[test]
+fn memory_has_a_limit() {
+    Lab::run(|lab| {
+        serve_compiles();
+        let desk = Desk::new(lab);
+        // Grows by 1 MiB until refused, touches all of it, then says how many it got.
+        let grow = "(local $n i32) (local $at i32)
+            (loop $more
+              (if (i32.ne (memory.grow (i32.const 16)) (i32.const -1))
+                (then (local.set $n (i32.add (local.get $n) (i32.const 1))) (br $more))))
+            (local.set $at (i32.sub (i32.mul (memory.size) (i32.const 65536)) (i32.const 4096)))
+            (loop $touch
+              (i32.store (local.get $at) (local.get $at))
+              (br_if $touch (i32.gt_s (local.tee $at (i32.sub (local.get $at) (i32.const 4096))) (i32.const 0))))
+            (if (i32.lt_s (local.get $n) (i32.const 32)) (then (loop (br 0))))
+            unreachable";
+        put(&desk, "grow", &body(grow));
+        for _ in 0..3 {
+            let output = desk.exec("./grow");
+            let said = String::from_utf8_lossy(&output.stderr);
+            assert_eq!(output.status.code(), Some(134), "{said}");
+            assert!(said.contains("refused memory") && said.contains("48 MiB"), "{said}");
+        }
+    });
+}
+
+#[test]
+fn too_many_processes_are_refused_and_go_by_a_word() {
+    Lab::run(|lab| {
+        serve_compiles();
+        let desk = Desk::new(lab);
+        put(&desk, "loop", LOOP);
+        let mut child = desk
+            .ssh(&["-T"])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut lines = "./loop &\n".repeat(60);
+        lines.push_str("sleep 1\nps\nwait\n");
+        child.stdin.take().unwrap().write_all(lines.as_bytes()).unwrap();
+        let started = Instant::now();
+        let count = loop {
+            let text = desk.say("ps");
+            let count = text.lines().count() - 1;
+            if count >= 20 || started.elapsed() > Duration::from_secs(20) {
+                eprintln!("{count} processes:\n{text}");
+                break count;
+            }
+        };
+        assert!(count >= 20, "{count}");
+        let text = desk.say("ps");
+        let pids: Vec<&str> =
+            text.lines().skip(1).filter_map(|line| line.split_whitespace().next()).collect();
+        desk.say(&format!("kill -9 {}", pids.join(" ")));
+        let output = child.wait_with_output().unwrap();
+        eprintln!("{}", String::from_utf8_lossy(&output.stderr));
+    });
+}
+
+#[test]
+fn a_process_does_not_notice_a_move() {
+    Lab::run(|lab| {
+        serve_compiles();
+        let mut desk = Desk::new(lab);
+        put(&desk, "work", &WORK.replace("STEPS", "2000000000"));
+        let mut worker = desk.ssh(&[]).args(["--", "./work"]).stdout(Stdio::piped()).spawn().unwrap();
+        std::thread::sleep(Duration::from_millis(300));
+        for _ in 0..5 {
+            let blackout = desk.walk();
+            eprintln!("{blackout:?}");
+            std::thread::sleep(Duration::from_millis(200));
+        }
+        let running = desk.say("ps");
+        assert!(running.contains("./work"), "{running}");
+        let mut text = String::new();
+        worker.stdout.take().unwrap().read_to_string(&mut text).unwrap();
+        assert_eq!(text, work(2_000_000_000));
+        assert!(worker.wait().unwrap().success());
+        // And one that is started where the machine is now.
+        put(&desk, "hello", HELLO);
+        assert_eq!(desk.exec("hello").stdout, b"hello\n");
+    });
+}
+
+/// Echoes through the machine; returns the times of all, sorted.
+fn echoes(lab: &Lab, count: usize) -> Vec<Duration> {
+    let mut stream = TcpStream::connect((lab.address(), 7)).unwrap();
+    stream.set_nodelay(true).unwrap();
+    let mut times: Vec<Duration> = (0..count)
+        .map(|_| {
+            let started = Instant::now();
+            stream.write_all(b"x").unwrap();
+            stream.read_exact(&mut [0]).unwrap();
+            let took = started.elapsed();
+            std::thread::sleep(Duration::from_millis(1));
+            took
+        })
+        .collect();
+    times.sort();
+    times
+}
+
+#[test]
+fn an_endless_loop_delays_no_echo() {
+    Lab::run(|lab| {
+        serve_compiles();
+        let desk = Desk::new(lab);
+        put(&desk, "loop", LOOP);
+        let quiet = echoes(lab, 1000);
+        let mut child = desk.ssh(&[]).args(["--", "./loop"]).spawn().unwrap();
+        let started = Instant::now();
+        while !desk.say("ps").contains("./loop") {
+            assert!(started.elapsed() < Duration::from_secs(10));
+        }
+        let busy = echoes(lab, 2000);
+        for (name, times) in [("quiet", &quiet), ("beside a loop", &busy)] {
+            let at = |share: usize| times[times.len() * share / 1000];
+            eprintln!(
+                "echo {name}: p50 {:?} p99 {:?} p999 {:?} max {:?}",
+                at(500),
+                at(990),
+                at(999),
+                times.last()
+            );
+        }
+        assert!(busy[busy.len() * 99 / 100] < Duration::from_millis(4));
+        let text = desk.say("ps");
+        let line = text.lines().find(|line| line.ends_with("./loop")).unwrap();
+        let pid = line.split_whitespace().next().unwrap();
+        desk.say(&format!("kill {pid}"));
+        assert_eq!(child.wait().unwrap().code(), Some(143));
+        assert!(!desk.say("ps").contains("./loop"));
+        // A connection that ends takes its process with it.
+        let mut child = desk.ssh(&[]).args(["--", "./loop"]).spawn().unwrap();
+        while !desk.say("ps").contains("./loop") {}
+        child.kill().unwrap();
+        child.wait().unwrap();
+        let started = Instant::now();
+        while desk.say("ps").contains("./loop") {
+            assert!(started.elapsed() < Duration::from_secs(10));
+        }
+    });
+}
+
+#[test]
+fn a_terminal_interrupts_and_jobs_live_on() {
+    Lab::run(|lab| {
+        serve_compiles();
+        let desk = Desk::new(lab);
+        put(&desk, "loop", LOOP);
+        let mut terminal = Terminal::open(&desk);
+        terminal.keys("./loop\r");
+        let started = Instant::now();
+        while !desk.say("ps").contains("./loop") {
+            assert!(started.elapsed() < Duration::from_secs(10));
+        }
+        terminal.keys("\x03");
+        assert!(terminal.until("kage:~$ ").contains("^C"));
+        terminal.keys("echo $?\r");
+        assert!(terminal.until("kage:~$ ").contains("\r\n130\r\n"));
+        assert!(!desk.say("ps").contains("./loop"));
+        terminal.keys("./loop &\r");
+        terminal.until("[1]");
+        terminal.until("kage:~$ ");
+        terminal.keys("jobs\r");
+        assert!(terminal.until("kage:~$ ").contains("[1] running    ./loop"));
+        let started = Instant::now();
+        while !desk.say("ps").contains("./loop") {
+            assert!(started.elapsed() < Duration::from_secs(10));
+        }
+        terminal.keys("exit\r");
+        assert_eq!(terminal.child.wait().unwrap().code(), Some(0));
+        let text = desk.say("ps");
+        let line = text.lines().find(|line| line.ends_with("./loop")).expect("the job lives on");
+        let pid = line.split_whitespace().next().unwrap();
+        desk.say(&format!("kill -9 {pid}; wait {pid}"));
+        assert!(!desk.say("ps").contains("./loop"));
+        assert_eq!(desk.exec("./loop & kill %1; wait %1").status.code(), Some(130));
+    });
+}
