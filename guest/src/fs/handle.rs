@@ -27,11 +27,15 @@ pub struct OpenOptions {
 
 /// An open file or directory: it stays, whatever becomes of its names.
 #[derive(Debug)]
-pub struct Handle(Number);
+pub struct Handle {
+    number: Number,
+    /// Paths that start here lead below this directory only.
+    ceiling: Number,
+}
 
 impl Drop for Handle {
     fn drop(&mut self) {
-        FILES.get().close(self.0);
+        FILES.get().close(self.number);
     }
 }
 
@@ -43,7 +47,7 @@ fn found<R>(
     act: impl FnOnce(&mut Tree, Found) -> Result<R, FileError>,
 ) -> Result<R, FileError> {
     let mut tree = FILES.get();
-    let found = tree.walk(start.0, path, follow)?;
+    let found = tree.walk(start.origin(), path, follow)?;
     act(&mut tree, found)
 }
 
@@ -54,19 +58,17 @@ impl Handle {
         let root = tree.root();
         // The root is always there.
         let _ = tree.open(root);
-        Self(root)
+        Self { number: root, ceiling: root }
     }
 
-    /// Another handle on the same.
-    pub fn again(&self) -> Self {
-        // What is held is there.
-        let _ = FILES.get().open(self.0);
-        Self(self.0)
+    fn origin(&self) -> (Number, Number) {
+        (self.number, self.ceiling)
     }
 
-    /// Whether two handles are on the same.
-    pub fn is(&self, other: &Self) -> bool {
-        self.0 == other.0
+    /// Lets paths that start here lead anywhere.
+    pub fn unconfined(mut self) -> Self {
+        self.ceiling = FILES.get().root();
+        self
     }
 
     /// Opens what is at a path that starts here.
@@ -97,7 +99,7 @@ impl Handle {
                 Kind::File | Kind::Directory => {}
             }
             tree.open(number)?;
-            Ok(Self(number))
+            Ok(Self { number, ceiling: number })
         })
     }
 
@@ -161,8 +163,8 @@ impl Handle {
     /// [`FileError`].
     pub fn link(&self, path: &str, follow: bool, other: &Self, to: &str) -> Result<(), FileError> {
         let mut tree = FILES.get();
-        let number = tree.walk(self.0, path, follow)?.number()?;
-        let found = tree.walk(other.0, to, false)?;
+        let number = tree.walk(self.origin(), path, follow)?.number()?;
+        let found = tree.walk(other.origin(), to, false)?;
         if found.number.is_some() {
             return Err(FileError::Exists);
         }
@@ -205,9 +207,9 @@ impl Handle {
     /// [`FileError`].
     pub fn rename(&self, path: &str, other: &Self, to: &str) -> Result<(), FileError> {
         let mut tree = FILES.get();
-        let old = tree.walk(self.0, path, false)?;
+        let old = tree.walk(self.origin(), path, false)?;
         let number = old.number()?;
-        let new = tree.walk(other.0, to, false)?;
+        let new = tree.walk(other.origin(), to, false)?;
         if (new.slash || old.slash) && tree.kind(number)? != Kind::Directory {
             return Err(FileError::NotDirectory);
         }
@@ -242,7 +244,7 @@ impl Handle {
     /// # Errors
     /// None while it is held.
     pub fn stat(&self) -> Result<Facts, FileError> {
-        FILES.get().facts(self.0)
+        FILES.get().facts(self.number)
     }
 
     /// Sets its times.
@@ -250,7 +252,7 @@ impl Handle {
     /// # Errors
     /// [`FileError`].
     pub fn set_times(&self, accessed: Option<Duration>, modified: Option<Duration>) -> Result<(), FileError> {
-        FILES.get().set_times(self.0, accessed, modified)
+        FILES.get().set_times(self.number, accessed, modified)
     }
 
     /// Names in this directory, in order.
@@ -258,7 +260,7 @@ impl Handle {
     /// # Errors
     /// [`FileError::NotDirectory`].
     pub fn names(&self) -> Result<Vec<(String, Facts)>, FileError> {
-        FILES.get().names(self.0)
+        FILES.get().names(self.number)
     }
 
     /// Entries of this directory from number `from` on, until `take` has enough. It must not use files.
@@ -266,7 +268,7 @@ impl Handle {
     /// # Errors
     /// [`FileError::NotDirectory`].
     pub fn entries(&self, from: u64, take: impl FnMut(&Entry) -> bool) -> Result<(), FileError> {
-        FILES.get().entries(self.0, from, take)
+        FILES.get().entries(self.number, from, take)
     }
 
     /// Reads from `offset`; 0 at the end.
@@ -275,8 +277,8 @@ impl Handle {
     /// [`FileError::IsDirectory`].
     pub fn read_at(&self, offset: u64, into: &mut [u8]) -> Result<usize, FileError> {
         let tree = FILES.get();
-        match tree.kind(self.0)? {
-            Kind::File => Ok(tree.store.read(self.0, offset, into)),
+        match tree.kind(self.number)? {
+            Kind::File => Ok(tree.store.read(self.number, offset, into)),
             Kind::Directory => Err(FileError::IsDirectory),
             Kind::Link => Err(FileError::Invalid),
         }
@@ -311,10 +313,10 @@ impl Handle {
 
     fn change<R>(&self, act: impl FnOnce(&mut Tree, Number) -> Result<R, FileError>) -> Result<R, FileError> {
         let mut tree = FILES.get();
-        match tree.kind(self.0)? {
+        match tree.kind(self.number)? {
             Kind::File => {
-                let result = act(&mut tree, self.0)?;
-                tree.touch(self.0);
+                let result = act(&mut tree, self.number)?;
+                tree.touch(self.number);
                 Ok(result)
             }
             Kind::Directory => Err(FileError::IsDirectory),

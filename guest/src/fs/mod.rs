@@ -26,7 +26,7 @@ use crate::local::Local;
 use tree::Tree;
 
 /// Inodes, the image's included.
-const MAX_NODES: usize = 16 << 10;
+pub const MAX_NODES: usize = 16 << 10;
 /// Longest name.
 pub const MAX_NAME: usize = 255;
 /// Longest path.

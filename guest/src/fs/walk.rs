@@ -1,7 +1,7 @@
 //! From paths to inodes.
 //!
-//! A walk starts in a directory and has a ceiling, which neither `..` nor a link leads out of. A link to an absolute
-//! path leads on from the root, so only a walk whose ceiling that is can follow it.
+//! A walk starts in a directory and has a ceiling, which neither `..` nor a link leads out of. An absolute path, and
+//! a link to one, leads on from the root, so only a walk whose ceiling that is can follow it.
 
 use alloc::{rc::Rc, string::String, vec::Vec};
 
@@ -105,13 +105,20 @@ impl Rest {
 }
 
 impl Tree {
-    /// Walks `path` from the directory `start`, which is the ceiling too. A last name that is a link is followed when
-    /// `follow` says so, or a slash after it.
-    pub fn walk(&self, start: Number, path: &str, follow: bool) -> Result<Found, FileError> {
+    /// Walks `path` from the directory `start`, below `ceiling`. A last name that is a link is followed when `follow`
+    /// says so, or a slash after it.
+    pub fn walk(
+        &self,
+        (start, ceiling): (Number, Number),
+        path: &str,
+        follow: bool,
+    ) -> Result<Found, FileError> {
         if path.is_empty() || path.contains('\0') {
             return Err(if path.is_empty() { FileError::NotFound } else { FileError::Invalid });
         }
-        if path.starts_with('/') && start != self.root() {
+        let free = ceiling == self.root();
+        let start = if path.starts_with('/') { ceiling } else { start };
+        if path.starts_with('/') && !free {
             return Err(FileError::Outside);
         }
         let mut slash = path.ends_with('/');
@@ -126,7 +133,7 @@ impl Tree {
             }
             let next = match part.text() {
                 "." => at,
-                ".." if at == start => return Err(FileError::Outside),
+                ".." if at == ceiling => return Err(FileError::Outside),
                 ".." => self.parent(at)?,
                 name if name.len() > MAX_NAME => return Err(FileError::NameTooLong),
                 name => {
@@ -142,7 +149,7 @@ impl Tree {
                         }
                         let target = self.target(number)?;
                         if target.starts_with('/') {
-                            if start != self.root() {
+                            if !free {
                                 return Err(FileError::Outside);
                             }
                             at = self.root();

@@ -105,6 +105,19 @@ impl Reader {
         Poll::Ready(Some(result))
     }
 
+    /// Ready when there is something to read, with how much; `None` at the end.
+    pub fn poll_readable(&self, context: &Context<'_>) -> Poll<Option<usize>> {
+        let mut state = self.0.borrow_mut();
+        match state.len() {
+            0 if state.writers == 0 || state.ended => Poll::Ready(None),
+            0 => {
+                remember(&mut state.on_data, context);
+                Poll::Pending
+            }
+            count => Poll::Ready(Some(count)),
+        }
+    }
+
     /// Has `context` woken when more arrives, and shows what is there, perhaps nothing.
     pub fn watch<R>(&self, context: &Context<'_>, look: impl FnOnce(&[u8]) -> R) -> R {
         let mut state = self.0.borrow_mut();
@@ -160,6 +173,21 @@ impl Writer {
         };
         wake(&self.0, |state| &mut state.on_data);
         Poll::Ready(Ok(count))
+    }
+
+    /// Ready when there is room for `wanted` bytes, with how much there is.
+    pub fn poll_writable(&self, context: &Context<'_>, wanted: usize) -> Poll<Result<usize, Broken>> {
+        let mut state = self.0.borrow_mut();
+        if state.readers == 0 || state.ended {
+            return Poll::Ready(Err(Broken));
+        }
+        match state.room() {
+            room if room < wanted => {
+                remember(&mut state.on_room, context);
+                Poll::Pending
+            }
+            room => Poll::Ready(Ok(room)),
+        }
     }
 
     /// Writes everything.

@@ -4,13 +4,16 @@ use alloc::{rc::Rc, string::String, vec::Vec};
 use core::{
     cell::RefCell,
     future::poll_fn,
-    task::{Context, Poll},
+    task::{Context, Poll, ready},
 };
 
 use kage_ssh::line::{self, LineEditor, for_terminal};
 
 use super::{Failure, pipe};
 use crate::fs::{self, FileError, Kind, OpenFile, OpenOptions};
+
+/// Bytes shown on a terminal in one go; twice as many with the carriage returns.
+const PORTION: usize = 4 << 10;
 
 /// Where a command's input comes from.
 #[derive(Clone)]
@@ -37,10 +40,38 @@ impl Input {
     /// # Errors
     /// [`Failure::File`].
     pub async fn read(&mut self, into: &mut [u8]) -> Result<usize, Failure> {
+        poll_fn(|context| self.poll_read(context, into)).await
+    }
+
+    /// Reads what is there; 0 at the end.
+    ///
+    /// # Errors
+    /// [`Failure::File`].
+    pub fn poll_read(&self, context: &Context<'_>, into: &mut [u8]) -> Poll<Result<usize, Failure>> {
         match self {
-            Self::Pipe(reader) => Ok(reader.read(into).await),
-            Self::Terminal(terminal) => Ok(terminal.read(into).await),
-            Self::File(named) => named.file.read(into).map_err(|error| named.failure(error)),
+            Self::Pipe(reader) => {
+                let taken = reader.poll_take(context, |bytes| {
+                    let count = bytes.len().min(into.len());
+                    into[..count].copy_from_slice(&bytes[..count]);
+                    (count, count)
+                });
+                taken.map(|count| Ok(count.unwrap_or(0)))
+            }
+            Self::Terminal(terminal) => terminal.0.borrow_mut().poll_read(context, into).map(Ok),
+            Self::File(named) => Poll::Ready(named.file.read(into).map_err(|error| named.failure(error))),
+        }
+    }
+
+    /// Ready when there is something to read, with about how much; `None` at the end of what others write.
+    pub fn poll_readable(&self, context: &Context<'_>) -> Poll<Option<usize>> {
+        match self {
+            Self::Pipe(reader) => reader.poll_readable(context),
+            Self::Terminal(terminal) => terminal.0.borrow_mut().poll_line(context),
+            Self::File(named) => {
+                let length = named.file.handle.stat().map_or(0, |facts| facts.size);
+                let left = length.saturating_sub(named.file.offset.get());
+                Poll::Ready(Some(usize::try_from(left).unwrap_or(usize::MAX)))
+            }
         }
     }
 }
@@ -94,19 +125,46 @@ impl Output {
     /// # Errors
     /// [`Failure::Broken`] when nobody reads any more, [`Failure::File`].
     pub async fn write(&self, bytes: &[u8]) -> Result<(), Failure> {
+        let mut rest = bytes;
+        while !rest.is_empty() {
+            let count = poll_fn(|context| self.poll_write(context, rest)).await?;
+            rest = &rest[count..];
+        }
+        Ok(())
+    }
+
+    /// Writes what there is room for.
+    ///
+    /// # Errors
+    /// As [`Output::write`].
+    pub fn poll_write(&self, context: &Context<'_>, bytes: &[u8]) -> Poll<Result<usize, Failure>> {
         match self {
-            Self::Pipe(writer) => writer.write_all(bytes).await.map_err(|pipe::Broken| Failure::Broken),
+            Self::Pipe(writer) => writer.poll_write(context, bytes).map_err(|pipe::Broken| Failure::Broken),
             Self::Terminal(writer) => {
-                writer.write_all(&for_terminal(bytes)).await.map_err(|pipe::Broken| Failure::Broken)
+                let portion = &bytes[..bytes.len().min(PORTION)];
+                let shown = for_terminal(portion);
+                let room = ready!(writer.poll_writable(context, shown.len()));
+                let written = room.and_then(|_| match writer.poll_write(context, &shown) {
+                    Poll::Ready(Err(pipe::Broken)) => Err(pipe::Broken),
+                    // There was room for all of it.
+                    Poll::Ready(Ok(_)) | Poll::Pending => Ok(portion.len()),
+                });
+                Poll::Ready(written.map_err(|pipe::Broken| Failure::Broken))
             }
-            Self::File(named) => {
-                let mut rest = bytes;
-                while !rest.is_empty() {
-                    let count = named.file.write(rest).map_err(|error| named.failure(error))?;
-                    rest = &rest[count..];
-                }
-                Ok(())
+            Self::File(named) => Poll::Ready(named.file.write(bytes).map_err(|error| named.failure(error))),
+        }
+    }
+
+    /// Ready when there is room for something, with about how much.
+    ///
+    /// # Errors
+    /// [`Failure::Broken`].
+    pub fn poll_writable(&self, context: &Context<'_>) -> Poll<Result<usize, Failure>> {
+        match self {
+            Self::Pipe(writer) | Self::Terminal(writer) => {
+                writer.poll_writable(context, 2 * PORTION).map_err(|pipe::Broken| Failure::Broken)
             }
+            Self::File(_) => Poll::Ready(Ok(PORTION)),
         }
     }
 }
@@ -150,14 +208,19 @@ impl Terminal {
             ended: false,
         })))
     }
-
-    async fn read(&self, into: &mut [u8]) -> usize {
-        poll_fn(|context| self.0.borrow_mut().poll_read(context, into)).await
-    }
 }
 
 impl Cooked {
     fn poll_read(&mut self, context: &Context<'_>, into: &mut [u8]) -> Poll<usize> {
+        let Some(there) = ready!(self.poll_line(context)) else { return Poll::Ready(0) };
+        let count = there.min(into.len());
+        into[..count].copy_from_slice(&self.line[self.at..self.at + count]);
+        self.at += count;
+        Poll::Ready(count)
+    }
+
+    /// Ready with what is left of a line, or with nothing at the end.
+    fn poll_line(&mut self, context: &Context<'_>) -> Poll<Option<usize>> {
         loop {
             while !self.echo.is_empty() {
                 match self.screen.poll_write(context, &self.echo) {
@@ -166,15 +229,11 @@ impl Cooked {
                     Poll::Pending => return Poll::Pending,
                 }
             }
-            let ready = &self.line[self.at..];
-            if !ready.is_empty() {
-                let count = ready.len().min(into.len());
-                into[..count].copy_from_slice(&ready[..count]);
-                self.at += count;
-                return Poll::Ready(count);
+            if self.at < self.line.len() {
+                return Poll::Ready(Some(self.line.len() - self.at));
             }
             if self.ended {
-                return Poll::Ready(0);
+                return Poll::Ready(None);
             }
             let editor = &mut self.editor;
             let Poll::Ready(taken) = self.keys.poll_take(context, |bytes| editor.input(bytes)) else {
