@@ -44,7 +44,7 @@ fn a_command_runs_with_its_output_errors_and_status() {
         }
         assert!(desk.say("heartbeat").contains("longest gap"));
         assert_eq!(desk.exec("echo 'open").status.code(), Some(2));
-        assert!(!desk.ssh(&["-s"]).arg("sftp").output().unwrap().status.success());
+        assert!(!desk.ssh(&["-s"]).arg("nonsense").output().unwrap().status.success());
     });
 }
 

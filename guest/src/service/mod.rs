@@ -1,7 +1,8 @@
-//! What listens: measuring services, HTTP, SSH.
+//! What listens: measuring services, HTTP, SSH with SFTP.
 
 mod http;
 mod measure;
+pub mod sftp;
 mod ssh;
 
 use alloc::string::String;

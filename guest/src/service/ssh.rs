@@ -250,6 +250,7 @@ impl Driver {
                 Ok(line) => session::What::Line(line),
                 Err(_) => return self.refuse(id),
             },
+            Program::Subsystem(name) if name == "sftp" => session::What::Files,
             Program::Subsystem(_) => return self.refuse(id),
         };
         let user = self.user.clone();

@@ -26,6 +26,8 @@ pub enum What {
     Line(String),
     /// Command lines from its input.
     Shell,
+    /// SFTP.
+    Files,
 }
 
 /// A session's task and its ends. Dropping it ends the task and all it holds.
@@ -68,7 +70,11 @@ pub fn start(user: &str, what: What, columns: Option<u32>) -> Running {
     let (err, error) = pipe::pipe();
     let exit = Rc::new(Cell::new(None));
     let (shared, result) = (Rc::clone(&session), Rc::clone(&exit));
-    let name = if matches!(what, What::Shell) { "shell" } else { "command" };
+    let name = match what {
+        What::Line(_) => "command",
+        What::Shell => "shell",
+        What::Files => "sftp",
+    };
     let task = executor::spawn(name, async move {
         // Jobs may hold the ends of output too, and live on: what they write then has no reader.
         let _ends = Ends([out.clone(), err.clone()]);
@@ -78,6 +84,10 @@ pub fn start(user: &str, what: What, columns: Option<u32>) -> Running {
                     Stdio { input: Input::Pipe(keys), output: Output::Pipe(out), error: Output::Pipe(err) };
                 let status = run_line(&shared, &line, &stdio).await;
                 shared.leaving.get().unwrap_or(status)
+            }
+            (What::Files, _) => {
+                drop(err);
+                crate::service::sftp::serve(&shared.home, keys, out).await
             }
             (What::Line(line), Some(_)) => at_terminal(&shared, &line, &keys, &out).await,
             (What::Shell, None) => script(&shared, keys, out, err).await,

@@ -66,12 +66,23 @@ impl<'a> Desk<'a> {
 
     /// OpenSSH that accepts only the host key of the seed.
     pub fn ssh(&self, options: &[&str]) -> Command {
-        let mut command = Command::new("ssh");
+        let mut command = self.client("ssh");
+        command.args(options).arg(format!("alice@{}", self.lab.address()));
+        command
+    }
+
+    /// What `scp` and `sftp` call a path of the machine.
+    pub fn remote(&self, path: &str) -> String {
+        format!("alice@[{}]:{path}", self.lab.address())
+    }
+
+    /// A client of OpenSSH's: `ssh`, `scp` or `sftp`.
+    pub fn client(&self, name: &str) -> Command {
+        let mut command = Command::new(name);
         command.args(["-F", "none", "-o", "IdentitiesOnly=yes", "-o", "StrictHostKeyChecking=yes"]);
         command.args(["-o", "BatchMode=yes", "-o", "LogLevel=ERROR", "-o", "ConnectTimeout=10"]);
         command.arg("-o").arg(format!("UserKnownHostsFile={}", self.lab.dir().join("known_hosts").display()));
-        command.arg("-i").arg(&self.key).args(options).arg(format!("alice@{}", self.lab.address()));
-        command.stdin(Stdio::null());
+        command.arg("-i").arg(&self.key).stdin(Stdio::null());
         command
     }
 
