@@ -4,6 +4,7 @@
 //! nothing to tell but that there was one ([`resume`]).
 
 mod resume;
+pub mod socket;
 mod table;
 mod tcp;
 mod udp;
@@ -25,13 +26,11 @@ use smoltcp::{
 
 use crate::{local::Local, virtio::net::Net};
 use resume::Port;
-use table::Named;
 
 struct Stack {
     device: Port,
     interface: Interface,
     sockets: SocketSet<'static>,
-    named: Named,
 }
 
 static STACK: Local<Stack> = Local::new();
@@ -57,34 +56,28 @@ fn interface(device: &mut Port, config: &Config, now: Duration) -> Interface {
     interface
 }
 
-/// Ports that connections of the machine's own start from (RFC 6335 §6).
-const DYNAMIC: core::ops::RangeInclusive<u16> = 49_152..=65_535;
+/// Whether an address is one of the machine's own.
+pub fn is_own(address: IpAddress) -> bool {
+    let IpAddress::Ipv6(address) = address;
+    let config = crate::arch::config();
+    let length = u32::from(config.prefix_length.min(128));
+    let prefix = |address: u128| address.checked_shr(128 - length).unwrap_or(0);
+    prefix(u128::from(address)) == prefix(u128::from_be_bytes(config.address))
+        || address.octets() == GUEST_LINK_LOCAL
+        || address.is_loopback()
+}
 
-/// A port that no socket uses.
-fn free_port(sockets: &SocketSet<'_>) -> u16 {
-    let used: BTreeSet<u16> = sockets
-        .iter()
-        .filter_map(|(_, socket)| smoltcp::socket::tcp::Socket::downcast(socket)?.local_endpoint())
-        .map(|local| local.port)
-        .collect();
-    // Not predictable, as RFC 6056 wants it, and not one of the few in use.
-    let offset = (crate::random::number() % 8192) as u16;
-    DYNAMIC
-        .map(|port| port.wrapping_add(offset) | *DYNAMIC.start())
-        .find(|port| !used.contains(port))
-        .unwrap_or(0)
+/// An IPv4 address, if the machine has one itself.
+pub fn ipv4(_: core::net::Ipv4Addr) -> Option<IpAddress> {
+    None
 }
 
 /// Opens the network with the image's addresses and a fresh seed for sequence numbers.
 pub fn open(device: Net, config: &Config, now: Duration) {
     let mut device = Port::new(device);
     let interface = interface(&mut device, config, now);
-    STACK.set(Stack {
-        device,
-        interface,
-        sockets: SocketSet::new(alloc::vec::Vec::new()),
-        named: Named::default(),
-    });
+    table::start();
+    STACK.set(Stack { device, interface, sockets: SocketSet::new(alloc::vec::Vec::new()) });
 }
 
 /// Starts again after a change of generation: every connection is reset, and sequence numbers come from

@@ -126,6 +126,9 @@ impl Device for Port {
             self.again.pop_front();
             return Some((Received::made(&header), sending));
         }
+        if self.net.has_own() {
+            return self.net.receive_own();
+        }
         let (received, sending) = self.net.receive(now)?;
         Self::note(&mut self.headers, received.frame());
         Some((received, sending))

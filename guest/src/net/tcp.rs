@@ -1,33 +1,39 @@
 //! TCP streams.
 
-use alloc::vec::Vec;
+use alloc::{rc::Rc, vec::Vec};
 use core::{
     future::{Future, poll_fn},
     net::Ipv6Addr,
     pin::Pin,
-    task::{Context, Poll},
+    task::{Context, Poll, ready},
 };
 
 use smoltcp::{
     iface::SocketHandle,
     socket::tcp::{self, CongestionControl, State},
     time::Duration,
-    wire::{IpAddress, IpEndpoint},
+    wire::{IpAddress, IpEndpoint, IpListenEndpoint},
 };
 
-use super::{STACK, table::Traffic};
-use crate::{heap, memory, vid::Vid};
+use super::{
+    STACK,
+    table::{Record, is_used},
+};
+use crate::{heap, memory, time::Sleep};
 
 /// A peer that acknowledges nothing for so long is gone. Long, because a user's laptop sleeps in a lift.
 const SILENCE: Duration = Duration::from_secs(900);
-/// A peer that does not answer for so long is not there.
-const CONNECTING: Duration = Duration::from_secs(20);
 /// An idle connection asks for a sign of life this often.
 const KEEP_ALIVE: Duration = Duration::from_secs(75);
 /// How often a listener without memory for another connection looks again.
 const SHORT_OF_MEMORY: core::time::Duration = core::time::Duration::from_millis(500);
 /// Longest wait for a peer to take part in closing a connection.
 const LINGER: core::time::Duration = core::time::Duration::from_secs(30);
+/// Longest wait for an answer to a connection's first segment.
+const CONNECT: Duration = Duration::from_secs(20);
+/// Ports for sockets that ask for none (RFC 6335 §6).
+const EPHEMERAL_FIRST: u16 = 49152;
+const EPHEMERAL_COUNT: u16 = 16384;
 /// Memory a listener leaves to others.
 const LEFT: usize = 1 << 20;
 
@@ -46,19 +52,55 @@ pub struct Buffers {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Closed;
 
+/// Why there is no connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ConnectError {
+    /// There is no way to that address from this one.
+    Unreachable,
+    /// Every port is used, or there is no memory.
+    NoRoom,
+}
+
 /// Accepts connections at one port.
 pub struct Listener {
-    vid: Vid,
-    port: u16,
+    at: IpListenEndpoint,
     buffers: Buffers,
     waiting: Vec<SocketHandle>,
+    /// While there is too little memory for enough sockets that wait.
+    look_again: Option<Sleep>,
+    record: Rc<Record>,
+}
+
+impl Drop for Listener {
+    fn drop(&mut self) {
+        let mut stack = STACK.get();
+        for handle in self.waiting.drain(..) {
+            drop(stack.sockets.remove(handle));
+        }
+    }
+}
+
+fn fresh(buffers: Buffers) -> tcp::Socket<'static> {
+    let mut socket = tcp::Socket::new(
+        tcp::SocketBuffer::new(heap::buffer(buffers.receive)),
+        tcp::SocketBuffer::new(heap::buffer(buffers.send)),
+    );
+    socket.set_nagle_enabled(false);
+    socket.set_congestion_control(CongestionControl::Reno);
+    socket.set_ack_delay(None);
+    socket
 }
 
 impl Listener {
     /// Listens at a port of all addresses of the image.
     pub fn bind(port: u16, buffers: Buffers) -> Self {
-        let vid = STACK.get().named.add_listener(port);
-        let mut listener = Self { vid, port, buffers, waiting: Vec::new() };
+        Self::new(port.into(), buffers, Record::new(true, None))
+    }
+
+    /// Listens at an address, as the socket that `record` lists.
+    pub fn new(at: IpListenEndpoint, buffers: Buffers, record: Rc<Record>) -> Self {
+        record.bind(at);
+        let mut listener = Self { at, buffers, waiting: Vec::new(), look_again: None, record };
         listener.fill();
         listener
     }
@@ -71,15 +113,9 @@ impl Listener {
             if memory::heap_free_bytes() < receive + send + LEFT {
                 return false;
             }
-            let mut socket = tcp::Socket::new(
-                tcp::SocketBuffer::new(heap::buffer(receive)),
-                tcp::SocketBuffer::new(heap::buffer(send)),
-            );
-            socket.set_nagle_enabled(false);
-            socket.set_congestion_control(CongestionControl::Reno);
-            socket.set_ack_delay(None);
+            let mut socket = fresh(self.buffers);
             // A new socket is closed and the port is not 0, the only two reasons to refuse.
-            let _ = socket.listen(self.port);
+            let _ = socket.listen(self.at);
             self.waiting.push(STACK.get().sockets.add(socket));
         }
         true
@@ -87,63 +123,75 @@ impl Listener {
 
     /// The next connection.
     pub async fn accept(&mut self) -> Stream {
-        let mut look_again = None;
-        let handle = poll_fn(|context| {
-            if self.fill() {
-                look_again = None;
-            } else {
-                let sleep = look_again.insert(crate::time::sleep(SHORT_OF_MEMORY));
-                if Pin::new(sleep).poll(context).is_ready() {
-                    context.waker().wake_by_ref();
-                }
-            }
-            let mut stack = STACK.get();
-            for (index, &handle) in self.waiting.iter().enumerate() {
-                let socket = stack.sockets.get_mut::<tcp::Socket>(handle);
-                match socket.state() {
-                    State::Listen | State::SynReceived => {
-                        socket.register_recv_waker(context.waker());
-                        socket.register_send_waker(context.waker());
-                    }
-                    State::Closed => {
-                        let _ = socket.listen(self.port);
-                        socket.register_recv_waker(context.waker());
-                        socket.register_send_waker(context.waker());
-                    }
-                    _ => {
-                        drop(stack);
-                        return Poll::Ready(self.waiting.remove(index));
-                    }
-                }
-            }
-            Poll::Pending
-        })
-        .await;
-        self.fill();
-        {
-            let mut stack = STACK.get();
-            stack.named.add(handle);
-            let socket = stack.sockets.get_mut::<tcp::Socket>(handle);
+        poll_fn(|context| self.poll_accept(context)).await
+    }
+
+    /// Ready with the next connection.
+    pub fn poll_accept(&mut self, context: &mut Context<'_>) -> Poll<Stream> {
+        let index = ready!(self.poll_waiting(context));
+        let stream =
+            Stream { handle: self.waiting.remove(index), record: Record::new(true, self.record.pid()) };
+        stream.record.open(stream.handle);
+        stream.with(|socket| {
             socket.set_timeout(Some(SILENCE));
             socket.set_keep_alive(Some(KEEP_ALIVE));
-        }
-        Stream { handle }
+        });
+        self.fill();
+        Poll::Ready(stream)
     }
-}
 
-impl Drop for Listener {
-    fn drop(&mut self) {
-        let mut stack = STACK.get();
-        stack.named.remove_listener(self.vid);
-        for handle in self.waiting.drain(..) {
-            drop(stack.sockets.remove(handle));
+    /// Ready when a connection waits, with its place among the sockets that wait.
+    pub fn poll_waiting(&mut self, context: &mut Context<'_>) -> Poll<usize> {
+        if self.fill() {
+            self.look_again = None;
+        } else {
+            let sleep = self.look_again.insert(crate::time::sleep(SHORT_OF_MEMORY));
+            if Pin::new(sleep).poll(context).is_ready() {
+                context.waker().wake_by_ref();
+            }
         }
+        let mut stack = STACK.get();
+        for (index, &handle) in self.waiting.iter().enumerate() {
+            let socket = stack.sockets.get_mut::<tcp::Socket>(handle);
+            match socket.state() {
+                State::Listen | State::SynReceived => {}
+                State::Closed => {
+                    let _ = socket.listen(self.at);
+                }
+                _ => return Poll::Ready(index),
+            }
+            socket.register_recv_waker(context.waker());
+            socket.register_send_waker(context.waker());
+        }
+        Poll::Pending
     }
 }
 
 /// One connection. Dropping it closes it in order: what was written still leaves.
 pub struct Stream {
     handle: SocketHandle,
+    record: Rc<Record>,
+}
+
+/// A port of its own for a socket that asked for none.
+///
+/// # Errors
+/// [`ConnectError::NoRoom`].
+pub fn free_port(stream: bool, address: Option<IpAddress>) -> Result<u16, ConnectError> {
+    let start = crate::random::number() as u16 % EPHEMERAL_COUNT;
+    (0..EPHEMERAL_COUNT)
+        .map(|step| EPHEMERAL_FIRST + (start + step) % EPHEMERAL_COUNT)
+        .find(|&port| {
+            let taken = |socket: &smoltcp::socket::Socket<'_>| match socket {
+                smoltcp::socket::Socket::Tcp(socket) => {
+                    socket.local_endpoint().is_some_and(|local| local.port == port)
+                }
+                _ => false,
+            };
+            !is_used(stream, IpListenEndpoint { addr: address, port })
+                && !STACK.get().sockets.iter().any(|(_, socket)| taken(socket))
+        })
+        .ok_or(ConnectError::NoRoom)
 }
 
 impl Stream {
@@ -152,62 +200,121 @@ impl Stream {
     /// # Errors
     /// [`Closed`]: refused, no answer in time, or no memory for the buffers.
     pub async fn connect(address: Ipv6Addr, port: u16, buffers: Buffers) -> Result<Self, Closed> {
-        if memory::heap_free_bytes() < buffers.receive + buffers.send + LEFT {
-            return Err(Closed);
-        }
-        let mut socket = tcp::Socket::new(
-            tcp::SocketBuffer::new(heap::buffer(buffers.receive)),
-            tcp::SocketBuffer::new(heap::buffer(buffers.send)),
-        );
-        socket.set_nagle_enabled(false);
-        socket.set_congestion_control(CongestionControl::Reno);
-        socket.set_ack_delay(None);
-        socket.set_timeout(Some(CONNECTING));
-        let stream = {
-            let mut stack = STACK.get();
-            let stack = &mut *stack;
-            let local = super::free_port(&stack.sockets);
-            let connected =
-                socket.connect(stack.interface.context(), (IpAddress::from(address), port), local);
-            connected.map_err(|_| Closed)?;
-            let handle = stack.sockets.add(socket);
-            stack.named.add(handle);
-            Self { handle }
-        };
-        poll_fn(|context| {
-            stream.with(|socket, _| match socket.state() {
-                State::SynSent | State::SynReceived => {
-                    socket.register_recv_waker(context.waker());
-                    socket.register_send_waker(context.waker());
-                    Poll::Pending
-                }
-                State::Closed => Poll::Ready(Err(Closed)),
-                _ => {
-                    socket.set_timeout(Some(SILENCE));
-                    socket.set_keep_alive(Some(KEEP_ALIVE));
-                    Poll::Ready(Ok(()))
-                }
-            })
-        })
-        .await?;
+        let to = IpEndpoint { addr: address.into(), port };
+        let started = Self::start(to, IpListenEndpoint::default(), buffers, Record::new(true, None));
+        let mut stream = started.map_err(|_| Closed)?;
+        poll_fn(|context| stream.poll_connected(context)).await?;
         Ok(stream)
     }
 
-    fn with<R>(&self, act: impl FnOnce(&mut tcp::Socket<'static>, &mut Traffic) -> R) -> R {
+    /// Starts a connection from `local`, as the socket that `record` lists. Of `local`, what is not given is chosen.
+    ///
+    /// # Errors
+    /// [`ConnectError`].
+    pub fn start(
+        to: IpEndpoint,
+        local: IpListenEndpoint,
+        buffers: Buffers,
+        record: Rc<Record>,
+    ) -> Result<Self, ConnectError> {
+        if memory::heap_free_bytes() < buffers.receive + buffers.send + LEFT {
+            return Err(ConnectError::NoRoom);
+        }
+        let port = if local.port == 0 { free_port(true, local.addr)? } else { local.port };
+        let mut socket = fresh(buffers);
+        socket.set_timeout(Some(CONNECT));
         let mut stack = STACK.get();
         let stack = &mut *stack;
-        act(stack.sockets.get_mut::<tcp::Socket>(self.handle), stack.named.traffic(self.handle))
+        socket
+            .connect(stack.interface.context(), to, IpListenEndpoint { port, ..local })
+            .map_err(|_| ConnectError::Unreachable)?;
+        let handle = stack.sockets.add(socket);
+        record.open(handle);
+        Ok(Self { handle, record })
+    }
+
+    /// Ready once the connection is there, or never will be.
+    pub fn poll_connected(&mut self, context: &mut Context<'_>) -> Poll<Result<(), Closed>> {
+        self.with(|socket| match socket.state() {
+            State::SynSent | State::SynReceived => {
+                socket.register_send_waker(context.waker());
+                Poll::Pending
+            }
+            State::Closed => Poll::Ready(Err(Closed)),
+            _ => {
+                socket.set_timeout(Some(SILENCE));
+                socket.set_keep_alive(Some(KEEP_ALIVE));
+                Poll::Ready(Ok(()))
+            }
+        })
+    }
+
+    /// Sends no more; what was written still leaves.
+    pub fn end_sending(&mut self) {
+        self.with(tcp::Socket::close);
+    }
+
+    /// Ready when there is something to read, with how much; `None` when nothing more will come.
+    pub fn poll_readable(&mut self, context: &mut Context<'_>) -> Poll<Option<usize>> {
+        self.with(|socket| match socket.recv_queue() {
+            0 if socket.may_recv() => {
+                socket.register_recv_waker(context.waker());
+                Poll::Pending
+            }
+            0 => Poll::Ready(None),
+            count => Poll::Ready(Some(count)),
+        })
+    }
+
+    /// Ready when there is room to write, with how much; `None` when nothing will be sent any more.
+    pub fn poll_writable(&mut self, context: &mut Context<'_>) -> Poll<Option<usize>> {
+        self.with(|socket| match socket.send_capacity() - socket.send_queue() {
+            _ if !socket.may_send() => Poll::Ready(None),
+            0 => {
+                socket.register_send_waker(context.waker());
+                Poll::Pending
+            }
+            room => Poll::Ready(Some(room)),
+        })
+    }
+
+    /// Looks at received bytes and leaves them there.
+    pub fn poll_peek(&mut self, context: &mut Context<'_>, into: &mut [u8]) -> Poll<Result<usize, Closed>> {
+        self.with(|socket| match socket.peek_slice(into) {
+            Ok(0) if !into.is_empty() => {
+                socket.register_recv_waker(context.waker());
+                Poll::Pending
+            }
+            Ok(count) => Poll::Ready(Ok(count)),
+            Err(tcp::RecvError::Finished) => Poll::Ready(Ok(0)),
+            Err(tcp::RecvError::InvalidState) => Poll::Ready(Err(Closed)),
+        })
+    }
+
+    /// How it is listed.
+    pub fn record(&self) -> Rc<Record> {
+        Rc::clone(&self.record)
+    }
+
+    /// This end.
+    pub fn local(&self) -> Option<IpEndpoint> {
+        self.with(|socket| socket.local_endpoint())
+    }
+
+    fn with<R>(&self, act: impl FnOnce(&mut tcp::Socket<'static>) -> R) -> R {
+        act(STACK.get().sockets.get_mut::<tcp::Socket>(self.handle))
     }
 
     /// Polls for received bytes; `Ok(0)` means the peer sends no more.
     pub fn poll_read(&mut self, context: &mut Context<'_>, into: &mut [u8]) -> Poll<Result<usize, Closed>> {
-        self.with(|socket, traffic| match socket.recv_slice(into) {
+        let record = &self.record;
+        self.with(|socket| match socket.recv_slice(into) {
             Ok(0) if !into.is_empty() => {
                 socket.register_recv_waker(context.waker());
                 Poll::Pending
             }
             Ok(count) => {
-                traffic.received += count as u64;
+                record.count_received(count);
                 Poll::Ready(Ok(count))
             }
             Err(tcp::RecvError::Finished) => Poll::Ready(Ok(0)),
@@ -217,13 +324,14 @@ impl Stream {
 
     /// Polls for room to send; returns the bytes taken.
     pub fn poll_write(&mut self, context: &mut Context<'_>, bytes: &[u8]) -> Poll<Result<usize, Closed>> {
-        self.with(|socket, traffic| match socket.send_slice(bytes) {
+        let record = &self.record;
+        self.with(|socket| match socket.send_slice(bytes) {
             Ok(0) if !bytes.is_empty() => {
                 socket.register_send_waker(context.waker());
                 Poll::Pending
             }
             Ok(count) => {
-                traffic.sent += count as u64;
+                record.count_sent(count);
                 Poll::Ready(Ok(count))
             }
             Err(_) => Poll::Ready(Err(Closed)),
@@ -237,14 +345,15 @@ impl Stream {
         context: &mut Context<'_>,
         take: impl FnOnce(&[u8]) -> (usize, R),
     ) -> Poll<Result<Option<R>, Closed>> {
-        self.with(|socket, traffic| {
+        let record = &self.record;
+        self.with(|socket| {
             if socket.may_recv() && !socket.can_recv() {
                 socket.register_recv_waker(context.waker());
                 return Poll::Pending;
             }
             let taken = socket.recv(|bytes| {
                 let (count, result) = take(bytes);
-                traffic.received += count as u64;
+                record.count_received(count);
                 (count, result)
             });
             match taken {
@@ -261,14 +370,15 @@ impl Stream {
         context: &mut Context<'_>,
         fill: impl FnOnce(&mut [u8]) -> usize,
     ) -> Poll<Result<usize, Closed>> {
-        self.with(|socket, traffic| {
+        let record = &self.record;
+        self.with(|socket| {
             if socket.may_send() && !socket.can_send() {
                 socket.register_send_waker(context.waker());
                 return Poll::Pending;
             }
             let filled = socket.send(|room| {
                 let count = fill(room);
-                traffic.sent += count as u64;
+                record.count_sent(count);
                 (count, count)
             });
             Poll::Ready(filled.map_err(|_| Closed))
@@ -297,19 +407,15 @@ impl Stream {
 
     /// The other end.
     pub fn peer(&self) -> Option<IpEndpoint> {
-        self.with(|socket, _| socket.remote_endpoint())
-    }
-
-    /// Its identity.
-    #[allow(dead_code, reason = "for programs")]
-    pub fn vid(&self) -> Vid {
-        STACK.get().named.vid(self.handle)
+        self.with(|socket| socket.remote_endpoint())
     }
 }
 
 impl Drop for Stream {
     fn drop(&mut self) {
         let handle = self.handle;
+        // Listed until it is closed at the other end, too.
+        let record = Rc::clone(&self.record);
         STACK.get().sockets.get_mut::<tcp::Socket>(handle).close();
         // The socket must outlive the closing handshake, but not for ever.
         crate::executor::spawn("close", async move {
@@ -328,9 +434,38 @@ impl Drop for Stream {
                 Pin::new(&mut limit).poll(context)
             })
             .await;
-            let mut stack = STACK.get();
-            stack.named.remove(handle);
-            drop(stack.sockets.remove(handle));
+            let socket = STACK.get().sockets.remove(handle);
+            drop((socket, record));
         });
     }
+}
+
+/// One row of what `sockets` shows.
+pub struct Connection {
+    /// `listen`, `established`, …
+    pub state: State,
+    /// This end.
+    pub local: Option<IpEndpoint>,
+    /// The other end.
+    pub remote: Option<IpEndpoint>,
+    /// Port listened at, when there is no other end.
+    pub port: u16,
+}
+
+/// All TCP sockets.
+pub fn connections() -> Vec<Connection> {
+    let stack = STACK.get();
+    stack
+        .sockets
+        .iter()
+        .filter_map(|(_, socket)| match socket {
+            smoltcp::socket::Socket::Tcp(socket) => Some(Connection {
+                state: socket.state(),
+                local: socket.local_endpoint(),
+                remote: socket.remote_endpoint(),
+                port: socket.listen_endpoint().port,
+            }),
+            _ => None,
+        })
+        .collect()
 }

@@ -67,7 +67,7 @@ pub async fn ip(stdio: &Stdio) -> Result<u32, Failure> {
 
 pub async fn sockets(stdio: &Stdio) -> Result<u32, Failure> {
     let mut text = String::new();
-    for net::Entry { vid, protocol, local, remote, traffic } in net::entries() {
+    for net::Entry { vid, protocol, local, remote, traffic, .. } in net::entries() {
         let (protocol, state) = match protocol {
             net::Protocol::Tcp(state) => ("tcp", format!("{state}").to_lowercase()),
             net::Protocol::Udp => ("udp", "open".into()),
