@@ -18,7 +18,7 @@ use wasmtime::{InstancePre, Module, Store, UnknownImportError};
 use super::{
     State,
     compile::{self, CompileError, Compiled},
-    engine,
+    engine, wasi,
 };
 use crate::{
     fs::{self, FileError, Handle, OpenOptions},
@@ -84,7 +84,10 @@ impl Program {
         // say so; they are mapped readable and executable, unchanged, for as long as the program lives.
         let module = engine::with(|engine, _| unsafe { Module::deserialize_raw(engine, code) });
         let module = module.map_err(|error| LoadError::Code(format!("{error:#}")))?;
-        let before = engine::with(|_, linker| linker.instantiate_pre(&module));
+        let before = engine::with(|_, linker| {
+            wasi::fit(linker, &module)?;
+            linker.instantiate_pre(&module)
+        });
         let before = before.map_err(|error| match error.downcast_ref::<UnknownImportError>() {
             Some(import) => LoadError::Import(format!("`{}` of `{}`", import.name(), import.module())),
             None => LoadError::Code(format!("{error:#}")),

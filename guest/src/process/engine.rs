@@ -78,7 +78,7 @@ fn make() -> Runtime {
 }
 
 /// Runs `act` with the engine and the functions that programs may import.
-pub fn with<R>(act: impl FnOnce(&Engine, &Linker<State>) -> R) -> R {
+pub fn with<R>(act: impl FnOnce(&Engine, &mut Linker<State>) -> R) -> R {
     let mut runtime = RUNTIME.get();
     let Runtime { engine, linker } = runtime.get_or_insert_with(make);
     act(engine, linker)
