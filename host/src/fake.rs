@@ -197,6 +197,10 @@ impl Machines for FakeMachines {
             })
             .collect()
     }
+    fn ready(&self) -> (usize, usize) {
+        (0, 0)
+    }
+
     fn check(&self, image: &str) -> Result<(), String> {
         if image == "default" { Ok(()) } else { Err(format!("there is no image {image:?}")) }
     }

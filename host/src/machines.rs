@@ -165,6 +165,8 @@ pub trait Machines: Send + Sync {
     /// # Errors
     /// In words, with the cure.
     fn check(&self, image: &str) -> Result<(), String>;
+    /// Machines that wait for a login, and shells that wait for an arrival.
+    fn ready(&self) -> (usize, usize);
 }
 
 /// Where packets to an address go from this host.

@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 use crate::{Geometry, PageSet, machine::HostInstant};
 
 /// Version of these messages.
-pub const CONTROL_VERSION: u16 = 1;
+pub const CONTROL_VERSION: u16 = 2;
 
 /// Largest packet: a bitmap of the largest page space, and the rest.
 pub const MAX_PACKET: usize = 192 << 10;
@@ -97,6 +97,9 @@ pub enum Request {
     Pause,
     /// Run on after a pause.
     Resume,
+    /// Be a shell again: a paused machine that has no label was nobody's. What its memory holds is the daemon's to
+    /// wipe.
+    Forget,
     /// Never run again; stored in the control page before it is answered.
     Release,
     /// Turn the heartbeat on or off and start its figures anew.

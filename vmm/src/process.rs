@@ -214,6 +214,9 @@ impl Process {
                 self.label = label;
                 Reply::Done
             }
+            Request::Forget if !self.label.is_empty() => {
+                Reply::Refused { reason: "this machine is somebody's".into() }
+            }
             Request::Setup(setup) if self.machine.is_none() => {
                 match Machine::new(setup, packet.descriptors) {
                     Ok(machine) => {
@@ -560,6 +563,11 @@ impl Machine {
                 self.tell_time();
                 self.start(true)
             }
+            Request::Forget if self.phase == Phase::Paused && !self.is_released() => {
+                self.generation = 0;
+                self.phase = Phase::Shell;
+                Ok(Reply::Done)
+            }
             Request::Release if matches!(self.phase, Phase::Paused | Phase::Released) => {
                 self.control.write(control_page::RELEASED, &[1]);
                 self.phase = Phase::Released;
@@ -582,6 +590,7 @@ impl Machine {
             Request::Pause => refuse("pause", self.phase),
             Request::Resume => refuse("resume", self.phase),
             Request::Release => refuse("release", self.phase),
+            Request::Forget => refuse("forget", self.phase),
             Request::Setup(_) => refuse("set up again", self.phase),
             Request::Hello { .. } | Request::Label(_) | Request::End => refuse("do that", self.phase),
         }

@@ -453,6 +453,16 @@ impl RemoteMachine {
         }
     }
 
+    /// Makes a paused machine without a label a shell again. Its memory is the caller's to wipe.
+    ///
+    /// # Errors
+    /// [`MachineError`].
+    pub fn forget(&mut self) -> Result<(), MachineError> {
+        self.done(&Request::Forget, &[])?;
+        self.phase = Phase::Shell;
+        Ok(())
+    }
+
     /// Turns the heartbeat on or off and starts its figures anew.
     ///
     /// # Errors
