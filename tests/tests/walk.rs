@@ -67,7 +67,7 @@ fn no_ping_is_lost_in_twenty_moves() {
     let site = Site::up(1);
     let login = site.login("alice", "ap-1");
     let mut ping = Command::new("ping");
-    ping.args(["-6", "-i", "0.001", "-W", "2", text(&login, "address")]);
+    ping.args(["-6", "-D", "-i", "0.001", "-W", "2", text(&login, "address")]);
     let mut ping = site.start("d1", &mut ping);
     let answers = lines(&mut ping);
     let collecting = thread::spawn(move || answers.collect::<Vec<_>>());
@@ -88,7 +88,15 @@ fn no_ping_is_lost_in_twenty_moves() {
     let summary = output.iter().find(|line| line.contains("packets transmitted")).expect("a summary");
     let numbers: Vec<u64> = summary.split(' ').filter_map(|word| word.parse().ok()).collect();
     blackouts.sort_by(f64::total_cmp);
+    // `-D` puts the time of each answer in front: the silences the device saw.
+    let times =
+        output.iter().filter_map(|line| line.strip_prefix('[')?.split(']').next()?.parse::<f64>().ok());
+    let times: Vec<_> = times.collect();
+    let mut gaps: Vec<_> = times.windows(2).map(|pair| (pair[1] - pair[0]) * 1e3).collect();
+    gaps.sort_by(f64::total_cmp);
+    let (median, most) = (gaps[gaps.len() / 2], gaps[gaps.len() - 1]);
     println!("{summary}; blackout median {} ms, most {} ms", blackouts[10], blackouts[19]);
+    println!("gap between answers: median {median:.2} ms, most {most:.2} ms");
     // The last request may still be on its way when ping is interrupted.
     assert!(numbers[0] - numbers[1] <= 1, "{summary}");
     assert!(numbers[0] > 1000, "{summary}");
