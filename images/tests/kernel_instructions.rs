@@ -5,14 +5,8 @@ use kage_images::ImageFile;
 use object::{Object, ObjectSection, SectionKind};
 
 /// Instructions whose result differs between two hosts, or between two runs on one.
-const FORBIDDEN: [Mnemonic; 6] = [
-    Mnemonic::Rdtsc,
-    Mnemonic::Rdtscp,
-    Mnemonic::Rdrand,
-    Mnemonic::Rdseed,
-    Mnemonic::Rdpmc,
-    Mnemonic::Rdpid,
-];
+const FORBIDDEN: [Mnemonic; 6] =
+    [Mnemonic::Rdtsc, Mnemonic::Rdtscp, Mnemonic::Rdrand, Mnemonic::Rdseed, Mnemonic::Rdpmc, Mnemonic::Rdpid];
 
 #[test]
 fn the_kernel_reads_no_time_and_no_randomness_of_the_processor() {
