@@ -211,8 +211,6 @@ pub struct Image {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum CpuBaseline {
-    /// SSE4.2.
-    V2,
     /// AVX2.
     #[default]
     V3,

@@ -87,7 +87,6 @@ pub struct Daemon {
     pub targets: Targets,
     spare_number: Mutex<Option<ImageNumber>>,
     images: Mutex<BTreeMap<UserName, Arc<Image>>>,
-    began: Instant,
 }
 
 /// What a daemon is made of.
@@ -126,6 +125,8 @@ pub struct Slot {
     pub tap: Option<std::os::fd::OwnedFd>,
     /// The handover by which the machine came, until its right is settled.
     pub ticket: Option<kage_migrate::Ticket>,
+    /// Why a machine that an earlier daemon left cannot be reached; it may run, so no other is made here.
+    pub unreachable: Option<String>,
     /// Counts machines of this image here, so that a late word of one's end is not taken for the next one's.
     pub incarnation: u64,
     /// Restarts so far.
@@ -205,7 +206,7 @@ impl Daemon {
             None => Vec::new(),
         };
         Ok(Arc::new(Self {
-            routes: Keeper::new(net.clone()),
+            routes: Keeper::new(net.clone(), config.network.prefix),
             events: Events::new(me.clone()),
             operations: Operations::new(me.clone()),
             metrics: Metrics::default(),
@@ -213,7 +214,6 @@ impl Daemon {
             runtime: Handle::current(),
             spare_number: Mutex::default(),
             images: Mutex::default(),
-            began: Instant::now(),
             targets: Targets::new(me.clone(), directory.clone(), Limits::default()),
             operator_keys,
             config,
@@ -245,12 +245,6 @@ impl Daemon {
     #[must_use]
     pub fn local(&self) -> Vec<Arc<Image>> {
         self.images().values().cloned().collect()
-    }
-
-    /// How long this daemon runs.
-    #[must_use]
-    pub fn uptime(&self) -> std::time::Duration {
-        self.began.elapsed()
     }
 
     /// The identity of an image.
@@ -358,6 +352,20 @@ impl Daemon {
             Code::NotFound,
             format!("{at:?} is neither a host nor an access point; `kage hosts` lists both"),
         ))
+    }
+
+    /// Refuses what a machine that cannot be reached stands in the way of.
+    fn reachable(image: &Image, slot: &Slot) -> Result<(), ErrorBody> {
+        match &slot.unreachable {
+            None => Ok(()),
+            Some(reason) => Err(ErrorBody::new(
+                Code::Busy,
+                format!(
+                    "a process of {}'s machine is held at this host, and cannot be reached: {reason}",
+                    image.user
+                ),
+            )),
+        }
     }
 
     /// Takes in that a machine's process has ended.

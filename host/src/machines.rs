@@ -117,6 +117,14 @@ pub struct Label {
     pub ticket: Option<Ticket>,
 }
 
+impl Label {
+    /// Whether all of it is about this user's machine.
+    #[must_use]
+    pub fn is_of(&self, user: &UserName) -> bool {
+        self.user == *user && self.ticket.as_ref().is_none_or(|ticket| ticket.user == *user)
+    }
+}
+
 /// Called from any thread, once, with what was seen of the end of a machine's process.
 pub type OnEnd = Box<dyn FnOnce(String) + Send>;
 
@@ -166,6 +174,8 @@ pub trait Hosted: Machine {
     fn raise_indices(&mut self, limit: u64) -> Result<(), kage_machine::MachineError>;
     /// The guest's log, with a symbolised backtrace when it has failed.
     fn logs(&self) -> String;
+    /// Takes the tap it uses, when it was adopted with one.
+    fn take_tap(&mut self) -> Option<OwnedFd>;
     /// The machine as handover and replication see it.
     fn as_machine(&mut self) -> &mut dyn Machine;
     /// Renames its label: it now runs under another term.
@@ -175,14 +185,19 @@ pub trait Hosted: Machine {
     fn relabel(&mut self, label: &Label) -> Result<(), kage_machine::MachineError>;
 }
 
-/// A machine found at the daemon's start.
-pub struct Adopted {
-    /// What the daemon before said of it.
-    pub label: Label,
-    /// Where it stands.
-    pub found: Found,
-    /// The machine.
-    pub machine: Box<dyn Hosted>,
+/// What an earlier daemon left of a user's machine.
+pub enum Adopted {
+    /// Its process answers.
+    Machine {
+        /// What the daemon before said of it.
+        label: Label,
+        /// Where it stands.
+        found: Found,
+        /// The machine.
+        machine: Box<dyn Hosted>,
+    },
+    /// Its process is there and cannot be used, for this reason: it may run, so nobody may start another.
+    Unreachable(String),
 }
 
 /// Makes machines.
@@ -198,12 +213,16 @@ pub trait Machines: Send + Sync {
     /// In words, with the cure.
     fn shell(&self, spec: &MachineSpec, tap: OwnedFd) -> Result<Box<dyn Hosted>, String>;
     /// The machines that an earlier daemon left running.
-    fn adopt(&self) -> Vec<Adopted>;
+    fn adopt(&self) -> Vec<(UserName, Adopted)>;
+    /// What there is of one user's machine that could not be reached; `None` once its process is gone.
+    fn adopt_one(&self, user: &UserName) -> Option<Adopted>;
     /// Whether it is able to make machines at all, and if not, why.
     ///
     /// # Errors
     /// In words, with the cure.
     fn check(&self, image: &str) -> Result<(), String>;
+    /// Machines that wait for a login, and shells that wait for an arrival.
+    fn ready(&self) -> (usize, usize);
 }
 
 /// Where packets to an address go from this host.
@@ -256,6 +275,11 @@ pub trait Net: Send + Sync {
     /// # Errors
     /// In words.
     fn forget_device(&self, address: Ipv6Addr) -> Result<(), String>;
+    /// The routes there are: the first address and length of each image's /88 and each device's /128.
+    ///
+    /// # Errors
+    /// In words.
+    fn routes(&self) -> Result<Vec<(Ipv6Addr, u8)>, String>;
     /// Sends on, by the route as it is now, what a machine that no longer runs here has not read from its tap.
     fn drain(&self, tap: &OwnedFd) -> Drained;
     /// Frames to the machine that its tap has dropped since it was made.

@@ -12,8 +12,9 @@ const BUCKETS: [f64; 14] =
     [0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0, 30.0];
 
 /// Names, kinds and meanings of all figures.
-const FAMILIES: [(&str, &str, &str); 14] = [
+const FAMILIES: [(&str, &str, &str); 15] = [
     ("kage_images", "gauge", "Images on this host by state."),
+    ("kage_pool_ready", "gauge", "Machines that wait for a login, shells that wait for an arrival."),
     ("kage_logins_total", "counter", "Logins answered."),
     ("kage_login_start_seconds", "histogram", "Login to the machine's first answer."),
     ("kage_handovers_total", "counter", "Handovers this host was the source of."),

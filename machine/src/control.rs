@@ -11,10 +11,13 @@ use std::ops::Range;
 
 use serde::{Deserialize, Serialize};
 
-use crate::{Geometry, PageSet, machine::HostInstant};
+use crate::{
+    Geometry, PageSet,
+    machine::{BaseHash, HostInstant},
+};
 
 /// Version of these messages.
-pub const CONTROL_VERSION: u16 = 2;
+pub const CONTROL_VERSION: u16 = 4;
 
 /// Largest packet: a bitmap of the largest page space, and the rest.
 pub const MAX_PACKET: usize = 192 << 10;
@@ -26,6 +29,8 @@ pub struct Setup {
     pub geometry: Geometry,
     /// Bytes of the base slot.
     pub base_bytes: u64,
+    /// Its hash, kept for whoever adopts the machine.
+    pub base: BaseHash,
     /// First instruction.
     pub entry: u64,
     /// Root of the page tables.
@@ -54,8 +59,8 @@ pub struct Identity {
 /// What the daemon asks.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Request {
-    /// Who are you; answered by [`Reply::Hello`] with memory, control page and disk (where one is
-    /// attached) as descriptors once the machine is set up.
+    /// Who are you; answered by [`Reply::Hello`], once the machine is set up with memory, control page and what
+    /// [`Made`] names as descriptors.
     Hello {
         /// The daemon's [`CONTROL_VERSION`].
         version: u16,
@@ -108,6 +113,9 @@ pub enum Request {
     Pause,
     /// Run on after a pause.
     Resume,
+    /// Be a shell again: a paused machine that has no label was nobody's. What its memory holds is the daemon's to
+    /// wipe.
+    Forget,
     /// Never run again; stored in the control page before it is answered.
     Release,
     /// Turn the heartbeat on or off and start its figures anew.
@@ -141,6 +149,19 @@ pub enum Phase {
     Released,
 }
 
+/// What a machine consists of. Disk and tap come as descriptors, in this order.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Made {
+    /// Its page space.
+    pub geometry: Geometry,
+    /// Its base.
+    pub base: BaseHash,
+    /// Whether a disk is attached.
+    pub disk: bool,
+    /// Whether a tap is.
+    pub tap: bool,
+}
+
 /// Counters of a machine's network device since this process began.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct NetCounters {
@@ -172,8 +193,8 @@ pub enum Reply {
         version: u16,
         /// Where it stands.
         phase: Phase,
-        /// Its page space, once set up.
-        geometry: Option<Geometry>,
+        /// What it consists of, once set up.
+        machine: Option<Made>,
         /// The last [`Request::Label`].
         label: Vec<u8>,
     },

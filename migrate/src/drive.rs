@@ -19,7 +19,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use kage_directory::{Directory, DirectoryError, ImageRecord, Record, Records, Versioned, records};
+use kage_directory::{Directory, DirectoryError, ImageRecord, Records, Versioned, records};
 use kage_machine::{HostInstant, Memory, PAGE_SIZE, PageIndex};
 
 use crate::ownership::{Change, Standing, Ticket};
@@ -136,13 +136,9 @@ impl<'a> Ownership<'a> {
     }
 
     fn swap(&mut self, change: Change) -> Told {
-        let Some(Versioned { revision, record }) = &self.seen else {
-            // Nothing read yet: what is there decides whether the change still fits.
-            return match self.read() {
-                Told::Record(_) if self.seen.is_some() => self.swap(change),
-                told => told,
-            };
-        };
+        // Nothing read yet: the decider judges what is there. What made it want the change may be older
+        // than the other side's own.
+        let Some(Versioned { revision, record }) = &self.seen else { return self.read() };
         let next = change.apply(record, &self.ticket);
         match self.directory.swap(&self.ticket.user, *revision, Some(&next)) {
             Ok(revision) => {
@@ -167,10 +163,4 @@ impl<'a> Ownership<'a> {
             Err(error) => Told::Away(error.to_string()),
         }
     }
-}
-
-/// The key under which a user's record is kept; for those who watch it.
-#[must_use]
-pub fn record_key(ticket: &Ticket) -> String {
-    format!("{}{}", ImageRecord::PREFIX, ticket.user)
 }

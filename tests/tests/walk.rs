@@ -67,7 +67,7 @@ fn no_ping_is_lost_in_twenty_moves() {
     let site = Site::up(1);
     let login = site.login("alice", "ap-1");
     let mut ping = Command::new("ping");
-    ping.args(["-6", "-i", "0.001", "-W", "2", text(&login, "address")]);
+    ping.args(["-6", "-D", "-i", "0.001", "-W", "2", text(&login, "address")]);
     let mut ping = site.start("d1", &mut ping);
     let answers = lines(&mut ping);
     let collecting = thread::spawn(move || answers.collect::<Vec<_>>());
@@ -88,7 +88,15 @@ fn no_ping_is_lost_in_twenty_moves() {
     let summary = output.iter().find(|line| line.contains("packets transmitted")).expect("a summary");
     let numbers: Vec<u64> = summary.split(' ').filter_map(|word| word.parse().ok()).collect();
     blackouts.sort_by(f64::total_cmp);
+    // `-D` puts the time of each answer in front: the silences the device saw.
+    let times =
+        output.iter().filter_map(|line| line.strip_prefix('[')?.split(']').next()?.parse::<f64>().ok());
+    let times: Vec<_> = times.collect();
+    let mut gaps: Vec<_> = times.windows(2).map(|pair| (pair[1] - pair[0]) * 1e3).collect();
+    gaps.sort_by(f64::total_cmp);
+    let (median, most) = (gaps[gaps.len() / 2], gaps[gaps.len() - 1]);
     println!("{summary}; blackout median {} ms, most {} ms", blackouts[10], blackouts[19]);
+    println!("gap between answers: median {median:.2} ms, most {most:.2} ms");
     // The last request may still be on its way when ping is interrupted.
     assert!(numbers[0] - numbers[1] <= 1, "{summary}");
     assert!(numbers[0] > 1000, "{summary}");
@@ -175,6 +183,28 @@ fn identity_is_the_same_after_moves_and_a_restart() {
     let _ = site.json("h1", &["start", "alice"]);
     let _ = run("uptime");
     assert_eq!(text(&site.show("alice"), "vid"), text(&login, "vid"));
+}
+
+#[test]
+fn machines_share_no_key_and_no_randomness() {
+    let site = Site::up(1);
+    let mut seen = Vec::new();
+    for user in ["alice", "bob"] {
+        let login = site.login(user, "ap-1");
+        let address = text(&login, "address").to_owned();
+        let mut scan = Command::new("ssh-keyscan");
+        let scan = site.output("d1", scan.args(["-T", "10", "-t", "ed25519", &address])).unwrap();
+        let key = String::from_utf8_lossy(&scan.stdout).split(' ').next_back().unwrap_or_default().to_owned();
+        assert!(key.len() > 60, "{}", String::from_utf8_lossy(&scan.stderr));
+        // The server's greeting and the start of its first packet, with 16 random bytes.
+        let mut greeting = Command::new("bash");
+        greeting.args(["-c", &format!("exec 3<>/dev/tcp/{address}/22; head -c 64 <&3")]);
+        let greeting = site.output("d1", &mut greeting).unwrap().stdout;
+        assert_eq!(greeting.len(), 64);
+        seen.push((key, greeting));
+    }
+    assert_ne!(seen[0].0, seen[1].0, "host keys");
+    assert_ne!(seen[0].1, seen[1].1, "cookies of the key exchange");
 }
 
 #[test]

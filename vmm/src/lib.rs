@@ -20,5 +20,6 @@ pub mod remote;
 mod sys;
 mod tables;
 mod upcall;
+mod users;
 mod vcpu;
 mod virtio;

@@ -21,7 +21,9 @@ use std::{
 use kage_abi::{self as abi, BootPage, offset, resources::Resources};
 use kage_machine::{
     HostInstant, SavedState,
-    control::{CONTROL_VERSION, MAX_PACKET, Phase, Reply, Request, Setup, control_page, decode, encode},
+    control::{
+        CONTROL_VERSION, MAX_PACKET, Made, Phase, Reply, Request, Setup, control_page, decode, encode,
+    },
     state::STATE_VERSION,
 };
 use kvm_ioctls::VcpuExit;
@@ -229,6 +231,9 @@ impl Process {
                 self.label = label;
                 Reply::Done
             }
+            Request::Forget if !self.label.is_empty() => {
+                Reply::Refused { reason: "this machine is somebody's".into() }
+            }
             Request::Setup(setup) if self.machine.is_none() => {
                 match Machine::new(setup, packet.descriptors) {
                     Ok(machine) => {
@@ -263,14 +268,15 @@ impl Process {
     }
 
     fn hello(&mut self) -> Result<(), String> {
-        let (phase, geometry) = match &self.machine {
-            Some(machine) => (machine.phase, Some(machine.setup.geometry)),
-            None => (Phase::Empty, None),
-        };
-        let reply =
-            encode(&Reply::Hello { version: CONTROL_VERSION, phase, geometry, label: self.label.clone() });
-        let descriptors: Vec<BorrowedFd<'_>> =
-            self.machine.iter().flat_map(|machine| machine.shared.iter().map(AsFd::as_fd)).collect();
+        let machine = self.machine.as_deref();
+        let phase = machine.map_or(Phase::Empty, |machine| machine.phase);
+        let made = machine.map(Machine::made);
+        let label = self.label.clone();
+        let reply = encode(&Reply::Hello { version: CONTROL_VERSION, phase, machine: made, label });
+        let descriptors: Vec<BorrowedFd<'_>> = machine
+            .iter()
+            .flat_map(|machine| machine.shared.iter().chain(machine.net.attached()).map(AsFd::as_fd))
+            .collect();
         if let Some(connection) = &self.connection
             && packet::send(connection.as_fd(), &reply, &descriptors).is_err()
         {
@@ -385,6 +391,11 @@ impl Machine {
             news: false,
             inspecting: Answering::default(),
         })
+    }
+
+    fn made(&self) -> Made {
+        let Setup { geometry, base, .. } = self.setup;
+        Made { geometry, base, disk: self.shared.len() > 2, tap: self.net.attached().is_some() }
     }
 
     const fn runs(&self) -> bool {
@@ -596,6 +607,11 @@ impl Machine {
                 self.tell_time();
                 self.start(true)
             }
+            Request::Forget if self.phase == Phase::Paused && !self.is_released() => {
+                self.generation = 0;
+                self.phase = Phase::Shell;
+                Ok(Reply::Done)
+            }
             Request::Release if matches!(self.phase, Phase::Paused | Phase::Released) => {
                 self.control.write(control_page::RELEASED, &[1]);
                 self.phase = Phase::Released;
@@ -618,6 +634,7 @@ impl Machine {
             Request::Pause => refuse("pause", self.phase),
             Request::Resume => refuse("resume", self.phase),
             Request::Release => refuse("release", self.phase),
+            Request::Forget => refuse("forget", self.phase),
             Request::Setup(_) => refuse("set up again", self.phase),
             Request::Hello { .. } | Request::Label(_) | Request::End => refuse("do that", self.phase),
         }

@@ -14,7 +14,7 @@ use http::Method;
 use kage_directory::{ApRecord, Records as _};
 
 use super::{
-    App, Reply, Route, body, openapi,
+    App, Hops, Reply, Route, body, openapi,
     types::{ApView, HostView, Ready, RoamReply, RoamRequest},
 };
 use crate::{
@@ -107,14 +107,15 @@ async fn aps(State(app): State<App>) -> Reply<Vec<ApView>> {
     Ok(Json(records.into_iter().map(view).collect()))
 }
 
-async fn roam(State(app): State<App>, bytes: Bytes) -> Reply<RoamReply> {
+async fn roam(State(app): State<App>, hops: Hops, bytes: Bytes) -> Reply<RoamReply> {
     let request: RoamRequest = body(&bytes)?;
-    Ok(Json(app.roam(&request).await?))
+    Ok(Json(app.roam(&request, hops.0).await?))
 }
 
 async fn ready(State(app): State<App>) -> Response {
     let lacks = app.lacks().await;
-    let ready = Ready { host: app.me.clone(), ready: lacks.is_empty(), lacks };
+    let (warm_logins, warm_shells) = app.machines.ready();
+    let ready = Ready { host: app.me.clone(), ready: lacks.is_empty(), lacks, warm_logins, warm_shells };
     let status = if ready.ready { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
     (status, Json(ready)).into_response()
 }
@@ -140,8 +141,14 @@ impl Daemon {
         found.unwrap_or_else(|error| vec![error.message])
     }
 
-    /// Sets the gauge of images by state.
+    /// Sets the gauges of images by state and of what waits in the pools.
     fn count_images(&self) {
+        let (logins, shells) = self.machines.ready();
+        for (kind, count) in [("login", logins), ("shell", shells)] {
+            #[expect(clippy::cast_precision_loss, reason = "a count of machines")]
+            let count = count as f64;
+            self.metrics.set("kage_pool_ready", &[("kind", kind)], count);
+        }
         let local = self.local();
         for state in super::types::State::ALL {
             #[expect(clippy::cast_precision_loss, reason = "a count of machines")]

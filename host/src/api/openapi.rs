@@ -308,7 +308,13 @@ impl Samples {
                 operation: Some("h1:7".into()),
                 report: None,
             },
-            ready: Ready { host: host("h1"), ready: true, lacks: vec!["directory unreachable".into()] },
+            ready: Ready {
+                host: host("h1"),
+                ready: true,
+                lacks: vec!["directory unreachable".into()],
+                warm_logins: 2,
+                warm_shells: 2,
+            },
             event: Event {
                 id: 12,
                 at_ms: 1_700_000_000_000,

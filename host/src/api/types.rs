@@ -457,4 +457,8 @@ pub struct Ready {
     pub ready: bool,
     /// What it lacks.
     pub lacks: Vec<String>,
+    /// Machines that wait for a login.
+    pub warm_logins: usize,
+    /// Empty machines that wait for one from another host.
+    pub warm_shells: usize,
 }

@@ -2,7 +2,10 @@
 //!
 //! What is found is judged by `kage-migrate`'s recovery rules; this module carries the verdict out.
 
-use std::{sync::Arc, time::Instant};
+use std::{
+    sync::{Arc, Weak},
+    time::{Duration, Instant},
+};
 
 use kage_directory::{ImageRecord, Records as _, Versioned, Wanted};
 use kage_machine::UserName;
@@ -12,7 +15,10 @@ use tokio::sync::OwnedMutexGuard;
 
 use super::{Daemon, Image, Slot, blocking};
 use crate::{
-    api::{error::ErrorBody, types::State},
+    api::{
+        error::{Code, ErrorBody},
+        types::State,
+    },
     handover::Resumed,
     machines::{Adopted, MachineSpec, Via},
 };
@@ -20,33 +26,67 @@ use crate::{
 /// Why a machine is started when a daemon starts.
 const NOT_FOUND: &str = "this host's daemon found no process of it";
 
+/// Why a machine is started when a move of it was left open.
+const LEFT_OPEN: &str = "a move of it was left open";
+
+/// Between two looks at what was left open.
+const SUPERVISION: Duration = Duration::from_secs(2);
+
 impl Daemon {
     /// Takes over what an earlier daemon left; blocks. Done before any peer is listened to: what this host says
     /// that it holds is binding.
     pub fn adopt(self: &Arc<Self>) {
-        for Adopted { label, found, machine } in self.machines.adopt() {
-            let image = self.image(&label.user);
+        for (user, adopted) in self.machines.adopt() {
+            let image = self.image(&user);
             let Ok(mut slot) = image.slot.clone().try_lock_owned() else { continue };
-            let details = json!({ "found": format!("{found:?}").to_lowercase(), "pid": machine.pid() });
-            self.events.emit("adopted", Some(&label.user), details);
-            image.update(|status| {
-                status.state = if found == Found::Running { State::Running } else { State::InDoubt };
-                status.term = label.term;
-                status.memory = Some(machine.memory());
-                status.inspector = machine.inspector();
-                status.pid = machine.pid();
-            });
-            slot.spec = Some(MachineSpec::adopted(
-                &label,
-                machine.memory().geometry(),
-                self.config.network.prefix,
-                self.net.mtu(),
-            ));
-            slot.ticket = label.ticket;
-            slot.machine = Some(machine);
-            let (daemon, user) = (self.clone(), label.user);
+            self.take_over(&image, &mut slot, adopted);
+            let daemon = self.clone();
             self.runtime.spawn(async move { daemon.settle(user, NOT_FOUND.to_owned()).await });
         }
+    }
+
+    /// Takes what an earlier daemon left into its slot.
+    fn take_over(&self, image: &Image, slot: &mut Slot, adopted: Adopted) {
+        let (label, found, mut machine) = match adopted {
+            Adopted::Machine { label, found, machine } => (label, found, machine),
+            Adopted::Unreachable(reason) => {
+                let note = format!("its process is held here, and cannot be reached: {reason}");
+                image.set(State::InDoubt, Some(note));
+                if slot.unreachable.as_ref() != Some(&reason) {
+                    self.events.emit("in_doubt", Some(&image.user), json!({ "reason": reason }));
+                }
+                slot.unreachable = Some(reason);
+                return;
+            }
+        };
+        let details = json!({ "found": format!("{found:?}").to_lowercase(), "pid": machine.pid() });
+        self.events.emit("adopted", Some(&image.user), details);
+        image.update(|status| {
+            status.state = if found == Found::Running { State::Running } else { State::InDoubt };
+            status.note = None;
+            status.term = label.term;
+            status.memory = Some(machine.memory());
+            status.inspector = machine.inspector();
+            status.pid = machine.pid();
+        });
+        let geometry = machine.memory().geometry();
+        slot.spec = Some(MachineSpec::adopted(&label, geometry, self.config.network.prefix, self.net.mtu()));
+        slot.unreachable = None;
+        slot.tap = machine.take_tap();
+        slot.ticket = label.ticket;
+        slot.machine = Some(machine);
+    }
+
+    /// Looks again for a machine that could not be reached; whether that is settled, either way.
+    fn look_again(&self, image: &Image, slot: &mut Slot) -> bool {
+        match self.machines.adopt_one(&image.user) {
+            Some(adopted) => self.take_over(image, slot, adopted),
+            None => {
+                slot.unreachable = None;
+                image.update(|status| *status = super::Status::default());
+            }
+        }
+        slot.unreachable.is_none()
     }
 
     /// Starts what should run here and does not.
@@ -61,6 +101,32 @@ impl Daemon {
             self.runtime.spawn(async move { daemon.settle(user, NOT_FOUND.to_owned()).await });
         }
         Ok(())
+    }
+
+    /// Looks after what a move left open: an intent that its source could not clear while the directory was away keeps
+    /// the image from being stopped or started. Ends with the daemon.
+    pub async fn supervise(daemon: Weak<Self>) {
+        loop {
+            tokio::time::sleep(SUPERVISION).await;
+            let Some(daemon) = daemon.upgrade() else { return };
+            let seen = daemon.seen.borrow().clone();
+            let mine = |record: &ImageRecord| record.owner == daemon.me && record.intent.is_some();
+            for (user, _) in seen.images.iter().filter(|(_, record)| mine(record)) {
+                let image = daemon.image(user);
+                // Whoever is at work on it settles it.
+                let Ok(slot) = image.slot.clone().try_lock_owned() else { continue };
+                let (reader, name) = (daemon.clone(), user.clone());
+                // Nobody has the slot, so that no move of this host has an intent of its own in there.
+                let found = blocking(move || Ok((reader.record(&name)?, slot))).await;
+                if let Ok((Some(found), slot)) = found
+                    && mine(&found.record)
+                {
+                    drop(slot);
+                    let (daemon, user) = (daemon.clone(), user.clone());
+                    tokio::spawn(async move { daemon.settle(user, LEFT_OPEN.to_owned()).await });
+                }
+            }
+        }
     }
 
     /// Acts on the end of a machine's process.
@@ -109,6 +175,10 @@ impl Daemon {
                     tokio::time::sleep(super::AGAIN).await;
                     slot = guard;
                 }
+                Ok(Next::Later) => {
+                    tokio::time::sleep(super::AGAIN).await;
+                    slot = image.slot.clone().lock_owned().await;
+                }
                 Err(error) => {
                     image.set(State::Failed, Some(error.message));
                     return;
@@ -124,6 +194,9 @@ impl Daemon {
         reason: &str,
         begun: Instant,
     ) -> Next {
+        if slot.unreachable.is_some() && !self.look_again(image, &mut slot) {
+            return Next::Later;
+        }
         let found = slot.machine.as_mut().map_or(Found::None, |machine| machine.found());
         let record = self.record(&image.user);
         let scene = Scene {
@@ -191,6 +264,13 @@ impl Daemon {
                         });
                         self.events.emit("restarted", Some(&image.user), details);
                     }
+                    // The swap was not made, or is not known to be: what the directory says next decides.
+                    Err(error) if matches!(error.code, Code::Unreachable | Code::OwnershipLost) => {
+                        slot.restarts.uncount();
+                        tracing::warn!(user = %image.user, %error, "a machine is not started again yet");
+                        image.set(State::InDoubt, Some(error.message));
+                        return Next::Wait(slot);
+                    }
                     Err(error) => {
                         tracing::error!(user = %image.user, %error, "a machine was not started again")
                     }
@@ -248,8 +328,7 @@ impl Daemon {
     /// Ends the process here; the image is another host's, or starts anew.
     pub(crate) fn end_here(&self, image: &Image, slot: &mut Slot) {
         slot.incarnation += 1;
-        slot.spec = None;
-        slot.ticket = None;
+        (slot.spec, slot.ticket, slot.tap) = (None, None, None);
         if let Some(mut machine) = slot.machine.take() {
             machine.end();
         }
@@ -265,6 +344,8 @@ enum Next {
     Again(OwnedMutexGuard<Slot>),
     /// Another look after a while.
     Wait(OwnedMutexGuard<Slot>),
+    /// Another look after a while, with the slot free for whoever asks meanwhile.
+    Later,
     /// An open handover goes on.
     Resume(OwnedMutexGuard<Slot>, Box<Resumed>),
 }

@@ -1,6 +1,11 @@
 //! Daemons on loopback with simulated machines: real API, real TLS, real directory.
 
-use std::{net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
+use std::{
+    net::SocketAddr,
+    path::PathBuf,
+    sync::{Arc, atomic::Ordering},
+    time::Duration,
+};
 
 use kage_directory::{Directory, Embedded, Records as _};
 use kage_machine::{HostName, UserName};
@@ -156,6 +161,7 @@ impl TestSite {
         let follower = daemon.clone();
         std::thread::spawn(move || follower.follow());
         daemon.start_missing().await.unwrap();
+        tasks.push(tokio::spawn(Daemon::supervise(Arc::downgrade(&daemon))));
         TestHost { daemon, machines, net, socket, tasks, embedded }
     }
 
@@ -165,10 +171,16 @@ impl TestSite {
         index: usize,
         parts: (Arc<FakeMachines>, Arc<FakeNet>, Option<Arc<dyn Directory>>),
     ) -> TestHost {
-        let socket = tokio::net::TcpSocket::new_v6().unwrap();
-        socket.set_reuseaddr(true).unwrap();
-        socket.bind(self.addresses[index]).unwrap();
-        self.start(index, socket.listen(64).unwrap(), parts).await
+        let mut listener = None;
+        // A task that was ended lets go of its socket a moment later.
+        until("the killed daemon's port", async || {
+            let socket = tokio::net::TcpSocket::new_v6().unwrap();
+            socket.set_reuseaddr(true).unwrap();
+            listener = socket.bind(self.addresses[index]).and_then(|()| socket.listen(64)).ok();
+            listener.is_some()
+        })
+        .await;
+        self.start(index, listener.unwrap(), parts).await
     }
 }
 
@@ -288,6 +300,29 @@ async fn a_restarted_daemon_adopts_its_machines_and_starts_what_is_missing() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_machine_that_cannot_be_reached_is_never_started_twice() {
+    let (site, mut hosts) = TestSite::new("life-silent", 2).await;
+    hosts[1].login("alice", json!({})).await;
+    let alice = hosts[1].machines.process("alice").unwrap();
+    let (machines, net, embedded) = hosts.remove(1).kill();
+    machines.silent.store(true, Ordering::SeqCst);
+    let host = site.restart(1, (machines, net, embedded)).await;
+    let view = host.show("alice?state=in_doubt&timeout=5s").await;
+    assert!(view.note.unwrap().contains("does not answer"));
+    let login = Call::new(Method::PUT, "/v1/images/alice").json(&json!({}));
+    for call in [login, Call::new(Method::POST, "/v1/images/alice/stop")] {
+        let (status, body) = host.call(&call).await;
+        assert_eq!(status, 409, "{} {}: {body}", call.method, call.path);
+        assert!(body["message"].as_str().unwrap().contains("cannot be reached"), "{body}");
+    }
+    host.machines.silent.store(false, Ordering::SeqCst);
+    let view = host.show("alice?state=running&timeout=5s").await;
+    assert_eq!((view.term.0, view.note), (1, None));
+    assert!(Arc::ptr_eq(&alice, &host.machines.process("alice").unwrap()));
+    assert_eq!(*host.machines.started.lock().unwrap(), 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn bad_input_gets_a_clear_error() {
     let (_site, hosts) = TestSite::new("life-bad", 2).await;
     hosts[0].login("alice", json!({})).await;
@@ -362,4 +397,88 @@ async fn a_device_is_published_and_the_latest_word_wins() {
     let found = hosts[0].daemon.directory.read::<kage_directory::DeviceRecord>(&address).unwrap().unwrap();
     assert_eq!(found.record.host.as_str(), "h2");
     assert!(hosts[0].daemon.attach_device("fe80::1".parse().unwrap(), &user, &ap, 1).is_err());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_intent_that_a_move_left_open_is_closed_and_the_machine_runs_on() {
+    let (_site, hosts) = TestSite::new("life-intent", 2).await;
+    hosts[0].login("alice", json!({})).await;
+    let process = hosts[0].machines.process("alice").unwrap();
+    let (user, directory) = ("alice".parse::<UserName>().unwrap(), &hosts[0].daemon.directory);
+    let found = hosts[0].daemon.existing(&user).unwrap();
+    let intent = kage_directory::Intent { target: host_name(1), handover: kage_machine::HandoverId([9; 16]) };
+    let left = ImageRecord { intent: Some(intent), ..found.record.clone() };
+    directory.swap(&user, found.revision, Some(&left)).unwrap();
+    until("the intent's end", async || hosts[0].daemon.existing(&user).unwrap().record.intent.is_none())
+        .await;
+    let view = hosts[0].show("alice?state=running&timeout=5s").await;
+    assert_eq!((view.host.as_str(), view.term), ("h1", found.record.term));
+    assert!(Arc::ptr_eq(&process, &hosts[0].machines.process("alice").unwrap()));
+    let (status, reply) = hosts[0].call(&Call::new(Method::POST, "/v1/images/alice/stop")).await;
+    assert_eq!(status, 200, "{reply}");
+}
+
+/// A directory that does not answer a few swaps of images.
+struct Deaf {
+    inner: Arc<dyn Directory>,
+    left: std::sync::atomic::AtomicU32,
+}
+
+impl Directory for Deaf {
+    fn get(&self, key: &str) -> Result<Option<kage_directory::Entry>, kage_directory::DirectoryError> {
+        self.inner.get(key)
+    }
+    fn list(&self, prefix: &str) -> Result<kage_directory::Listing, kage_directory::DirectoryError> {
+        self.inner.list(prefix)
+    }
+    fn compare_and_swap(
+        &self,
+        key: &str,
+        expected: kage_directory::Revision,
+        value: Option<&[u8]>,
+    ) -> Result<kage_directory::Revision, kage_directory::DirectoryError> {
+        use std::sync::atomic::Ordering::SeqCst;
+        let one_less = |left: u32| left.checked_sub(1);
+        if key.starts_with(<ImageRecord as kage_directory::Record>::PREFIX)
+            && self.left.fetch_update(SeqCst, SeqCst, one_less).is_ok()
+        {
+            return Err(kage_directory::DirectoryError::Unreachable { reason: "deaf".into() });
+        }
+        self.inner.compare_and_swap(key, expected, value)
+    }
+    fn watch(
+        &self,
+        prefix: &str,
+        after: kage_directory::Revision,
+        timeout: Duration,
+    ) -> Result<kage_directory::Changes, kage_directory::DirectoryError> {
+        self.inner.watch(prefix, after, timeout)
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_restart_whose_swap_is_not_answered_is_tried_again() {
+    let (site, mut hosts) = TestSite::new("life-deaf", 1).await;
+    hosts[0].login("alice", json!({})).await;
+    let (machines, net, embedded) = hosts.remove(0).kill();
+    machines.process("alice").unwrap().kill("while nobody looked");
+    // More often than a machine may die in a minute.
+    let left = (decide::Restarts::MOST as u32 + 1).into();
+    let deaf: Arc<dyn Directory> = Arc::new(Deaf { inner: embedded.unwrap(), left });
+    let host = site.restart(0, (machines, net, Some(deaf))).await;
+    let view = host.show("alice?state=running&timeout=20s").await;
+    assert_eq!((view.host.as_str(), view.term.0), ("h1", 2));
+    assert!(host.machines.process("alice").is_some());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn asking_for_names_leaves_nothing_behind() {
+    let (_site, hosts) = TestSite::new("life-names", 1).await;
+    for number in 0..20 {
+        let (status, _) = hosts[0].call(&Call::new(Method::GET, format!("/v1/images/nobody-{number}"))).await;
+        assert_eq!(status, 404);
+        let path = format!("/v1/images/nobody-{number}?state=running&timeout=20ms");
+        assert_eq!(hosts[0].call(&Call::new(Method::GET, path)).await.0, 504);
+    }
+    assert_eq!(hosts[0].daemon.local().len(), 0);
 }

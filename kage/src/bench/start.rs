@@ -12,7 +12,7 @@ use std::{
 
 use http::Method;
 use kage_host::{
-    api::types::{ImageView, LoginReply, LoginRequest},
+    api::types::{ImageView, LoginReply, LoginRequest, Ready},
     http::Call,
     units::Size,
 };
@@ -28,8 +28,11 @@ use crate::{
 /// Runs with `--quick`.
 const QUICK: u32 = 5;
 
-/// Pause between two logins, in which the pool is filled again and the ended machine goes.
-const REST: Duration = Duration::from_millis(300);
+/// Machines kept ready, of each kind: a bench starts its clock when they are there and nothing else is being made.
+const POOL: usize = 2;
+
+/// Pause between two looks at the pool.
+const LOOK: Duration = Duration::from_millis(50);
 
 /// A machine is idle once it has done nothing for so long.
 const IDLE: Duration = Duration::from_secs(1);
@@ -78,7 +81,7 @@ fn measure(
         let (mut first_replies, mut answers) = (Vec::new(), Vec::new());
         for number in 0..runs {
             cancel.check().map_err(Failure::new)?;
-            std::thread::sleep(REST);
+            settled(&host.socket, cancel)?;
             let user = format!("{name}-{number}");
             let (socket, to) = (host.socket.clone(), device.name.clone());
             let measured = testbed.within(&to, move || one(&socket, &user, kind)).map_err(Failure::new)??;
@@ -114,6 +117,25 @@ fn login(
     let request = LoginRequest { cold: kind == Kind::Cold, ..LoginRequest::default() };
     let call = Call::new(Method::PUT, format!("/v1/images/{user}")).json(&request);
     Ok(runtime.block_on(client.call(&call))?)
+}
+
+/// Waits until the pools are full again.
+fn settled(socket: &Path, cancel: &Cancel) -> Result<(), Failure> {
+    let (runtime, client) = (runtime()?, Client::at(socket));
+    let until = Instant::now() + PATIENCE;
+    loop {
+        cancel.check().map_err(Failure::new)?;
+        let ready: Ready = runtime.block_on(client.call(&Call::new(Method::GET, "/readyz")))?;
+        if ready.warm_logins >= POOL && ready.warm_shells >= POOL {
+            // The last one was just made: let the process that made it come to rest.
+            std::thread::sleep(LOOK);
+            return Ok(());
+        }
+        if Instant::now() > until {
+            return Err(Failure::new("the pool of warm machines does not fill; see the host's log"));
+        }
+        std::thread::sleep(LOOK);
+    }
 }
 
 /// One login by a user who was never here, seen from the device's namespace.

@@ -72,9 +72,9 @@ fn examine() -> Vec<Finding> {
         finding("architecture", true, architecture(), "Kage runs on x86-64 only"),
         finding(
             "CPU level v3",
-            false,
+            true,
             cpu_level(),
-            "set cpu_baseline = \"v2\" in [image] on every host of the site",
+            "use a CPU with AVX2, BMI and FMA (Intel Haswell, AMD Zen, or newer): every image expects them",
         ),
         finding(
             "/dev/kvm",

@@ -266,13 +266,20 @@ enum Damage {
     Flip,
 }
 
-/// Passes one connection on, damaging it at a byte of one direction. Returns how many bytes went
-/// each way.
-fn proxy(to: SocketAddr, at: Option<(bool, u64, Damage)>) -> (SocketAddr, JoinHandle<[u64; 2]>) {
+/// What passed through a proxy.
+struct Passed {
+    /// Bytes in the connecting side's direction and in the other.
+    bytes: [u64; 2],
+    /// The byte to damage was among them.
+    damaged: bool,
+}
+
+/// Passes one connection on, damaging it at a byte of one direction.
+fn proxy(to: SocketAddr, at: Option<(bool, u64, Damage)>) -> (SocketAddr, JoinHandle<Passed>) {
     let listener = TcpListener::bind("[::1]:0").unwrap();
     let addr = listener.local_addr().unwrap();
     let copy = move |from: TcpStream, to: TcpStream, damage: Option<(u64, Damage)>| {
-        let mut passed = 0;
+        let (mut passed, mut damaged) = (0, false);
         let mut bytes = [0; 4096];
         while let Ok(count @ 1..) = (&from).read(&mut bytes) {
             let mut part = count;
@@ -280,6 +287,7 @@ fn proxy(to: SocketAddr, at: Option<(bool, u64, Damage)>) -> (SocketAddr, JoinHa
                 && (passed..passed + count as u64).contains(&at)
             {
                 let offset = (at - passed) as usize;
+                damaged = true;
                 match damage {
                     Damage::Cut => part = offset,
                     Damage::Flip => bytes[offset] ^= 1,
@@ -292,7 +300,7 @@ fn proxy(to: SocketAddr, at: Option<(bool, u64, Damage)>) -> (SocketAddr, JoinHa
         }
         let _ = to.shutdown(Shutdown::Both);
         let _ = from.shutdown(Shutdown::Both);
-        passed
+        (passed, damaged)
     };
     let proxy = thread::spawn(move || {
         let (near, _) = listener.accept().unwrap();
@@ -301,7 +309,8 @@ fn proxy(to: SocketAddr, at: Option<(bool, u64, Damage)>) -> (SocketAddr, JoinHa
         let pick = |forth| at.and_then(|(way, at, damage)| (way == forth).then_some((at, damage)));
         let (forth, back) = (pick(true), pick(false));
         let back = thread::spawn(move || copy(far2, near2, back));
-        [copy(near, far, forth), back.join().unwrap()]
+        let (forth, back) = (copy(near, far, forth), back.join().unwrap());
+        Passed { bytes: [forth.0, back.0], damaged: forth.1 || back.1 }
     });
     (addr, proxy)
 }
@@ -310,7 +319,7 @@ fn proxy(to: SocketAddr, at: Option<(bool, u64, Damage)>) -> (SocketAddr, JoinHa
 fn stream_through(
     site: &Site,
     at: Option<(bool, u64, Damage)>,
-) -> (Result<(), String>, Result<(), String>, [u64; 2]) {
+) -> (Result<(), String>, Result<(), String>, Passed) {
     let copy = std::sync::Arc::new(testing::TestMemory::new(40, 0));
     let kept = copy.clone();
     let (addr, server) = listen(site.host("b"), move |mut link, hello| {
@@ -347,15 +356,19 @@ fn a_stream_cut_or_changed_at_any_byte_ends_with_an_error_and_no_false_acknowled
     let site = Site::new();
     let (sent, received, passed) = stream_through(&site, None);
     assert_eq!((sent, received), (Ok(()), Ok(())));
+    let passed = passed.bytes;
     let case = &|damage: Damage, forth: bool, at: u64, total: u64| {
-        let (sent, received, _) = stream_through(&site, Some((forth, at, damage)));
+        let (sent, received, passed) = stream_through(&site, Some((forth, at, damage)));
         let harmless = match damage {
+            // The last record is the connection's end: to lose it loses nothing.
             Damage::Cut => at + 64 > total,
             // TLS ignores the version in the headers of the handshake's plaintext records.
             Damage::Flip => at < 400,
         };
         let failed = sent.is_err() || received.is_err();
-        assert!(failed || harmless, "{damage:?} forth {forth} at {at} of {total}");
+        // Signatures differ in length from one connection to the next, so the last bytes may not be there.
+        assert!(failed || harmless || !passed.damaged, "{damage:?} forth {forth} at {at} of {total}");
+        passed.damaged
     };
     // Side by side: a changed length makes either end wait for bytes until its deadline.
     thread::scope(|scope| {
@@ -363,7 +376,7 @@ fn a_stream_cut_or_changed_at_any_byte_ends_with_an_error_and_no_false_acknowled
             for (forth, total) in [(true, passed[0]), (false, passed[1])] {
                 // Every byte of a record's header, and positions all over.
                 for at in (0..8).chain((8..total).step_by((total / 24).max(1) as usize)) {
-                    scope.spawn(move || case(damage, forth, at, total));
+                    scope.spawn(move || assert!(case(damage, forth, at, total) || at + 64 > total));
                 }
             }
         }
