@@ -136,13 +136,9 @@ impl<'a> Ownership<'a> {
     }
 
     fn swap(&mut self, change: Change) -> Told {
-        let Some(Versioned { revision, record }) = &self.seen else {
-            // Nothing read yet: what is there decides whether the change still fits.
-            return match self.read() {
-                Told::Record(_) if self.seen.is_some() => self.swap(change),
-                told => told,
-            };
-        };
+        // Nothing read yet: the decider judges what is there. What made it want the change may be older
+        // than the other side's own.
+        let Some(Versioned { revision, record }) = &self.seen else { return self.read() };
         let next = change.apply(record, &self.ticket);
         match self.directory.swap(&self.ticket.user, *revision, Some(&next)) {
             Ok(revision) => {

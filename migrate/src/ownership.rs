@@ -90,7 +90,10 @@ impl Change {
                 record.intent = Some(Intent { target: ticket.target.clone(), handover: ticket.handover });
             }
             Self::Clear => {}
-            Self::TakeBack => record.term = ticket.term.next().next(),
+            Self::TakeBack => {
+                record.term = ticket.term.next().next();
+                record.owner = ticket.source.clone();
+            }
             Self::Claim => {
                 record.term = ticket.term.next();
                 record.owner = ticket.target.clone();
@@ -148,6 +151,14 @@ pub(crate) mod tests {
         ] {
             assert_eq!(Standing::of(record, &ticket), standing);
         }
+    }
+
+    #[test]
+    fn each_change_names_its_owner() {
+        let (ticket, claimed) = (ticket(), Change::Claim.apply(&record(), &ticket()));
+        assert_eq!((claimed.term, &claimed.owner), (Term(6), &ticket.target));
+        let back = Change::TakeBack.apply(&claimed, &ticket);
+        assert_eq!((back.term, &back.owner), (Term(7), &ticket.source));
     }
 
     #[test]

@@ -48,7 +48,7 @@ pub enum Action {
     /// Send a message.
     Say(ToTarget),
     /// Swap the record on the revision last read: [`SourceEvent::Swapped`], [`SourceEvent::Record`]
-    /// when that has changed, [`SourceEvent::DirectoryAway`].
+    /// when that has changed or nothing was read yet, [`SourceEvent::DirectoryAway`].
     Swap(Change),
     /// Read the record: [`SourceEvent::Record`] or [`SourceEvent::DirectoryAway`].
     Read,

@@ -71,7 +71,8 @@ struct Daemon {
     source: Option<Source>,
     target: Option<Target>,
     work: Vec<Work>,
-    seen: u8,
+    /// The revision its driver has read; a run begins without one.
+    seen: Option<u8>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -226,8 +227,8 @@ impl State {
         if !self.directory_up {
             return Told::Away;
         }
-        let expected = self.daemons[host].as_ref().map_or(0, |daemon| daemon.seen);
-        let fits = expected == self.record.revision;
+        let expected = self.daemons[host].as_ref().and_then(|daemon| daemon.seen);
+        let fits = expected == Some(self.record.revision);
         match way {
             Way::Lost | Way::Refused => Told::Away,
             Way::Well if !fits => {
@@ -263,7 +264,7 @@ impl State {
     fn see(&mut self, host: usize) {
         let revision = self.record.revision;
         if let Some(daemon) = &mut self.daemons[host] {
-            daemon.seen = revision;
+            daemon.seen = Some(revision);
         }
     }
 
@@ -483,6 +484,7 @@ impl State {
                 let (target, actions) = if held { Target::refuse(String::new()) } else { Target::begin() };
                 if let Some(daemon) = &mut self.daemons[B] {
                     daemon.target = Some(target);
+                    daemon.seen = None;
                     daemon.work.extend(actions.into_iter().map(Work::Target));
                 }
             }
@@ -532,10 +534,12 @@ impl State {
             Recovery::End => daemon.work.push(Work::End),
             Recovery::Source(_, source, actions) => {
                 daemon.source = Some(source);
+                daemon.seen = None;
                 daemon.work.extend(actions.into_iter().map(Work::Source));
             }
             Recovery::Target(_, target, actions) => {
                 daemon.target = Some(target);
+                daemon.seen = None;
                 daemon.work.extend(actions.into_iter().map(Work::Target));
             }
         }

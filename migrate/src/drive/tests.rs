@@ -815,3 +815,27 @@ fn restarted_daemons_settle_whatever_they_find() {
         }
     }
 }
+
+/// A daemon judges what it finds by a record; by the time its handover goes on, the target has claimed.
+#[test]
+fn a_claim_between_two_reads_of_the_record_is_never_taken_back() {
+    for (a, b) in [(Found::Paused, Found::Running), (Found::None, Found::None)] {
+        let bench = Bench::new();
+        bench.left(a, b);
+        let (user, directory) = (&bench.spec.ticket.user, &bench.world.directory);
+        let found = directory.inner.read::<ImageRecord>(user).unwrap().unwrap();
+        let scene = Scene { me: &bench.a.name, user, found: a, label: None, record: Ok(Some(&found.record)) };
+        let Recovery::Source(ticket, decider, actions) = recover(&scene) else { panic!("{a:?}") };
+        let claimed = crate::ownership::Change::Claim.apply(&found.record, &ticket);
+        directory.inner.swap(user, found.revision, Some(&claimed)).unwrap();
+
+        let spec = SourceSpec { ticket, ..bench.spec.clone() };
+        let mut side = bench.side(Cuts::default());
+        let report = source::resume(&spec, decider, actions, &mut side, &**directory, &Control::default());
+        assert_eq!(bench.record(), claimed, "{a:?}: {report:?}");
+        assert_eq!(report.outcome, Outcome::HandedOver, "{a:?}: {report:?}");
+        assert_eq!(bench.a.found(), Found::None, "{a:?}: {report:?}");
+        assert_eq!(bench.b.found(), b, "{a:?}: {report:?}");
+        assert_eq!(bench.world.generation.load(Ordering::SeqCst), 1, "{a:?}: {report:?}");
+    }
+}

@@ -28,7 +28,6 @@ impl Sim {
         if !matches!(verdict, Recovery::Nothing | Recovery::Keep | Recovery::Wait) {
             self.note(|| format!("host {host} finds {found:?}: {verdict:?}"));
         }
-        let seen = answered.then_some((self.revision, record));
         let now = self.now;
         match verdict {
             Recovery::Nothing | Recovery::Keep | Recovery::Wait => {}
@@ -46,16 +45,14 @@ impl Sim {
             Recovery::End => self.end_vm(host),
             Recovery::Source(ticket, source, actions) => {
                 self.current = [host, self.index(&ticket.target)];
-                let mut run = AsSource::new(ticket, source, actions, now);
-                run.seen = seen;
+                let run = AsSource::new(ticket, source, actions, now);
                 if let Some(daemon) = &mut self.hosts[host].daemon {
                     daemon.source = Some(run);
                 }
                 self.go_on(host, Role::Source);
             }
             Recovery::Target(ticket, target, actions) => {
-                let mut run = AsTarget::new(ticket, target, actions, now);
-                run.seen = seen;
+                let run = AsTarget::new(ticket, target, actions, now);
                 if let Some(daemon) = &mut self.hosts[host].daemon {
                     daemon.target = Some(run);
                 }
@@ -101,8 +98,7 @@ impl Sim {
         };
         self.note(|| format!("move {owner} -> {to}"));
         let (source, actions) = Source::begin(goal);
-        let mut run = AsSource::new(ticket, source, actions, self.now);
-        run.seen = Some((self.revision, self.record.clone()));
+        let run = AsSource::new(ticket, source, actions, self.now);
         if let Some(daemon) = &mut self.hosts[owner].daemon {
             daemon.source = Some(run);
         }

@@ -150,6 +150,7 @@ struct Running<D, A, E> {
     waiting: Waiting,
     connection: Option<usize>,
     token: u64,
+    /// The record as this run's driver read it last; what was read to begin the run does not count.
     seen: Option<(u64, ImageRecord)>,
     begun: u64,
     dirty: Option<PageSet>,
