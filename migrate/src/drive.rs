@@ -19,7 +19,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use kage_directory::{Directory, DirectoryError, ImageRecord, Record, Records, Versioned, records};
+use kage_directory::{Directory, DirectoryError, ImageRecord, Records, Versioned, records};
 use kage_machine::{HostInstant, Memory, PAGE_SIZE, PageIndex};
 
 use crate::ownership::{Change, Standing, Ticket};
@@ -163,10 +163,4 @@ impl<'a> Ownership<'a> {
             Err(error) => Told::Away(error.to_string()),
         }
     }
-}
-
-/// The key under which a user's record is kept; for those who watch it.
-#[must_use]
-pub fn record_key(ticket: &Ticket) -> String {
-    format!("{}{}", ImageRecord::PREFIX, ticket.user)
 }
