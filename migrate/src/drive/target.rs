@@ -6,7 +6,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use kage_directory::Directory;
+use kage_directory::{Directory, ImageRecord, Records as _};
 use kage_machine::{HandoverId, HostInstant, HostName, Machine, MachineError, SavedState, Term, UserName};
 use kage_replicate::{Link, LinkError, Receiver};
 use kage_wire::{
@@ -30,6 +30,13 @@ const MAX_TIMEOUT: Duration = Duration::from_secs(3600);
 
 /// Beyond the source's own timeout the target waits for its word that long.
 const TIMEOUT_MARGIN: Duration = Duration::from_secs(5);
+
+/// Most users of whom it is remembered that a term was given up here.
+const MOST_REFUSED: usize = 65_536;
+
+/// When there are so many, those are forgotten that are older: a request of such a term is long dead, since a link has
+/// to begin within [`Limits::answer`].
+const REFUSED_FOR: Duration = Duration::from_secs(3600);
 
 /// What a daemon lends to all sessions.
 pub trait TargetHost: Send + Sync {
@@ -70,8 +77,8 @@ pub struct Targets {
 #[derive(Default)]
 struct State {
     sessions: HashMap<UserName, Arc<Session>>,
-    /// Terms of which "nothing held" was said: it binds.
-    refused: HashMap<UserName, Term>,
+    /// Terms of which "nothing held" was said, and when: it binds.
+    refused: HashMap<UserName, (Term, Instant)>,
 }
 
 /// One handover to this host.
@@ -137,7 +144,8 @@ impl Targets {
         match Message::from_frame(&first) {
             Ok((Message::Prepare(request), _)) => self.serve_handover(host, link, &request),
             Ok((Message::Inquire { user, term, handover, released }, _)) => {
-                let held = self.inquired(host, &user, term, handover, released);
+                let asked = Asked { user: &user, term, handover, released };
+                let held = self.inquired(host, link.peer(), &asked);
                 let answer = match held {
                     Some(true) => Message::Holds,
                     Some(false) => Message::HoldsNothing,
@@ -191,7 +199,7 @@ impl Targets {
         let session = Session::new(ticket.clone());
         let refusal = {
             let mut state = lock(&self.state);
-            if state.refused.get(&ticket.user).is_some_and(|&refused| ticket.term <= refused) {
+            if state.refused.get(&ticket.user).is_some_and(|&(refused, _)| ticket.term <= refused) {
                 Some(format!("term {} was given up here", ticket.term.0))
             } else if state.sessions.contains_key(&ticket.user) {
                 Some("another handover of it is under way here".to_owned())
@@ -255,37 +263,71 @@ impl Targets {
         outcome
     }
 
-    /// What is held of an image; `None` while that cannot be said.
-    fn inquired(
-        &self,
-        host: &dyn TargetHost,
-        user: &UserName,
-        term: Term,
-        handover: HandoverId,
-        released: bool,
-    ) -> Option<bool> {
-        let session = {
-            let mut state = lock(&self.state);
-            let session = state.sessions.get(user).cloned();
-            if session.is_none() && !host.holds(user) {
-                let refused = state.refused.entry(user.clone()).or_default();
-                *refused = (*refused).max(term);
-                return Some(false);
-            }
-            session
-        };
+    /// What is held of an image; `None` while that cannot be said, or not to this host.
+    fn inquired(&self, host: &dyn TargetHost, asker: &HostName, asked: &Asked<'_>) -> Option<bool> {
+        let session = lock(&self.state).sessions.get(asked.user).cloned();
         match session {
-            Some(session) if session.ticket.handover == handover => {
-                let held = session.inquire(released, self.limits.answer)?;
-                if !held {
-                    let mut state = lock(&self.state);
-                    let refused = state.refused.entry(user.clone()).or_default();
-                    *refused = (*refused).max(term);
+            Some(session) if session.ticket.handover == asked.handover => {
+                if session.ticket.source != *asker {
+                    tracing::warn!(user = %asked.user, %asker, "a host that is not its source asked for a handover");
+                    return None;
                 }
-                Some(held)
+                let held = session.inquire(asked.released, self.limits.answer)?;
+                // Of the session's own term: whatever was asked, no other is given up.
+                if held || self.refuse(asked.user, session.ticket.term) { Some(held) } else { None }
             }
-            _ => Some(true),
+            Some(_) => Some(true),
+            None if host.holds(asked.user) => Some(true),
+            None => {
+                // The answer binds, so only the owner gets it, and for a term that was.
+                if !self.owned_by(asker, asked) {
+                    tracing::warn!(user = %asked.user, %asker, "asked what is held by a host that is not known to own it");
+                    return None;
+                }
+                let mut state = lock(&self.state);
+                // One may have begun, or come and gone, while the directory was asked.
+                if state.sessions.contains_key(asked.user) || host.holds(asked.user) {
+                    return None;
+                }
+                state.refuse(asked.user, asked.term).then_some(false)
+            }
         }
+    }
+
+    fn refuse(&self, user: &UserName, term: Term) -> bool {
+        lock(&self.state).refuse(user, term)
+    }
+
+    /// Whether the directory has the image at that host, under that term or a later one.
+    fn owned_by(&self, host: &HostName, asked: &Asked<'_>) -> bool {
+        let found = self.directory.read::<ImageRecord>(asked.user);
+        found.is_ok_and(|found| {
+            found.is_some_and(|found| found.record.owner == *host && asked.term <= found.record.term)
+        })
+    }
+}
+
+/// What a source asks on a new link.
+struct Asked<'a> {
+    user: &'a UserName,
+    term: Term,
+    handover: HandoverId,
+    released: bool,
+}
+
+impl State {
+    /// Gives terms up to this one up; whether that could be noted.
+    fn refuse(&mut self, user: &UserName, term: Term) -> bool {
+        let now = Instant::now();
+        if self.refused.len() >= MOST_REFUSED && !self.refused.contains_key(user) {
+            self.refused.retain(|_, (_, since)| now.duration_since(*since) < REFUSED_FOR);
+            if self.refused.len() >= MOST_REFUSED {
+                return false;
+            }
+        }
+        let (refused, since) = self.refused.entry(user.clone()).or_insert((term, now));
+        (*refused, *since) = ((*refused).max(term), now);
+        true
     }
 }
 
