@@ -33,12 +33,18 @@ pub fn profile() -> Profile {
 pub struct FakeNet {
     calls: Mutex<Vec<String>>,
     failing: Mutex<BTreeSet<&'static str>>,
+    left: Mutex<Vec<(Ipv6Addr, u8)>>,
 }
 
 impl FakeNet {
     /// The next call of this kind fails.
     pub fn fail_next(&self, what: &'static str) {
         self.failing.lock().unwrap().insert(what);
+    }
+
+    /// As if a daemon before had set this route.
+    pub fn leave(&self, address: Ipv6Addr, length: u8) {
+        self.left.lock().unwrap().push((address, length));
     }
 
     /// What was asked so far.
@@ -83,6 +89,9 @@ impl Net for FakeNet {
     }
     fn access_point(&self, ap: &ApName, _bridge: Option<&str>) -> Result<(), String> {
         self.call("ap", ap.to_string())
+    }
+    fn routes(&self) -> Result<Vec<(Ipv6Addr, u8)>, String> {
+        Ok(self.left.lock().unwrap().clone())
     }
     fn drain(&self, _tap: &OwnedFd) -> Drained {
         Drained { forwarded_frames: 2, ..Drained::default() }

@@ -201,7 +201,7 @@ impl Daemon {
             None => Vec::new(),
         };
         Ok(Arc::new(Self {
-            routes: Keeper::new(net.clone()),
+            routes: Keeper::new(net.clone(), config.network.prefix),
             events: Events::new(me.clone()),
             operations: Operations::new(me.clone()),
             metrics: Metrics::default(),

@@ -219,6 +219,11 @@ pub trait Net: Send + Sync {
     /// # Errors
     /// In words.
     fn forget_device(&self, address: Ipv6Addr) -> Result<(), String>;
+    /// The routes there are: the first address and length of each image's /88 and each device's /128.
+    ///
+    /// # Errors
+    /// In words.
+    fn routes(&self) -> Result<Vec<(Ipv6Addr, u8)>, String>;
     /// Sends on, by the route as it is now, what a machine that no longer runs here has not read from its tap.
     fn drain(&self, tap: &OwnedFd) -> Drained;
     /// Frames to the machine that its tap has dropped since it was made.

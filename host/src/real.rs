@@ -445,6 +445,11 @@ impl Net for FabricNet {
         Self::said(self.fabric.ensure_ap_bridge(ap)).map(|_| ())
     }
 
+    fn routes(&self) -> Result<Vec<(Ipv6Addr, u8)>, String> {
+        let found = Self::said(self.fabric.image_and_device_routes())?;
+        Ok(found.into_iter().map(|route| (route.address, route.length)).collect())
+    }
+
     fn drain(&self, tap: &OwnedFd) -> Drained {
         match drain_until_quiet(tap, DRAIN_QUIET, Instant::now() + DRAIN_LONGEST) {
             Ok(drained) => Drained {

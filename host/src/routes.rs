@@ -1,12 +1,12 @@
 //! Which routes this host has to have, from the directory's records. Pure, except [`apply`].
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     net::{IpAddr, Ipv6Addr},
 };
 
 use kage_directory::{DeviceRecord, HostRecord, ImageRecord, Wanted};
-use kage_machine::{HostName, SitePrefix, Term, UserName, Vid};
+use kage_machine::{HostName, ImageNumber, SitePrefix, Term, UserName, Vid};
 
 use crate::machines::{Net, Via};
 
@@ -77,44 +77,48 @@ fn is_held(held: &Held, wanted: &Table, address: Ipv6Addr) -> bool {
     }
 }
 
-/// Brings the network from `now` to `wanted` and returns what it has then: what failed stays as it was,
-/// so that the next call tries again. Routes of images in `held` are not touched.
-pub fn apply(net: &dyn Net, now: &Table, wanted: &Table, held: &Held) -> Table {
-    let mut have = now.clone();
-    have.terms.clone_from(&wanted.terms);
-    let report = |what: &str, result: Result<(), String>| match result {
+/// Whether a route was set; says why not.
+fn set(what: &str, result: Result<(), String>) -> bool {
+    match result {
         Ok(()) => true,
         Err(reason) => {
             tracing::warn!(what, reason, "a route was not set");
             false
         }
-    };
+    }
+}
+
+/// Brings the network from `now` to `wanted` and returns what it has then: what failed stays as it was,
+/// so that the next call tries again. Routes of images in `held` are not touched.
+pub fn apply(net: &dyn Net, now: &Table, wanted: &Table, held: &Held) -> Table {
+    let mut have = now.clone();
+    have.terms.clone_from(&wanted.terms);
     for (host, underlay) in &wanted.peers {
-        if have.peers.get(host) != Some(underlay) && report("peer", net.peer(host, *underlay)) {
+        if have.peers.get(host) != Some(underlay) && set("peer", net.peer(host, *underlay)) {
             have.peers.insert(host.clone(), *underlay);
         }
     }
     for (address, (vid, via)) in &wanted.images {
         let same = have.images.get(address).is_some_and(|(_, there)| there == via);
-        if !is_held(held, wanted, *address) && !same && report("image", net.route_image(*vid, via)) {
+        if !is_held(held, wanted, *address) && !same && set("image", net.route_image(*vid, via)) {
             have.images.insert(*address, (*vid, via.clone()));
         }
     }
     for (address, (vid, _)) in &now.images {
         if !wanted.images.contains_key(address)
             && !is_held(held, wanted, *address)
-            && report("image", net.forget_image(*vid))
+            && set("image", net.forget_image(*vid))
         {
             have.images.remove(address);
         }
     }
     for (address, via) in &wanted.devices {
-        if have.devices.get(address) != Some(via) && report("device", net.route_device(*address, via)) {
+        if have.devices.get(address) != Some(via) && set("device", net.route_device(*address, via)) {
             have.devices.insert(*address, via.clone());
         }
     }
     for address in now.devices.keys() {
-        if !wanted.devices.contains_key(address) && report("device", net.forget_device(*address)) {
+        if !wanted.devices.contains_key(address) && set("device", net.forget_device(*address)) {
             have.devices.remove(address);
         }
     }
@@ -130,13 +134,52 @@ pub struct Keeper {
 #[derive(Default)]
 struct Kept {
     table: Table,
-    wanted: Table,
+    /// As the directory was last seen; nothing is forgotten before that.
+    wanted: Option<Table>,
     held: Held,
+    left: Left,
+}
+
+/// Routes that a daemon before set, and of which nothing is known but where they begin.
+#[derive(Default)]
+struct Left {
+    images: BTreeMap<Ipv6Addr, Vid>,
+    devices: BTreeSet<Ipv6Addr>,
+}
+
+impl Left {
+    fn of(routes: Vec<(Ipv6Addr, u8)>, prefix: SitePrefix) -> Self {
+        let mut left = Self::default();
+        for (address, length) in routes {
+            if length == Vid::IMAGE_PREFIX_LENGTH {
+                let number = (u128::from(address) >> (128 - u32::from(length))) as u64;
+                let vid = Vid::of_image(prefix, ImageNumber(number));
+                if vid.image_prefix() == address {
+                    left.images.insert(vid.address(), vid);
+                }
+            } else if length == 128 {
+                left.devices.insert(address);
+            }
+        }
+        left
+    }
+
+    /// Forgets those that nothing wants. The others are set anew like any that is not known to be there.
+    fn clear(&mut self, net: &dyn Net, wanted: &Table, held: &Held) {
+        self.images.retain(|address, vid| {
+            let wants = wanted.images.contains_key(address);
+            !wants && (is_held(held, wanted, *address) || !set("image", net.forget_image(*vid)))
+        });
+        self.devices.retain(|address| {
+            !wanted.devices.contains_key(address) && !set("device", net.forget_device(*address))
+        });
+    }
 }
 
 impl Kept {
     fn apply(&mut self, net: &dyn Net) {
-        let (held, wanted) = (&self.held, &self.wanted);
+        let (held, Some(wanted)) = (&self.held, &self.wanted) else { return };
+        self.left.clear(net, wanted, held);
         self.table = apply(net, &self.table, wanted, held);
         let over = |address: &Ipv6Addr| !is_held(held, wanted, *address);
         let settled: Vec<_> = self.held.keys().copied().filter(over).collect();
@@ -147,10 +190,16 @@ impl Kept {
 }
 
 impl Keeper {
-    /// No routes yet.
+    /// Begins with the routes that a daemon before left: what the directory does not want is forgotten once it is
+    /// followed.
     #[must_use]
-    pub fn new(net: std::sync::Arc<dyn Net>) -> Self {
-        Self { net, inner: std::sync::Mutex::default() }
+    pub fn new(net: std::sync::Arc<dyn Net>, prefix: SitePrefix) -> Self {
+        let left = net.routes().unwrap_or_else(|reason| {
+            tracing::warn!(reason, "routes of an earlier daemon may stay");
+            Vec::new()
+        });
+        let kept = Kept { left: Left::of(left, prefix), ..Kept::default() };
+        Self { net, inner: std::sync::Mutex::new(kept) }
     }
 
     fn kept(&self) -> std::sync::MutexGuard<'_, Kept> {
@@ -160,7 +209,7 @@ impl Keeper {
     /// Follows the directory.
     pub fn follow(&self, wanted: Table) {
         let mut kept = self.kept();
-        kept.wanted = wanted;
+        kept.wanted = Some(wanted);
         kept.apply(&*self.net);
     }
 
@@ -183,6 +232,7 @@ impl Keeper {
     pub fn image(&self, vid: Vid, via: &Via) -> Result<(), String> {
         let mut kept = self.kept();
         self.net.route_image(vid, via)?;
+        kept.left.images.remove(&vid.address());
         kept.table.images.insert(vid.address(), (vid, via.clone()));
         Ok(())
     }
@@ -194,6 +244,7 @@ impl Keeper {
     pub fn device(&self, address: Ipv6Addr, via: &Via) -> Result<(), String> {
         let mut kept = self.kept();
         self.net.route_device(address, via)?;
+        kept.left.devices.remove(&address);
         kept.table.devices.insert(address, via.clone());
         Ok(())
     }

@@ -83,7 +83,7 @@ fn only_differences_are_applied_and_failures_are_tried_again() {
 #[test]
 fn a_held_route_is_left_to_the_lifecycle() {
     let net = Arc::new(FakeNet::default());
-    let keeper = Keeper::new(net.clone());
+    let keeper = Keeper::new(net.clone(), prefix());
     let vid = Vid::of_image(prefix(), ImageNumber(1));
     let mut records = records();
     keeper.follow(desired(&records, &host("a"), prefix()));
@@ -100,4 +100,33 @@ fn a_held_route_is_left_to_the_lifecycle() {
     }
     keeper.follow(desired(&records, &host("a"), prefix()));
     assert!(net.calls().last().unwrap().contains("Tap"), "{:?}", net.calls());
+}
+
+#[test]
+fn what_a_former_daemon_left_and_nobody_wants_is_forgotten() {
+    let net = Arc::new(FakeNet::default());
+    let vid = |number| Vid::of_image(prefix(), ImageNumber(number));
+    // One that is wanted, a stopped one in the lifecycle's hands, a deleted one, and another site's.
+    for number in [2, 3, 77] {
+        net.leave(vid(number).image_prefix(), 88);
+    }
+    net.leave("fd99::".parse().unwrap(), 88);
+    for device in ["fd0d::1", "fd0d::9"] {
+        net.leave(device.parse().unwrap(), 128);
+    }
+    let keeper = Keeper::new(net.clone(), prefix());
+    keeper.hold(vid(3));
+    keeper.hold(vid(2));
+    keeper.let_go(vid(2), Term(0));
+    assert_eq!(net.calls(), [] as [String; 0], "before the directory was seen");
+    net.fail_next("forget_image");
+    for _ in 0..3 {
+        keeper.follow(desired(&records(), &host("a"), prefix()));
+    }
+    let mut forgotten: Vec<_> = net.calls().into_iter().filter(|call| call.starts_with("forget")).collect();
+    forgotten.sort();
+    let expected = ["forget_device fd0d::9".to_owned(), format!("forget_image {}", vid(77))];
+    assert_eq!(forgotten, expected);
+    keeper.let_go(vid(3), Term(1));
+    assert_eq!(net.calls().last().unwrap(), &format!("forget_image {}", vid(3)));
 }
