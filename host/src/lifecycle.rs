@@ -87,7 +87,6 @@ pub struct Daemon {
     pub targets: Targets,
     spare_number: Mutex<Option<ImageNumber>>,
     images: Mutex<BTreeMap<UserName, Arc<Image>>>,
-    began: Instant,
 }
 
 /// What a daemon is made of.
@@ -209,7 +208,6 @@ impl Daemon {
             runtime: Handle::current(),
             spare_number: Mutex::default(),
             images: Mutex::default(),
-            began: Instant::now(),
             targets: Targets::new(me.clone(), directory.clone(), Limits::default()),
             operator_keys,
             config,
@@ -241,12 +239,6 @@ impl Daemon {
     #[must_use]
     pub fn local(&self) -> Vec<Arc<Image>> {
         self.images().values().cloned().collect()
-    }
-
-    /// How long this daemon runs.
-    #[must_use]
-    pub fn uptime(&self) -> std::time::Duration {
-        self.began.elapsed()
     }
 
     /// The identity of an image.

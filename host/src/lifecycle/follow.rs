@@ -7,7 +7,7 @@ use kage_directory::{
     Revision,
     records::{decode, parse_key},
 };
-use kage_machine::{HostName, UserName, identity::ApName};
+use kage_machine::{UserName, identity::ApName};
 
 use super::Daemon;
 use crate::{
@@ -119,12 +119,6 @@ impl Daemon {
             }
         }
         Ok((records, changes.revision))
-    }
-
-    /// The hosts the directory knows.
-    #[must_use]
-    pub fn hosts(&self) -> BTreeMap<HostName, HostRecord> {
-        self.seen.borrow().hosts.clone()
     }
 
     /// Publishes where a device is, unless something later is known; blocks. Its route is set here at once.

@@ -263,11 +263,6 @@ impl Sessions {
     pub fn next_expiry(&self) -> Option<Instant> {
         self.sessions.values().filter_map(|session| session.leaving).min()
     }
-
-    /// Forgets a user who was seen at another host since: what this host's access points say later is not current.
-    pub fn forget(&mut self, user: &UserName) {
-        self.sessions.retain(|(name, _), _| name != user);
-    }
 }
 
 /// When the reported event was, in milliseconds since 1970. Event-Timestamp counts seconds, which orders a walk
