@@ -173,8 +173,8 @@ async fn show(
     let mut seen = app.seen.subscribe();
     loop {
         seen.borrow_and_update();
-        let image = app.image(&user);
-        let mut changed = image.changed.subscribe();
+        // A name that is asked for is not one that is here.
+        let mut changed = app.known(&user).map(|image| image.changed.subscribe());
         let (daemon, name) = (app.clone(), user.clone());
         let record = blocking(move || daemon.record(&name)).await?;
         let view = match record {
@@ -200,9 +200,15 @@ async fn show(
         }
         // Changes here and in the directory are heard at once; those of a state elsewhere are looked for.
         let again = (tokio::time::Instant::now() + Duration::from_millis(50)).min(deadline);
+        let changes = async {
+            match &mut changed {
+                Some(changed) => drop(changed.changed().await),
+                None => std::future::pending().await,
+            }
+        };
         tokio::select! {
             _ = seen.changed() => {}
-            _ = changed.changed() => {}
+            () = changes => {}
             () = tokio::time::sleep_until(again) => {}
         }
     }

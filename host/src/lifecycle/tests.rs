@@ -363,3 +363,15 @@ async fn a_device_is_published_and_the_latest_word_wins() {
     assert_eq!(found.record.host.as_str(), "h2");
     assert!(hosts[0].daemon.attach_device("fe80::1".parse().unwrap(), &user, &ap, 1).is_err());
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn asking_for_names_leaves_nothing_behind() {
+    let (_site, hosts) = TestSite::new("life-names", 1).await;
+    for number in 0..20 {
+        let (status, _) = hosts[0].call(&Call::new(Method::GET, format!("/v1/images/nobody-{number}"))).await;
+        assert_eq!(status, 404);
+        let path = format!("/v1/images/nobody-{number}?state=running&timeout=20ms");
+        assert_eq!(hosts[0].call(&Call::new(Method::GET, path)).await.0, 504);
+    }
+    assert_eq!(hosts[0].daemon.local().len(), 0);
+}
