@@ -2,8 +2,9 @@
 
 use std::{sync::Arc, time::Duration};
 
-use kage_directory::Records as _;
+use kage_directory::{Records as _, Wanted};
 use kage_machine::{HostName, UserName};
+use kage_migrate::drive::Control;
 use serde_json::json;
 
 use crate::{
@@ -17,8 +18,10 @@ use crate::{
     config::Mode,
     http::Call,
     lifecycle::{Daemon, blocking, decide},
-    operations::Operations,
 };
+
+/// How many owners one roam is taken to, when the machine keeps moving on.
+const MOST_TURNS: u32 = 4;
 
 impl Daemon {
     /// Where a move of this request goes.
@@ -96,7 +99,7 @@ impl Daemon {
         if image.status().memory.is_none() {
             return Err(self.not_running(user));
         }
-        let handle = self.operations.begin("migrate", user);
+        let handle = self.operations.begin("migrate", user, &to);
         let id = handle.id();
         let (daemon, request, handle) = (self.clone(), request.clone(), Arc::new(handle));
         self.runtime.spawn(async move {
@@ -126,28 +129,57 @@ impl Daemon {
         reply
     }
 
-    /// Takes in that a user is at an access point now.
+    /// Takes in that a user is at an access point now. Its owner judges what that means for the machine; `hops` is
+    /// above zero where another host asks the owner.
     ///
     /// # Errors
     /// An unknown user or access point; a move that could not begin.
-    pub async fn roam(self: &Arc<Self>, request: &RoamRequest) -> Result<RoamReply, ErrorBody> {
+    pub async fn roam(self: &Arc<Self>, request: &RoamRequest, hops: u8) -> Result<RoamReply, ErrorBody> {
         let (daemon, wish) = (self.clone(), request.clone());
-        let (host, record) = blocking(move || {
+        let host = blocking(move || {
             let ap = daemon.directory.read::<kage_directory::ApRecord>(&wish.ap)?.ok_or_else(|| {
                 ErrorBody::new(
                     Code::NotFound,
                     format!("access point {} is unknown; `kage hosts` lists those there are", wish.ap),
                 )
             })?;
-            let record = daemon.existing(&wish.user)?.record;
             if let Some(device) = wish.device
                 && ap.record.host == daemon.me
             {
+                daemon.existing(&wish.user)?;
                 daemon.attach_device(device, &wish.user, &wish.ap, crate::events::now_ms())?;
             }
-            Ok((ap.record.host, record))
+            Ok(ap.record.host)
         })
         .await?;
+        let mut turns = 1;
+        let reply = loop {
+            match self.judge_roam(request, &host, hops).await {
+                // It went elsewhere meanwhile: its new owner judges.
+                Err(error) if error.code == Code::OwnershipLost && hops == 0 && turns < MOST_TURNS => {
+                    turns += 1
+                }
+                judged => break judged?,
+            }
+        };
+        if hops == 0 {
+            let details = json!({
+                "ap": request.ap, "to": host, "action": reply.action, "operation": reply.operation,
+            });
+            self.events.emit("roam", Some(&request.user), details);
+        }
+        Ok(reply)
+    }
+
+    /// Has the image's owner judge a roam, which may be this host.
+    async fn judge_roam(
+        self: &Arc<Self>,
+        request: &RoamRequest,
+        host: &HostName,
+        hops: u8,
+    ) -> Result<RoamReply, ErrorBody> {
+        let (daemon, user) = (self.clone(), request.user.clone());
+        let record = blocking(move || daemon.existing(&user)).await?.record;
         let mut reply = RoamReply {
             user: request.user.clone(),
             ap: request.ap.clone(),
@@ -156,63 +188,136 @@ impl Daemon {
             operation: None,
             report: None,
         };
-        match decide::roam(&record, &host) {
-            decide::Roam::Stays => {}
-            decide::Roam::Stopped => reply.action = RoamAction::Stopped,
-            decide::Roam::Moves { from } => {
-                reply.action = RoamAction::Moves;
-                let operation = self.ask_move(&request.user, &from, &host).await?;
-                if request.wait {
-                    reply.report = Some(self.await_move(&operation.id).await?);
-                }
-                reply.operation = Some(operation.id);
+        if record.wanted == Wanted::Stopped {
+            reply.action = RoamAction::Stopped;
+        } else if record.owner == self.me {
+            self.bring(host, request.wait, &mut reply).await?;
+        } else if hops > 0 {
+            return Err(self.went_to(&request.user, &record.owner));
+        } else {
+            let wish = RoamRequest { device: None, ..request.clone() };
+            let call = Call::new(http::Method::POST, "/v1/roam").json(&wish);
+            let call = Call { hops: 1, ..call }.patience(2 * self.move_patience());
+            let asked = match self.peers.call(&record.owner, self.address(&record.owner)?, &call).await {
+                Ok(answer) => answer.into_value(),
+                Err(error) => Err(error),
+            };
+            match asked {
+                Ok(answer) => reply = answer,
+                // Where it is its user is too, whatever became of its host.
+                Err(error) if record.owner == *host && error.code == Code::Unreachable => {}
+                Err(error) => return Err(error),
             }
         }
-        let details =
-            json!({ "ap": request.ap, "to": host, "action": reply.action, "operation": reply.operation });
-        self.events.emit("roam", Some(&request.user), details);
         Ok(reply)
     }
 
-    /// Has the owner begin a move.
-    async fn ask_move(
+    /// Brings a machine that this host owns to the host where its user is now, or keeps it here when that is this one.
+    async fn bring(
+        self: &Arc<Self>,
+        to: &HostName,
+        wait: bool,
+        reply: &mut RoamReply,
+    ) -> Result<(), ErrorBody> {
+        loop {
+            let (daemon, user) = (self.clone(), reply.user.clone());
+            let record = blocking(move || daemon.existing(&user)).await?.record;
+            let user = &reply.user;
+            if record.owner != self.me {
+                return Err(self.went_to(user, &record.owner));
+            }
+            let under_way = self.operations.under_way(user);
+            let targets: Vec<_> = under_way.iter().map(|(_, target)| target).collect();
+            let verdict = decide::roam(&record, to, &targets);
+            // Moves to elsewhere are about where the user was. One that has begun ends as it would have, unless
+            // the machine is to stay: a user who walks fast would else never be followed.
+            let begun = self.known(user).and_then(|image| image.status().operation);
+            for (id, _) in under_way.iter().filter(|(_, target)| target != to) {
+                if verdict == decide::Roam::Recalled || begun.as_ref() != Some(id) {
+                    self.operations.cancel(id)?;
+                    self.events.emit("cancel", Some(user), json!({ "operation": id }));
+                }
+            }
+            match verdict {
+                decide::Roam::Stays => return Ok(()),
+                decide::Roam::Stopped => reply.action = RoamAction::Stopped,
+                decide::Roam::Comes => {
+                    reply.operation =
+                        under_way.into_iter().find(|(_, target)| target == to).map(|(id, _)| id);
+                }
+                decide::Roam::Moves => {
+                    reply.action = RoamAction::Moves;
+                    let request = MigrateRequest { to: Some(to.clone()), ..MigrateRequest::default() };
+                    reply.operation = Some(self.begin_move(user, &request).await?.id);
+                }
+                decide::Roam::Recalled if wait => {
+                    for (id, _) in under_way {
+                        self.operations.ended(&id, self.move_patience()).await?;
+                    }
+                    continue;
+                }
+                decide::Roam::Recalled => {
+                    let message =
+                        format!("a move of {user}'s machine away from {to} is being cancelled; try again");
+                    return Err(ErrorBody::new(Code::Busy, message));
+                }
+            }
+            if let Some(id) = reply.operation.as_deref().filter(|_| wait) {
+                reply.report = Some(self.await_move(id).await?);
+            }
+            return Ok(());
+        }
+    }
+
+    fn went_to(&self, user: &UserName, owner: &HostName) -> ErrorBody {
+        let message = format!("{user}'s machine went to host {owner} meanwhile; try again");
+        ErrorBody::new(Code::OwnershipLost, message)
+    }
+
+    /// Has the owner carry out a move that waited here for its turn while the machine went there.
+    pub(crate) async fn hand_on(
         self: &Arc<Self>,
         user: &UserName,
         owner: &HostName,
-        to: &HostName,
-    ) -> Result<Operation, ErrorBody> {
-        let request = MigrateRequest { to: Some(to.clone()), ..MigrateRequest::default() };
-        if *owner == self.me {
-            return self.begin_move(user, &request).await;
+        request: &MigrateRequest,
+        control: &Control,
+    ) -> Result<MoveReport, ErrorBody> {
+        if request.to.as_ref() == Some(owner) {
+            return Err(self.went_to(user, owner));
         }
-        let call = Call::new(http::Method::POST, format!("/v1/images/{user}/migrate")).json(&request);
-        let call = Call { hops: 1, ..call };
-        self.peers.call(owner, self.address(owner)?, &call).await?.into_value()
+        let ask = |method, path: String| Call { hops: 1, ..Call::new(method, path) };
+        let call = ask(http::Method::POST, format!("/v1/images/{user}/migrate")).json(request);
+        let mut operation: Operation =
+            self.peers.call(owner, self.address(owner)?, &call).await?.into_value()?;
+        let mut cancelled = false;
+        while operation.state == OperationState::Running {
+            let id = &operation.id;
+            let call = if control.is_cancelled() && !std::mem::replace(&mut cancelled, true) {
+                ask(http::Method::DELETE, format!("/v1/operations/{id}"))
+            } else {
+                ask(http::Method::GET, format!("/v1/operations/{id}?wait=500ms"))
+            };
+            operation = self.peers.call(owner, self.address(owner)?, &call).await?.into_value()?;
+        }
+        report_of(operation)
     }
 
-    /// Waits for a move's report, here or at another host.
-    async fn await_move(self: &Arc<Self>, id: &str) -> Result<MoveReport, ErrorBody> {
-        let patience = self.config.migrate.timeout.duration() + Duration::from_secs(10);
-        let deadline = tokio::time::Instant::now() + patience;
-        let operation = match Operations::host_of(id).filter(|host| *host != self.me) {
-            None => self.operations.ended(id, patience).await?,
-            Some(host) => loop {
-                let call = Call::new(http::Method::GET, format!("/v1/operations/{id}?wait=10s"));
-                let call = Call { hops: 1, ..call };
-                let operation: Operation =
-                    self.peers.call(&host, self.address(&host)?, &call).await?.into_value()?;
-                if operation.state != OperationState::Running {
-                    break operation;
-                }
-                if tokio::time::Instant::now() >= deadline {
-                    return Err(ErrorBody::new(Code::TimedOut, format!("operation {id} is still under way")));
-                }
-            },
-        };
-        match (operation.result, operation.error) {
-            (Some(result), _) => serde_json::from_value(result).map_err(ErrorBody::failed),
-            (None, Some(error)) => Err(error),
-            (None, None) => Err(ErrorBody::failed(format!("operation {id} ended without a result"))),
-        }
+    /// Longest wait for a move's end.
+    fn move_patience(&self) -> Duration {
+        self.config.migrate.timeout.duration() + Duration::from_secs(10)
+    }
+
+    /// Waits for the report of a move of this host.
+    async fn await_move(&self, id: &str) -> Result<MoveReport, ErrorBody> {
+        report_of(self.operations.ended(id, self.move_patience()).await?)
+    }
+}
+
+/// What a move that has ended came to.
+fn report_of(operation: Operation) -> Result<MoveReport, ErrorBody> {
+    match (operation.result, operation.error) {
+        (Some(result), _) => serde_json::from_value(result).map_err(ErrorBody::failed),
+        (None, Some(error)) => Err(error),
+        (None, None) => Err(ErrorBody::failed(format!("operation {} ended without a result", operation.id))),
     }
 }

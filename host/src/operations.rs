@@ -31,8 +31,15 @@ struct Table {
 }
 
 struct Entry {
+    to: HostName,
     state: watch::Sender<Operation>,
     control: Arc<Control>,
+}
+
+impl Entry {
+    fn runs(&self) -> bool {
+        self.state.borrow().state == OperationState::Running
+    }
 }
 
 /// The side of whoever carries an operation out. Dropped without an end, it counts as failed.
@@ -100,8 +107,8 @@ impl Operations {
         self.all.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Begins one.
-    pub fn begin(&self, kind: &str, user: &UserName) -> Handle {
+    /// Begins one that brings a user's machine to a host.
+    pub fn begin(&self, kind: &str, user: &UserName, to: &HostName) -> Handle {
         let mut table = self.table();
         table.last += 1;
         let number = table.last;
@@ -115,17 +122,25 @@ impl Operations {
             error: None,
         };
         let (state, control) = (watch::Sender::new(operation), Arc::<Control>::default());
-        table.entries.insert(number, Entry { state: state.clone(), control: control.clone() });
-        let ended = |entry: &Entry| entry.state.borrow().state != OperationState::Running;
+        let entry = Entry { to: to.clone(), state: state.clone(), control: control.clone() };
+        table.entries.insert(number, entry);
         while table.entries.len() > KEPT {
             let Some(oldest) =
-                table.entries.iter().find(|(_, entry)| ended(entry)).map(|(number, _)| *number)
+                table.entries.iter().find(|(_, entry)| !entry.runs()).map(|(number, _)| *number)
             else {
                 break;
             };
             table.entries.remove(&oldest);
         }
         Handle { state, control }
+    }
+
+    /// A user's operations that have not ended, with the host that each leads to; the oldest first.
+    pub fn under_way(&self, user: &UserName) -> Vec<(String, HostName)> {
+        let table = self.table();
+        let mine = |entry: &&Entry| entry.runs() && entry.state.borrow().user == *user;
+        let entries = table.entries.values().filter(mine);
+        entries.map(|entry| (entry.state.borrow().id.clone(), entry.to.clone())).collect()
     }
 
     fn subscribe(&self, id: &str) -> Result<watch::Receiver<Operation>, ErrorBody> {
@@ -193,14 +208,14 @@ mod tests {
     use super::*;
     use serde_json::json;
 
-    fn operations() -> (Operations, UserName) {
-        (Operations::new("h1".parse().unwrap()), "alice".parse().unwrap())
+    fn operations() -> (Operations, UserName, HostName) {
+        (Operations::new("h1".parse().unwrap()), "alice".parse().unwrap(), "h2".parse().unwrap())
     }
 
     #[tokio::test]
     async fn an_operation_is_followed_to_its_end() {
-        let (operations, alice) = operations();
-        let handle = operations.begin("migrate", &alice);
+        let (operations, alice, h2) = operations();
+        let handle = operations.begin("migrate", &alice, &h2);
         let id = handle.id();
         assert_eq!((id.as_str(), Operations::host_of(&id)), ("h1:1", "h1".parse().ok()));
         handle.progress(json!({ "rounds": 2 }));
@@ -213,8 +228,8 @@ mod tests {
 
     #[tokio::test]
     async fn cancelling_raises_the_flag_and_an_abandoned_operation_fails() {
-        let (operations, alice) = operations();
-        let handle = operations.begin("migrate", &alice);
+        let (operations, alice, h2) = operations();
+        let handle = operations.begin("migrate", &alice, &h2);
         let id = handle.id();
         operations.cancel(&id).unwrap();
         assert!(handle.control().is_cancelled());
@@ -226,12 +241,14 @@ mod tests {
 
     #[test]
     fn ended_operations_are_forgotten_running_ones_are_not() {
-        let (operations, alice) = operations();
-        let first = operations.begin("migrate", &alice);
+        let (operations, alice, h2) = operations();
+        let first = operations.begin("migrate", &alice, &h2);
         for _ in 0..2 * KEPT {
-            operations.begin("migrate", &alice).end(Ok(Value::Null));
+            operations.begin("migrate", &alice, &h2).end(Ok(Value::Null));
         }
         assert!(operations.table().entries.len() <= KEPT);
+        assert_eq!(operations.under_way(&alice), [(first.id(), h2)]);
+        assert_eq!(operations.under_way(&"bob".parse().unwrap()), []);
         assert!(operations.subscribe(&first.id()).is_ok());
     }
 }

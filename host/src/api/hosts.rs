@@ -14,7 +14,7 @@ use http::Method;
 use kage_directory::{ApRecord, Records as _};
 
 use super::{
-    App, Reply, Route, body, openapi,
+    App, Hops, Reply, Route, body, openapi,
     types::{ApView, HostView, Ready, RoamReply, RoamRequest},
 };
 use crate::{
@@ -107,9 +107,9 @@ async fn aps(State(app): State<App>) -> Reply<Vec<ApView>> {
     Ok(Json(records.into_iter().map(view).collect()))
 }
 
-async fn roam(State(app): State<App>, bytes: Bytes) -> Reply<RoamReply> {
+async fn roam(State(app): State<App>, hops: Hops, bytes: Bytes) -> Reply<RoamReply> {
     let request: RoamRequest = body(&bytes)?;
-    Ok(Json(app.roam(&request).await?))
+    Ok(Json(app.roam(&request, hops.0).await?))
 }
 
 async fn ready(State(app): State<App>) -> Response {

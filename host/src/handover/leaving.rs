@@ -172,8 +172,9 @@ impl Daemon {
         let (daemon, user) = (self.clone(), image.user.clone());
         let record = blocking(move || daemon.existing(&user)).await?.record;
         if record.owner != self.me {
-            let message = format!("{}'s machine went to host {} meanwhile", image.user, record.owner);
-            return Err(ErrorBody::new(Code::OwnershipLost, message));
+            drop(slot);
+            let request = MigrateRequest { to: Some(to.clone()), ..request.clone() };
+            return self.hand_on(&image.user, &record.owner, &request, &handle.control()).await;
         }
         if slot.machine.is_none() || image.status().state == State::Failed {
             return Err(ErrorBody::new(Code::Busy, format!("{}'s machine is not running", image.user)));

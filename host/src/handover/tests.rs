@@ -145,10 +145,72 @@ async fn moves_asked_for_at_the_same_time_come_one_after_the_other() {
         migrate(&hosts[0], "alice", json!({ "to": "h2" })),
         migrate(&hosts[0], "alice", json!({ "to": "h3" }))
     );
-    let handed = [&a, &b].iter().filter(|operation| operation.state == OperationState::Done).count();
-    assert!(handed >= 1, "{a:?} {b:?}");
+    // The one that came second found the machine at its new owner, which went on with it.
+    let mut reports = [report(a), report(b)];
+    reports.sort_by_key(|report| report.term);
+    let [first, second] = reports;
+    assert_eq!((first.from.as_str(), first.outcome), ("h1", MoveOutcome::HandedOver), "{first:?}");
+    assert_eq!((&second.from, second.outcome), (&first.to, MoveOutcome::HandedOver), "{second:?}");
     let holders = hosts.iter().filter(|host| host.machines.process("alice").is_some()).count();
     assert_eq!(holders, 1);
     tokio::time::sleep(Duration::from_millis(10)).await;
-    assert_eq!(hosts[0].show("alice?state=running&timeout=5s").await.state, State::Running);
+    assert_eq!(hosts[0].show("alice?state=running&timeout=5s").await.host, second.to);
+}
+
+/// Begins a move that lasts for seconds, and waits until it copies.
+async fn slow_move(host: &TestHost, user: &str, to: &str) -> String {
+    let memory = host.machines.process(user).unwrap().memory();
+    for page in 0..300_u32 {
+        let mut bytes = [0; PAGE_SIZE];
+        let mut noise = page.wrapping_mul(2_654_435_761) | 1;
+        bytes.fill_with(|| {
+            noise ^= noise << 13;
+            noise ^= noise >> 17;
+            noise ^= noise << 5;
+            noise as u8
+        });
+        memory.write(PageIndex(page), &bytes);
+    }
+    let body = json!({ "to": to, "bandwidth": "2mbit" });
+    let (status, reply) =
+        host.call(&Call::new(Method::POST, format!("/v1/images/{user}/migrate")).json(&body)).await;
+    assert_eq!(status, 202, "{reply}");
+    let id = reply["id"].as_str().unwrap().to_owned();
+    until("copying", async || {
+        let (_, operation) = host.call(&Call::new(Method::GET, format!("/v1/operations/{id}"))).await;
+        operation["progress"]["phase"] == "copy"
+    })
+    .await;
+    id
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_user_who_walks_back_during_a_move_keeps_the_machine() {
+    let (_site, hosts) = TestSite::new("walk-back", 2).await;
+    hosts[0].login("alice", json!({})).await;
+    for asked in &hosts {
+        let id = slow_move(&hosts[0], "alice", "h2").await;
+        let body = json!({ "user": "alice", "ap": "ap-1", "wait": true });
+        let (status, reply) = asked.call(&Call::new(Method::POST, "/v1/roam").json(&body)).await;
+        assert_eq!((status, &reply["action"]), (200, &json!("stays")), "{reply}");
+        let (_, operation) = hosts[0].call(&Call::new(Method::GET, format!("/v1/operations/{id}"))).await;
+        assert_eq!(operation["result"]["outcome"], "kept", "{operation}");
+        let view = hosts[1].show("alice").await;
+        assert_eq!((view.host.as_str(), view.state, view.operation), ("h1", State::Running, None));
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_user_who_walks_on_during_a_move_is_followed() {
+    let (_site, hosts) = TestSite::new("walk-on", 3).await;
+    hosts[0].login("alice", json!({})).await;
+    slow_move(&hosts[0], "alice", "h2").await;
+    let roam = |ap: &str, wait: bool| {
+        Call::new(Method::POST, "/v1/roam").json(&json!({ "user": "alice", "ap": ap, "wait": wait }))
+    };
+    let (_, comes) = hosts[1].call(&roam("ap-2", false)).await;
+    assert_eq!((&comes["action"], comes["operation"].is_string()), (&json!("stays"), true), "{comes}");
+    let (status, reply) = hosts[2].call(&roam("ap-3", true)).await;
+    assert_eq!((status, &reply["report"]["outcome"]), (200, &json!("handed_over")), "{reply}");
+    assert_eq!(hosts[0].show("alice?state=running&timeout=5s").await.host.as_str(), "h3");
 }

@@ -27,33 +27,32 @@ pub fn login(record: Option<&ImageRecord>, me: &HostName) -> Login {
 }
 
 /// What a user's arrival at an access point of host `at` does.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Roam {
-    /// The image is there, or on its way there.
+    /// The image is there.
     Stays,
-    /// `from` has to hand it over to the access point's host.
-    Moves {
-        /// Its owner.
-        from: HostName,
-    },
+    /// It is there, and on its way elsewhere: it is to stay.
+    Recalled,
+    /// A move that leads there is under way.
+    Comes,
+    /// Its owner has to hand it over to the access point's host.
+    Moves,
     /// It is not running; nobody starts it by walking.
     Stopped,
 }
 
-/// Decides a roam.
+/// Decides a roam at the image's owner, which knows where the moves `under_way` lead. The record's intent is no guide:
+/// there is none yet while a move is prepared, and one may be left of a move that is over.
 #[must_use]
-pub fn roam(record: &ImageRecord, at: &HostName) -> Roam {
+pub fn roam(record: &ImageRecord, at: &HostName, under_way: &[&HostName]) -> Roam {
     if record.wanted == Wanted::Stopped {
         return Roam::Stopped;
     }
-    match &record.intent {
-        // A handover to elsewhere is followed by one to here: the owner queues it.
-        Some(intent) if intent.target == *at => Roam::Stays,
-        _ if record.owner == *at => match &record.intent {
-            Some(_) => Roam::Moves { from: record.owner.clone() },
-            None => Roam::Stays,
-        },
-        _ => Roam::Moves { from: record.owner.clone() },
+    match (record.owner == *at, under_way) {
+        (true, []) => Roam::Stays,
+        (true, _) => Roam::Recalled,
+        (false, moves) if moves.contains(&at) => Roam::Comes,
+        (false, _) => Roam::Moves,
     }
 }
 
@@ -120,16 +119,22 @@ mod tests {
     #[test]
     fn roaming_moves_running_images_to_the_access_points_host() {
         use Wanted::{Running, Stopped};
-        let from = |name| Roam::Moves { from: host(name) };
-        for (record, expected) in [
-            (record("b", None, Running), Roam::Stays),
-            (record("a", None, Running), from("a")),
-            (record("a", Some("b"), Running), Roam::Stays),
-            (record("a", Some("c"), Running), from("a")),
-            (record("b", Some("c"), Running), from("b")),
-            (record("a", None, Stopped), Roam::Stopped),
+        for (record, moves, expected) in [
+            (record("b", None, Running), vec![], Roam::Stays),
+            (record("a", None, Running), vec![], Roam::Moves),
+            // A move is prepared before its intent is recorded, and an intent may outlive its move.
+            (record("a", None, Running), vec!["b"], Roam::Comes),
+            (record("a", Some("b"), Running), vec!["c", "b"], Roam::Comes),
+            (record("a", Some("b"), Running), vec![], Roam::Moves),
+            (record("a", Some("c"), Running), vec!["c"], Roam::Moves),
+            (record("b", None, Running), vec!["c"], Roam::Recalled),
+            (record("b", Some("c"), Running), vec!["c"], Roam::Recalled),
+            (record("b", Some("c"), Running), vec![], Roam::Stays),
+            (record("a", None, Stopped), vec![], Roam::Stopped),
         ] {
-            assert_eq!(roam(&record, &host("b")), expected, "{record:?}");
+            let moves: Vec<_> = moves.into_iter().map(host).collect();
+            let under_way: Vec<_> = moves.iter().collect();
+            assert_eq!(roam(&record, &host("b"), &under_way), expected, "{record:?} {moves:?}");
         }
     }
 

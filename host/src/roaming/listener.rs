@@ -9,6 +9,7 @@ use std::{
 
 use kage_directory::{DeviceRecord, Records as _, Versioned};
 use kage_machine::{UserName, identity::ApName};
+use kage_migrate::Cause;
 use serde_json::json;
 use tokio::net::UdpSocket;
 
@@ -244,11 +245,14 @@ impl Daemon {
         let request = RoamRequest { user: user.clone(), ap: ap.clone(), device: None, wait: true };
         let mut tries = 0;
         loop {
-            let outcome = self.roam(&request).await;
+            let outcome = self.roam(&request, 0).await;
             let again = match &outcome {
-                Ok(reply) => {
-                    reply.report.as_ref().is_some_and(|report| report.outcome == MoveOutcome::KeptHere)
-                }
+                // Who cancels a move knows better: the user is elsewhere by now.
+                Ok(reply) => reply.report.as_ref().is_some_and(|report| {
+                    report.outcome == MoveOutcome::KeptHere
+                        && report.reason.as_deref() != Some(Cause::Cancelled.to_string().as_str())
+                }),
+                Err(error) if error.code == Code::Cancelled => return Ok(RoamAction::Stays),
                 Err(error) => matches!(error.code, Code::OwnershipLost | Code::Busy | Code::Unreachable),
             };
             tries += 1;
