@@ -140,7 +140,10 @@ async fn join(daemon: Arc<Daemon>) {
             Err(error) => Err(error),
         };
         match joined {
-            Ok(()) => return,
+            Ok(()) => {
+                tokio::spawn(Daemon::supervise(Arc::downgrade(&daemon)));
+                return;
+            }
             Err(error) => {
                 if !said {
                     tracing::warn!(%error, "the directory is awaited");

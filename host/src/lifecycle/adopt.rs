@@ -2,7 +2,10 @@
 //!
 //! What is found is judged by `kage-migrate`'s recovery rules; this module carries the verdict out.
 
-use std::{sync::Arc, time::Instant};
+use std::{
+    sync::{Arc, Weak},
+    time::{Duration, Instant},
+};
 
 use kage_directory::{ImageRecord, Records as _, Versioned, Wanted};
 use kage_machine::UserName;
@@ -12,13 +15,22 @@ use tokio::sync::OwnedMutexGuard;
 
 use super::{Daemon, Image, Slot, blocking};
 use crate::{
-    api::{error::ErrorBody, types::State},
+    api::{
+        error::{Code, ErrorBody},
+        types::State,
+    },
     handover::Resumed,
     machines::{Adopted, MachineSpec, Via},
 };
 
 /// Why a machine is started when a daemon starts.
 const NOT_FOUND: &str = "this host's daemon found no process of it";
+
+/// Why a machine is started when a move of it was left open.
+const LEFT_OPEN: &str = "a move of it was left open";
+
+/// Between two looks at what was left open.
+const SUPERVISION: Duration = Duration::from_secs(2);
 
 impl Daemon {
     /// Takes over what an earlier daemon left; blocks. Done before any peer is listened to: what this host says
@@ -60,6 +72,32 @@ impl Daemon {
             self.runtime.spawn(async move { daemon.settle(user, NOT_FOUND.to_owned()).await });
         }
         Ok(())
+    }
+
+    /// Looks after what a move left open: an intent that its source could not clear while the directory was away keeps
+    /// the image from being stopped or started. Ends with the daemon.
+    pub async fn supervise(daemon: Weak<Self>) {
+        loop {
+            tokio::time::sleep(SUPERVISION).await;
+            let Some(daemon) = daemon.upgrade() else { return };
+            let seen = daemon.seen.borrow().clone();
+            let mine = |record: &ImageRecord| record.owner == daemon.me && record.intent.is_some();
+            for (user, _) in seen.images.iter().filter(|(_, record)| mine(record)) {
+                let image = daemon.image(user);
+                // Whoever is at work on it settles it.
+                let Ok(slot) = image.slot.clone().try_lock_owned() else { continue };
+                let (reader, name) = (daemon.clone(), user.clone());
+                // Nobody has the slot, so that no move of this host has an intent of its own in there.
+                let found = blocking(move || Ok((reader.record(&name)?, slot))).await;
+                if let Ok((Some(found), slot)) = found
+                    && mine(&found.record)
+                {
+                    drop(slot);
+                    let (daemon, user) = (daemon.clone(), user.clone());
+                    tokio::spawn(async move { daemon.settle(user, LEFT_OPEN.to_owned()).await });
+                }
+            }
+        }
     }
 
     /// Acts on the end of a machine's process.
@@ -189,6 +227,13 @@ impl Daemon {
                             "ms": begun.elapsed().as_secs_f64() * 1e3,
                         });
                         self.events.emit("restarted", Some(&image.user), details);
+                    }
+                    // The swap was not made, or is not known to be: what the directory says next decides.
+                    Err(error) if matches!(error.code, Code::Unreachable | Code::OwnershipLost) => {
+                        slot.restarts.uncount();
+                        tracing::warn!(user = %image.user, %error, "a machine is not started again yet");
+                        image.set(State::InDoubt, Some(error.message));
+                        return Next::Wait(slot);
                     }
                     Err(error) => {
                         tracing::error!(user = %image.user, %error, "a machine was not started again")

@@ -77,6 +77,11 @@ impl Restarts {
         }
         allowed
     }
+
+    /// The one last allowed did not come about.
+    pub fn uncount(&mut self) {
+        self.recent.pop();
+    }
 }
 
 #[cfg(test)]
@@ -143,6 +148,9 @@ mod tests {
         let start = Instant::now();
         let mut restarts = Restarts::default();
         assert!((0..Restarts::MOST).all(|_| restarts.allow(start)));
+        assert!(!restarts.allow(start));
+        restarts.uncount();
+        assert!(restarts.allow(start));
         assert!(!restarts.allow(start));
         assert!(restarts.allow(start + Restarts::WINDOW));
     }

@@ -156,6 +156,7 @@ impl TestSite {
         let follower = daemon.clone();
         std::thread::spawn(move || follower.follow());
         daemon.start_missing().await.unwrap();
+        tasks.push(tokio::spawn(Daemon::supervise(Arc::downgrade(&daemon))));
         TestHost { daemon, machines, net, socket, tasks, embedded }
     }
 
@@ -165,10 +166,16 @@ impl TestSite {
         index: usize,
         parts: (Arc<FakeMachines>, Arc<FakeNet>, Option<Arc<dyn Directory>>),
     ) -> TestHost {
-        let socket = tokio::net::TcpSocket::new_v6().unwrap();
-        socket.set_reuseaddr(true).unwrap();
-        socket.bind(self.addresses[index]).unwrap();
-        self.start(index, socket.listen(64).unwrap(), parts).await
+        let mut listener = None;
+        // The task that listened there ends some time after it was told to.
+        until("its address", async || {
+            let socket = tokio::net::TcpSocket::new_v6().unwrap();
+            socket.set_reuseaddr(true).unwrap();
+            listener = socket.bind(self.addresses[index]).and_then(|()| socket.listen(64)).ok();
+            listener.is_some()
+        })
+        .await;
+        self.start(index, listener.unwrap(), parts).await
     }
 }
 
@@ -362,6 +369,78 @@ async fn a_device_is_published_and_the_latest_word_wins() {
     let found = hosts[0].daemon.directory.read::<kage_directory::DeviceRecord>(&address).unwrap().unwrap();
     assert_eq!(found.record.host.as_str(), "h2");
     assert!(hosts[0].daemon.attach_device("fe80::1".parse().unwrap(), &user, &ap, 1).is_err());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_intent_that_a_move_left_open_is_closed_and_the_machine_runs_on() {
+    let (_site, hosts) = TestSite::new("life-intent", 2).await;
+    hosts[0].login("alice", json!({})).await;
+    let process = hosts[0].machines.process("alice").unwrap();
+    let (user, directory) = ("alice".parse::<UserName>().unwrap(), &hosts[0].daemon.directory);
+    let found = hosts[0].daemon.existing(&user).unwrap();
+    let intent = kage_directory::Intent { target: host_name(1), handover: kage_machine::HandoverId([9; 16]) };
+    let left = ImageRecord { intent: Some(intent), ..found.record.clone() };
+    directory.swap(&user, found.revision, Some(&left)).unwrap();
+    until("the intent's end", async || hosts[0].daemon.existing(&user).unwrap().record.intent.is_none())
+        .await;
+    let view = hosts[0].show("alice?state=running&timeout=5s").await;
+    assert_eq!((view.host.as_str(), view.term), ("h1", found.record.term));
+    assert!(Arc::ptr_eq(&process, &hosts[0].machines.process("alice").unwrap()));
+    let (status, reply) = hosts[0].call(&Call::new(Method::POST, "/v1/images/alice/stop")).await;
+    assert_eq!(status, 200, "{reply}");
+}
+
+/// A directory that does not answer a few swaps of images.
+struct Deaf {
+    inner: Arc<dyn Directory>,
+    left: std::sync::atomic::AtomicU32,
+}
+
+impl Directory for Deaf {
+    fn get(&self, key: &str) -> Result<Option<kage_directory::Entry>, kage_directory::DirectoryError> {
+        self.inner.get(key)
+    }
+    fn list(&self, prefix: &str) -> Result<kage_directory::Listing, kage_directory::DirectoryError> {
+        self.inner.list(prefix)
+    }
+    fn compare_and_swap(
+        &self,
+        key: &str,
+        expected: kage_directory::Revision,
+        value: Option<&[u8]>,
+    ) -> Result<kage_directory::Revision, kage_directory::DirectoryError> {
+        use std::sync::atomic::Ordering::SeqCst;
+        let one_less = |left: u32| left.checked_sub(1);
+        if key.starts_with(<ImageRecord as kage_directory::Record>::PREFIX)
+            && self.left.fetch_update(SeqCst, SeqCst, one_less).is_ok()
+        {
+            return Err(kage_directory::DirectoryError::Unreachable { reason: "deaf".into() });
+        }
+        self.inner.compare_and_swap(key, expected, value)
+    }
+    fn watch(
+        &self,
+        prefix: &str,
+        after: kage_directory::Revision,
+        timeout: Duration,
+    ) -> Result<kage_directory::Changes, kage_directory::DirectoryError> {
+        self.inner.watch(prefix, after, timeout)
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_restart_whose_swap_is_not_answered_is_tried_again() {
+    let (site, mut hosts) = TestSite::new("life-deaf", 1).await;
+    hosts[0].login("alice", json!({})).await;
+    let (machines, net, embedded) = hosts.remove(0).kill();
+    machines.process("alice").unwrap().kill("while nobody looked");
+    // More often than a machine may die in a minute.
+    let left = (decide::Restarts::MOST as u32 + 1).into();
+    let deaf: Arc<dyn Directory> = Arc::new(Deaf { inner: embedded.unwrap(), left });
+    let host = site.restart(0, (machines, net, Some(deaf))).await;
+    let view = host.show("alice?state=running&timeout=20s").await;
+    assert_eq!((view.host.as_str(), view.term.0), ("h1", 2));
+    assert!(host.machines.process("alice").is_some());
 }
 
 #[tokio::test(flavor = "multi_thread")]
