@@ -55,10 +55,12 @@ fn a_host_that_is_down_is_named() {
     let login = site.login("alice", "ap-1");
     site.kill_daemon("h3").unwrap();
     let output = site.kage("h1", &["-o", "json", "migrate", "alice", "h3"]);
-    let said =
-        format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
-    assert!(!output.status.success() || said.contains("kept"), "{said}");
-    assert!(said.contains("h3"), "{said}");
+    let errors = String::from_utf8_lossy(&output.stderr);
+    assert!(!output.status.success(), "{errors}");
+    let report: serde_json::Value = serde_json::from_slice(&output.stdout).expect("a report");
+    assert_eq!(text(&report, "outcome"), "kept", "{report}");
+    let reason = text(&report, "reason");
+    assert!(reason.contains("host h3"), "{reason:?} does not name the host");
     let address = text(&login, "address");
     assert!(site.output("d1", site.ssh("alice", address).arg("true")).unwrap().status.success());
 }
