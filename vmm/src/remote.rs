@@ -1,5 +1,9 @@
 //! The daemon's handle on one VMM process.
 
+mod channel;
+#[cfg(test)]
+mod tests;
+
 use std::{
     fs::File,
     io,
@@ -9,7 +13,7 @@ use std::{
     },
     path::{Path, PathBuf},
     process::{Command, Stdio},
-    sync::{Arc, Mutex, PoisonError, RwLock},
+    sync::{Arc, PoisonError, RwLock},
 };
 
 use kage_abi::{self as abi, BootPage, FaultRecord, LogRing, offset};
@@ -17,27 +21,16 @@ use kage_images::Symbols;
 use kage_machine::{
     Geometry, Gone, HostInstant, Machine, MachineError, Memory, PAGE_SIZE, PageBytes, PageIndex, PageSet,
     PauseCause, Paused, SavedState, Started,
-    control::{
-        CONTROL_VERSION, Identity, MAX_PACKET, NetCounters, Phase, Reply, Request, Setup, control_page,
-        decode, encode,
-    },
+    control::{CONTROL_VERSION, Identity, NetCounters, Phase, Reply, Request, Setup, control_page},
 };
 use rustix::{
     fs::{MemfdFlags, SealFlags, SeekFrom, fcntl_add_seals, ftruncate, memfd_create, seek},
-    net::{
-        AddressFamily, RecvFlags, SocketAddrUnix, SocketFlags, SocketType, bind, connect, listen,
-        socket_with,
-        sockopt::{Timeout, set_socket_timeout, socket_peercred},
-    },
-    process::{
-        Pid, PidfdFlags, Signal, WaitId, WaitIdOptions, getpid, pidfd_open, pidfd_send_signal, waitid,
-    },
+    net::{SocketAddrUnix, bind, listen},
+    process::{Pid, PidfdFlags, Signal, WaitId, WaitIdOptions, pidfd_open, pidfd_send_signal, waitid},
 };
 
-use crate::{packet, sys::Mapping};
-
-/// How long a VMM may take to answer before it counts as gone.
-const ANSWER_TIMEOUT: std::time::Duration = std::time::Duration::from_secs(10);
+use crate::sys::Mapping;
+use channel::{Channel, seqpacket};
 
 /// A base slot in a sealed file, shared by all machines of a host that have its kernel and size.
 #[derive(Debug)]
@@ -157,24 +150,18 @@ fn add_data(file: &OwnedFd, first: u32, set: &mut PageSet) {
 
 /// A VMM process and the machine in it.
 pub struct RemoteMachine {
-    socket: OwnedFd,
+    channel: Channel,
     pid: OwnedFd,
-    pid_number: Pid,
     path: PathBuf,
     pages: Option<Arc<Pages>>,
     control: Option<Mapping>,
     label: Vec<u8>,
     phase: Phase,
-    buffer: Mutex<Vec<u8>>,
     ended: bool,
 }
 
 fn gone(reason: impl Into<String>) -> MachineError {
     MachineError::Gone(Gone { reason: reason.into() })
-}
-
-fn seqpacket() -> rustix::io::Result<OwnedFd> {
-    socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)
 }
 
 impl RemoteMachine {
@@ -195,7 +182,8 @@ impl RemoteMachine {
         let pid = start_process(spawn, &listener)
             .map_err(|error| failed(&spawn.program.display().to_string(), error))?;
         drop(listener);
-        let mut machine = Self::connect(path, Some(pid))?;
+        let refused = |error| gone(format!("{}: {error}", path.display()));
+        let mut machine = Self::connect(path, Some(pid)).map_err(refused)?;
         let memory = memfd_create("kage-memory", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)
             .and_then(|file| ftruncate(&file, geometry.memory_bytes()).map(|()| file))
             .map_err(|error| failed("memory", error.into()))?;
@@ -226,7 +214,8 @@ impl RemoteMachine {
     /// # Errors
     /// [`MachineError`] when nobody answers, or in another version.
     pub fn adopt(path: &Path) -> Result<Self, MachineError> {
-        let mut machine = Self::connect(path, None)?;
+        let refused = |error| gone(format!("{}: {error}", path.display()));
+        let mut machine = Self::connect(path, None).map_err(refused)?;
         let (reply, descriptors) = machine.call(&Request::Hello { version: CONTROL_VERSION }, &[])?;
         let Reply::Hello { version, phase, geometry, label } = reply else {
             return Err(MachineError::Refused { reason: format!("unexpected answer {reply:?}") });
@@ -251,36 +240,18 @@ impl RemoteMachine {
         Ok(machine)
     }
 
-    /// Connects; the process is `pid`, or whoever listens (it says so anew once it runs, so the
-    /// credentials of a listening socket are its own).
-    fn connect(path: &Path, pid: Option<Pid>) -> Result<Self, MachineError> {
-        let refused = |error: rustix::io::Errno| gone(format!("{}: {error}", path.display()));
-        let socket = seqpacket().map_err(refused)?;
-        connect(&socket, &SocketAddrUnix::new(path).map_err(refused)?).map_err(refused)?;
-        set_socket_timeout(&socket, Timeout::Recv, Some(ANSWER_TIMEOUT)).map_err(refused)?;
-        let pid = match pid {
-            Some(pid) => pid,
-            None => {
-                let pid = socket_peercred(&socket).map_err(refused)?.pid;
-                // Before it says so anew the credentials are those of whoever bound the socket: this daemon.
-                if pid == getpid() {
-                    return Err(gone(format!("{}: its process has not begun", path.display())));
-                }
-                pid
-            }
-        };
-        let pid_number = pid;
-        let pid = pidfd_open(pid, PidfdFlags::empty()).map_err(refused)?;
+    /// Connects; the process is `pid`, or whoever listens.
+    fn connect(path: &Path, pid: Option<Pid>) -> io::Result<Self> {
+        let channel = Channel::open(path, pid)?;
+        let pid = pidfd_open(channel.peer(), PidfdFlags::empty())?;
         Ok(Self {
-            socket,
+            channel,
             pid,
-            pid_number,
             path: path.to_owned(),
             pages: None,
             control: None,
             label: Vec::new(),
             phase: Phase::Empty,
-            buffer: Mutex::new(vec![0; MAX_PACKET]),
             ended: false,
         })
     }
@@ -307,22 +278,7 @@ impl RemoteMachine {
         request: &Request,
         descriptors: &[BorrowedFd<'_>],
     ) -> Result<(Reply, Vec<OwnedFd>), MachineError> {
-        let mut buffer = self.buffer.lock().unwrap_or_else(PoisonError::into_inner);
-        packet::send(self.socket.as_fd(), &encode(request), descriptors)
-            .map_err(|error| self.is_gone(&error.to_string()))?;
-        loop {
-            match packet::receive(self.socket.as_fd(), &mut buffer, RecvFlags::empty()) {
-                Ok(packet) if packet.bytes.is_empty() => {
-                    return Err(self.is_gone("it closed its control socket"));
-                }
-                Ok(packet) => {
-                    let reply = decode(&packet.bytes).map_err(|error| self.is_gone(&error.to_string()))?;
-                    return Ok((reply, packet.descriptors));
-                }
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) => return Err(self.is_gone(&error.to_string())),
-            }
-        }
+        self.channel.call(&self.path, request, descriptors).map_err(|seen| self.is_gone(&seen))
     }
 
     fn is_gone(&self, seen: &str) -> MachineError {
@@ -350,7 +306,7 @@ impl RemoteMachine {
     /// The process's id.
     #[must_use]
     pub fn process_id(&self) -> Pid {
-        self.pid_number
+        self.channel.peer()
     }
 
     /// Where the machine stood when last asked.
@@ -625,20 +581,33 @@ impl Machine for RemoteMachine {
 
     fn harvest(&mut self) -> Result<PageSet, MachineError> {
         match self.ask(&Request::Harvest)? {
-            Reply::Dirty(set) if set.is_well_formed() => Ok(set),
+            Reply::Dirty(set) if self.has_pages_of(&set) => Ok(set),
             other => Err(unexpected(&other)),
         }
     }
 
     fn pause(&mut self, _cause: PauseCause) -> Result<Paused, MachineError> {
-        match self.ask(&Request::Pause)? {
-            Reply::Paused { state, dirty, at } => {
-                self.phase = Phase::Paused;
-                let state = SavedState::decode(&state)
-                    .map_err(|error| MachineError::Refused { reason: error.to_string() })?;
-                Ok(Paused { state, dirty, at })
+        let error = match self.call(&Request::Pause, &[]) {
+            Ok((Reply::Paused { state, dirty, at }, _)) if self.has_pages_of(&dirty) => {
+                match SavedState::decode(&state) {
+                    Ok(state) => {
+                        self.phase = Phase::Paused;
+                        return Ok(Paused { state, dirty, at });
+                    }
+                    Err(error) => MachineError::Refused { reason: error.to_string() },
+                }
             }
-            other => Err(unexpected(&other)),
+            Ok((Reply::Refused { reason }, _)) => return Err(MachineError::Refused { reason }),
+            Ok((other, _)) => unexpected(&other),
+            Err(error) => error,
+        };
+        // It may have paused all the same.
+        match self.run_on() {
+            Ok(()) => Err(MachineError::Refused { reason: error.to_string() }),
+            Err(_) => {
+                self.end();
+                Err(self.is_gone(&error.to_string()))
+            }
         }
     }
 
@@ -682,6 +651,22 @@ impl Machine for RemoteMachine {
 }
 
 impl RemoteMachine {
+    /// Whether a set from the VMM is one of this machine's pages.
+    fn has_pages_of(&self, set: &PageSet) -> bool {
+        let pages = self.pages.as_ref().map_or(0, |pages| pages.geometry.pages());
+        set.is_well_formed() && set.pages() == pages
+    }
+
+    /// Has a machine run that was to be paused, wherever that failed.
+    fn run_on(&mut self) -> Result<(), MachineError> {
+        let before = self.phase;
+        match self.status()?.0 {
+            Phase::Paused if before == (Phase::Running { gate_open: true }) => self.resume(),
+            now if now == before => Ok(()),
+            now => Err(gone(format!("it was {before:?} and is {now:?}"))),
+        }
+    }
+
     /// Waits for the process in the background, so that no zombie stays; one that is no child needs none.
     fn reap(&self) {
         let Ok(pid) = self.pid.try_clone() else { return };
