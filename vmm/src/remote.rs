@@ -14,6 +14,7 @@ use std::{
     path::{Path, PathBuf},
     process::{Command, Stdio},
     sync::{Arc, PoisonError, RwLock},
+    time::{Duration, Instant},
 };
 
 use kage_abi::{self as abi, BootPage, FaultRecord, LogRing, offset};
@@ -24,13 +25,18 @@ use kage_machine::{
     control::{CONTROL_VERSION, Identity, NetCounters, Phase, Reply, Request, Setup, control_page},
 };
 use rustix::{
+    event::{PollFd, PollFlags, Timespec, poll},
     fs::{MemfdFlags, SealFlags, SeekFrom, fcntl_add_seals, ftruncate, memfd_create, seek},
+    io::Errno,
     net::{SocketAddrUnix, bind, listen},
     process::{Pid, PidfdFlags, Signal, WaitId, WaitIdOptions, pidfd_open, pidfd_send_signal, waitid},
 };
 
 use crate::sys::Mapping;
 use channel::{Channel, seqpacket};
+
+/// Longest wait for a killed process to be gone: taking down 2 GiB takes some milliseconds.
+const DEATH: Duration = Duration::from_secs(1);
 
 /// A base slot in a sealed file, shared by all machines of a host that have its kernel and size.
 #[derive(Debug)]
@@ -452,9 +458,21 @@ impl RemoteMachine {
     /// Whether the process still runs.
     #[must_use]
     pub fn is_alive(&self) -> bool {
-        let mut polled = [rustix::event::PollFd::new(&self.pid, rustix::event::PollFlags::IN)];
-        let now = rustix::event::Timespec { tv_sec: 0, tv_nsec: 0 };
-        matches!(rustix::event::poll(&mut polled, Some(&now)), Ok(0))
+        !self.has_ended_within(Duration::ZERO)
+    }
+
+    fn has_ended_within(&self, patience: Duration) -> bool {
+        let deadline = Instant::now() + patience;
+        loop {
+            let mut polled = [PollFd::new(&self.pid, PollFlags::IN)];
+            let left = deadline.saturating_duration_since(Instant::now());
+            // A second fits.
+            let left = Timespec::try_from(left).unwrap_or(Timespec { tv_sec: 0, tv_nsec: 0 });
+            match poll(&mut polled, Some(&left)) {
+                Err(Errno::INTR) => {}
+                ready => return matches!(ready, Ok(1..)),
+            }
+        }
     }
 
     /// Whether the right to run was given away, as the control page says.
@@ -639,14 +657,20 @@ impl Machine for RemoteMachine {
         self.done(&Request::Release, &[])
     }
 
+    /// Returns once the process has ended, and with it let go of tap and disk; after [`DEATH`] without.
     fn end(&mut self) {
         if self.ended {
             return;
         }
         self.ended = true;
-        self.reap();
         let _ = pidfd_send_signal(&self.pid, Signal::KILL);
         let _ = std::fs::remove_file(&self.path);
+        if self.has_ended_within(DEATH) {
+            // One that is no child leaves no zombie either.
+            let _ = waitid(WaitId::PidFd(self.pid.as_fd()), WaitIdOptions::EXITED | WaitIdOptions::NOHANG);
+        } else {
+            self.reap();
+        }
     }
 }
 

@@ -3,7 +3,6 @@
 use std::{
     sync::atomic::{AtomicU32, Ordering},
     thread::JoinHandle,
-    time::Duration,
 };
 
 use rustix::net::{RecvFlags, SocketFlags, accept_with};
@@ -124,4 +123,5 @@ fn a_machine_that_can_neither_pause_nor_run_on_is_ended() {
     let (mut machine, _vmm) = machine(vec![vec![None], vec![None]]);
     assert!(machine.is_alive());
     assert!(matches!(machine.pause(PauseCause::Hold), Err(MachineError::Gone(_))));
+    assert!(!machine.is_alive());
 }
