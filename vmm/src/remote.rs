@@ -32,7 +32,7 @@ use rustix::{
     process::{Pid, PidfdFlags, Signal, WaitId, WaitIdOptions, pidfd_open, pidfd_send_signal, waitid},
 };
 
-use crate::sys::Mapping;
+use crate::{sys::Mapping, users::User};
 use channel::{Channel, seqpacket};
 
 /// Longest wait for a killed process to be gone: taking down 2 GiB takes some milliseconds.
@@ -163,6 +163,8 @@ pub struct RemoteMachine {
     control: Option<Mapping>,
     label: Vec<u8>,
     phase: Phase,
+    /// Which its process has become.
+    user: Option<User>,
     ended: bool,
 }
 
@@ -196,12 +198,16 @@ impl RemoteMachine {
         let control = memfd_create("kage-control", MemfdFlags::CLOEXEC)
             .and_then(|file| ftruncate(&file, PAGE_SIZE as u64).map(|()| file))
             .map_err(|error| failed("control page", error.into()))?;
+        if let Some(first) = spawn.jail {
+            let none = || MachineError::Refused { reason: "all users for machines are taken".into() };
+            machine.user = Some(User::take(first).ok_or_else(none)?);
+        }
         let setup = Setup {
             geometry,
             base_bytes: base.base.bytes.len() as u64,
             entry: base.base.entry,
             page_table_root: base.base.page_table_root,
-            jail: spawn.jail,
+            jail: machine.user.as_ref().map(User::number),
         };
         machine.map(geometry, memory.try_clone().map_err(|error| failed("memory", error))?, &control)?;
         let pages = machine.pages.clone();
@@ -234,6 +240,7 @@ impl RemoteMachine {
             });
         }
         (machine.phase, machine.label) = (phase, label);
+        machine.user = User::of(machine.process_id());
         let mut descriptors = descriptors.into_iter();
         if let (Some(geometry), Some(memory), Some(control)) =
             (geometry, descriptors.next(), descriptors.next())
@@ -258,6 +265,7 @@ impl RemoteMachine {
             control: None,
             label: Vec::new(),
             phase: Phase::Empty,
+            user: None,
             ended: false,
         })
     }
@@ -668,6 +676,7 @@ impl Machine for RemoteMachine {
         if self.has_ended_within(DEATH) {
             // One that is no child leaves no zombie either.
             let _ = waitid(WaitId::PidFd(self.pid.as_fd()), WaitIdOptions::EXITED | WaitIdOptions::NOHANG);
+            self.user = None;
         } else {
             self.reap();
         }
@@ -691,11 +700,16 @@ impl RemoteMachine {
         }
     }
 
-    /// Waits for the process in the background, so that no zombie stays; one that is no child needs none.
-    fn reap(&self) {
+    /// Waits for the process in the background, so that neither a zombie nor its user stays.
+    fn reap(&mut self) {
+        let user = self.user.take();
         let Ok(pid) = self.pid.try_clone() else { return };
         let wait = move || {
-            let _ = waitid(WaitId::PidFd(pid.as_fd()), WaitIdOptions::EXITED);
+            let mut polled = [PollFd::new(&pid, PollFlags::IN)];
+            while matches!(poll(&mut polled, None), Err(Errno::INTR)) {}
+            // One that is no child leaves no zombie.
+            let _ = waitid(WaitId::PidFd(pid.as_fd()), WaitIdOptions::EXITED | WaitIdOptions::NOHANG);
+            drop(user);
         };
         let _ = std::thread::Builder::new().name("reaper".into()).stack_size(64 << 10).spawn(wait);
     }

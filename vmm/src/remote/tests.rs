@@ -60,6 +60,7 @@ fn machine(script: Vec<Vec<Option<Reply>>>) -> (RemoteMachine, JoinHandle<Vec<Re
         control: None,
         label: Vec::new(),
         phase: RUNNING,
+        user: None,
         ended: false,
     };
     machine.map(GEOMETRY, file(GEOMETRY.memory_bytes()), &file(PAGE_SIZE as u64)).unwrap();
