@@ -1,5 +1,6 @@
 //! Real machines on real KVM, each test in a network namespace of its own.
 
+#[expect(dead_code, reason = "the lab serves all of these tests, each uses a part of it")]
 mod lab;
 
 use std::{

@@ -98,13 +98,11 @@ impl Lab {
     }
 
     /// A machine with identity and network.
-    #[allow(dead_code)]
     pub fn login(&self) -> RemoteMachine {
         self.login_with(String::new(), [7; 32], [9; 32])
     }
 
     /// The same with the keys that may log in, the host key's seed and the generation's.
-    #[allow(dead_code)]
     pub fn login_with(
         &self,
         authorized_keys: String,
@@ -127,7 +125,6 @@ impl Lab {
     }
 
     /// A directory that is removed with the lab.
-    #[allow(dead_code)]
     pub fn dir(&self) -> &std::path::Path {
         &self.dir
     }
@@ -171,7 +168,6 @@ impl Lab {
         (target, started.at.since(paused.at))
     }
 
-    #[allow(dead_code)]
     pub fn logs(&self, machine: &RemoteMachine) -> String {
         machine.logs(&Symbols::of(ImageFile::embedded().kernel()))
     }
