@@ -6,7 +6,7 @@ use std::{
     net::{IpAddr, Ipv6Addr, SocketAddr, UdpSocket},
     os::fd::{AsFd, OwnedFd},
     path::{Path, PathBuf},
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError},
     time::{Duration, Instant},
 };
 
@@ -60,8 +60,15 @@ const KNOCK: Timespec = Timespec { tv_sec: 0, tv_nsec: 500_000 };
 pub struct VmmMachines {
     sockets: PathBuf,
     spawn: Spawn,
-    /// By image name and page space.
-    pools: Mutex<BTreeMap<(String, u32, u32), Arc<PoolEntry>>>,
+    /// By image name and page space. Held for a look only: a template boots under its place's own lock.
+    pools: Mutex<BTreeMap<(String, u32, u32), Arc<PoolPlace>>>,
+}
+
+/// Where the pool of one image and page space is, once its template has booted.
+#[derive(Default)]
+struct PoolPlace {
+    booting: Mutex<()>,
+    entry: OnceLock<Arc<PoolEntry>>,
 }
 
 struct PoolEntry {
@@ -93,8 +100,12 @@ impl VmmMachines {
 
     fn pool(&self, image: &str, geometry: Geometry) -> Result<Arc<PoolEntry>, String> {
         let key = (image.to_owned(), geometry.memory_pages, geometry.disk_pages);
-        let mut pools = self.pools.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(entry) = pools.get(&key) {
+        let place = self.places().entry(key).or_default().clone();
+        if let Some(entry) = place.entry.get() {
+            return Ok(entry.clone());
+        }
+        let _booting = place.booting.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(entry) = place.entry.get() {
             return Ok(entry.clone());
         }
         let file = load(image)?;
@@ -107,8 +118,11 @@ impl VmmMachines {
         };
         let pool = Pool::start(spec, &file).map_err(|error| error.to_string())?;
         let entry = Arc::new(PoolEntry { pool, symbols: Arc::new(Symbols::of(file.kernel())) });
-        pools.insert(key, entry.clone());
-        Ok(entry)
+        Ok(place.entry.get_or_init(|| entry).clone())
+    }
+
+    fn places(&self) -> MutexGuard<'_, BTreeMap<(String, u32, u32), Arc<PoolPlace>>> {
+        self.pools.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn socket(&self, spec: &MachineSpec) -> PathBuf {
@@ -246,11 +260,9 @@ impl Machines for VmmMachines {
 
     fn check(&self, image: &str) -> Result<(), String> {
         // An image with a pool has been read, and has run on this machine's KVM: opening that takes milliseconds.
-        let pools = self.pools.lock().unwrap_or_else(PoisonError::into_inner);
-        if pools.keys().any(|(name, ..)| name == image) {
+        if self.places().iter().any(|((name, ..), place)| name == image && place.entry.get().is_some()) {
             return Ok(());
         }
-        drop(pools);
         load(image)?;
         std::fs::File::options()
             .read(true)
@@ -261,8 +273,9 @@ impl Machines for VmmMachines {
     }
 
     fn ready(&self) -> (usize, usize) {
-        let pools = self.pools.lock().unwrap_or_else(PoisonError::into_inner);
-        pools.values().map(|entry| entry.pool.ready()).fold((0, 0), |sum, of| (sum.0 + of.0, sum.1 + of.1))
+        let places = self.places();
+        let entries = places.values().filter_map(|place| place.entry.get());
+        entries.map(|entry| entry.pool.ready()).fold((0, 0), |sum, of| (sum.0 + of.0, sum.1 + of.1))
     }
 }
 
