@@ -129,7 +129,7 @@ impl VmmMachines {
         self.sockets.join(format!("user-{}.sock", spec.user))
     }
 
-    /// Gives a machine out of a pool its disk, tap, name and label.
+    /// Gives a machine out of a pool its disk, tap and name.
     fn dress(
         &self,
         mut machine: RemoteMachine,
@@ -146,8 +146,7 @@ impl VmmMachines {
             }
             machine.attach_tap(tap.as_fd()).map_err(|error| error.to_string())?;
             let path = self.socket(spec);
-            machine.move_socket(&path).map_err(|error| format!("{}: {error}", path.display()))?;
-            machine.set_label(label_bytes(&spec.label())).map_err(|error| error.to_string())
+            machine.move_socket(&path).map_err(|error| format!("{}: {error}", path.display()))
         })();
         match dressed {
             Ok(()) => Ok(VmmMachine { machine, symbols }),
@@ -155,6 +154,18 @@ impl VmmMachines {
                 machine.end();
                 Err(reason)
             }
+        }
+    }
+}
+
+/// Gives a machine the label with which it outlives its daemon. The last step: a machine that lost its daemon earlier ends,
+/// and is never adopted half made.
+fn labelled(mut machine: VmmMachine, spec: &MachineSpec) -> Result<Box<dyn Hosted>, String> {
+    match machine.relabel(&spec.label()) {
+        Ok(()) => Ok(Box::new(machine)),
+        Err(error) => {
+            machine.end();
+            Err(error.to_string())
         }
     }
 }
@@ -216,13 +227,13 @@ impl Machines for VmmMachines {
             machine.machine.end();
             return Err(error.to_string());
         }
-        Ok(Box::new(machine))
+        labelled(machine, spec)
     }
 
     fn shell(&self, spec: &MachineSpec, tap: OwnedFd) -> Result<Box<dyn Hosted>, String> {
         let entry = self.pool(&spec.profile.image, spec.geometry)?;
         let machine = entry.pool.take_shell().map_err(|error| error.to_string())?;
-        Ok(Box::new(self.dress(machine, entry.symbols.clone(), spec, &tap, true)?))
+        labelled(self.dress(machine, entry.symbols.clone(), spec, &tap, true)?, spec)
     }
 
     fn adopt(&self) -> Vec<Adopted> {
