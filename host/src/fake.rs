@@ -4,7 +4,10 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     net::{IpAddr, Ipv6Addr},
     os::fd::OwnedFd,
-    sync::{Arc, Mutex},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicBool, Ordering},
+    },
     time::Duration,
 };
 
@@ -101,6 +104,8 @@ pub struct FakeMachines {
     living: Mutex<BTreeMap<UserName, Arc<Process>>>,
     /// How many machines were ever started from their template.
     pub started: Mutex<u32>,
+    /// Whether a daemon that adopts them gets no answer.
+    pub silent: AtomicBool,
 }
 
 /// A process that stands for a VMM's.
@@ -183,19 +188,18 @@ impl Machines for FakeMachines {
     fn shell(&self, spec: &MachineSpec, _tap: OwnedFd) -> Result<Box<dyn Hosted>, String> {
         Ok(self.make(spec, Found::Shell))
     }
-    fn adopt(&self) -> Vec<Adopted> {
-        let living = self.living.lock().unwrap();
-        let alive = living.values().filter(|process| process.state.lock().unwrap().gone.is_none());
-        alive
-            .map(|process| {
-                let state = process.state.lock().unwrap();
-                Adopted {
-                    label: state.label.clone().unwrap(),
-                    found: state.found,
-                    machine: Box::new(FakeMachine { process: process.clone() }),
-                }
-            })
-            .collect()
+    fn adopt(&self) -> Vec<(UserName, Adopted)> {
+        let users: Vec<_> = self.living.lock().unwrap().keys().cloned().collect();
+        users.into_iter().filter_map(|user| self.adopt_one(&user).map(|adopted| (user, adopted))).collect()
+    }
+    fn adopt_one(&self, user: &UserName) -> Option<Adopted> {
+        let process = self.process(user.as_str())?;
+        if self.silent.load(Ordering::SeqCst) {
+            return Some(Adopted::Unreachable("its process does not answer".to_owned()));
+        }
+        let state = process.state.lock().unwrap();
+        let machine = Box::new(FakeMachine { process: process.clone() });
+        Some(Adopted::Machine { label: state.label.clone().unwrap(), found: state.found, machine })
     }
     fn ready(&self) -> (usize, usize) {
         (0, 0)
@@ -317,6 +321,9 @@ impl Hosted for FakeMachine {
     }
     fn logs(&self) -> String {
         "fake\n".to_owned()
+    }
+    fn take_tap(&mut self) -> Option<OwnedFd> {
+        std::fs::File::open("/dev/null").ok().map(OwnedFd::from)
     }
     fn as_machine(&mut self) -> &mut dyn Machine {
         self

@@ -14,7 +14,7 @@ use kage_fabric::{Fabric, FabricSpec, drain_until_quiet, names};
 use kage_images::{ImageFile, Symbols};
 use kage_machine::{
     Geometry, HostInstant, HostName, ImageNumber, Machine, MachineError, Memory, PageSet, PauseCause, Paused,
-    SavedState, Started, Vid,
+    SavedState, Started, UserName, Vid,
     control::{Identity, Phase},
     identity::ApName,
 };
@@ -125,8 +125,8 @@ impl VmmMachines {
         self.pools.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn socket(&self, spec: &MachineSpec) -> PathBuf {
-        self.sockets.join(format!("user-{}.sock", spec.user))
+    fn socket(&self, user: &UserName) -> PathBuf {
+        self.sockets.join(format!("user-{user}.sock"))
     }
 
     /// Gives a machine out of a pool its disk, tap and name.
@@ -145,7 +145,7 @@ impl VmmMachines {
                 machine.attach_disk(disk).map_err(|error| error.to_string())?;
             }
             machine.attach_tap(tap.as_fd()).map_err(|error| error.to_string())?;
-            let path = self.socket(spec);
+            let path = self.socket(&spec.user);
             machine.move_socket(&path).map_err(|error| format!("{}: {error}", path.display()))
         })();
         match dressed {
@@ -168,6 +168,12 @@ fn labelled(mut machine: VmmMachine, spec: &MachineSpec) -> Result<Box<dyn Hoste
             Err(error.to_string())
         }
     }
+}
+
+/// Whose machine listens at a socket; nobody's where a pool's machine waits: this daemon's, or one that ended with its
+/// daemon.
+fn user_of(socket: &Path) -> Option<UserName> {
+    socket.file_name()?.to_str()?.strip_prefix("user-")?.strip_suffix(".sock")?.parse().ok()
 }
 
 /// An image by its name: `default` is built in, others are files.
@@ -236,37 +242,41 @@ impl Machines for VmmMachines {
         labelled(self.dress(machine, entry.symbols.clone(), spec, &tap, true)?, spec)
     }
 
-    fn adopt(&self) -> Vec<Adopted> {
+    fn adopt(&self) -> Vec<(UserName, Adopted)> {
         let Ok(entries) = std::fs::read_dir(&self.sockets) else { return Vec::new() };
-        let mut all = Vec::new();
-        for path in entries.filter_map(|entry| Some(entry.ok()?.path())) {
-            if path.extension().is_none_or(|extension| extension != "sock") {
-                continue;
+        let users = entries.filter_map(|entry| user_of(&entry.ok()?.path()));
+        users.filter_map(|user| self.adopt_one(&user).map(|adopted| (user, adopted))).collect()
+    }
+
+    fn adopt_one(&self, user: &UserName) -> Option<Adopted> {
+        let path = self.socket(user);
+        let machine = match RemoteMachine::adopt(&path) {
+            Ok(Some(machine)) => machine,
+            Ok(None) => {
+                tracing::debug!(path = %path.display(), "nobody to adopt");
+                let _ = std::fs::remove_file(&path);
+                return None;
             }
-            // Sockets of a pool: this daemon's own, or of one that ended and took its pool with it.
-            let name = path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
-            if name.starts_with("pool-") || name == "template.sock" {
-                continue;
+            Err(error) => {
+                tracing::warn!(%user, %error, "a machine cannot be adopted");
+                return Some(Adopted::Unreachable(error.to_string()));
             }
-            let mut machine = match RemoteMachine::adopt(&path) {
-                Ok(machine) => machine,
-                Err(error) => {
-                    tracing::debug!(path = %path.display(), %error, "nobody to adopt");
-                    let _ = std::fs::remove_file(&path);
-                    continue;
-                }
-            };
-            match postcard::from_bytes::<Label>(machine.label()) {
-                Ok(label) => {
-                    let symbols = Arc::new(Symbols::of(ImageFile::embedded().kernel()));
-                    let mut machine = VmmMachine { machine, symbols };
-                    let found = machine.found();
-                    all.push(Adopted { label, found, machine: Box::new(machine) });
-                }
-                Err(_) => machine.end(),
+        };
+        let symbols = Arc::new(Symbols::of(ImageFile::embedded().kernel()));
+        let label = postcard::from_bytes::<Label>(machine.label()).ok();
+        let mut machine = VmmMachine { machine, symbols };
+        // Hostile code may have got hold of the process: what it says of itself must fit where it listens.
+        match label.filter(|label| label.is_of(user)) {
+            Some(label) => {
+                let found = machine.found();
+                Some(Adopted::Machine { label, found, machine: Box::new(machine) })
+            }
+            None => {
+                tracing::error!(%user, pid = machine.pid(), "a process that says it is not this user's is ended");
+                machine.end();
+                None
             }
         }
-        all
     }
 
     fn check(&self, image: &str) -> Result<(), String> {
@@ -351,6 +361,10 @@ impl Hosted for VmmMachine {
 
     fn logs(&self) -> String {
         self.machine.logs(&self.symbols)
+    }
+
+    fn take_tap(&mut self) -> Option<OwnedFd> {
+        self.machine.take_tap()
     }
 
     fn as_machine(&mut self) -> &mut dyn Machine {

@@ -1,5 +1,6 @@
 //! The daemon's handle on one VMM process.
 
+mod adopted;
 mod channel;
 #[cfg(test)]
 mod tests;
@@ -22,17 +23,18 @@ use kage_images::Symbols;
 use kage_machine::{
     Geometry, Gone, HostInstant, Machine, MachineError, Memory, PAGE_SIZE, PageBytes, PageIndex, PageSet,
     PauseCause, Paused, SavedState, Started,
-    control::{CONTROL_VERSION, Identity, NetCounters, Phase, Reply, Request, Setup, control_page},
+    control::{Identity, NetCounters, Phase, Reply, Request, Setup, control_page},
 };
 use rustix::{
     event::{PollFd, PollFlags, Timespec, poll},
-    fs::{MemfdFlags, SealFlags, SeekFrom, fcntl_add_seals, ftruncate, memfd_create, seek},
+    fs::{MemfdFlags, SealFlags, SeekFrom, fcntl_add_seals, memfd_create, seek},
     io::Errno,
     net::{SocketAddrUnix, bind, listen},
     process::{Pid, PidfdFlags, Signal, WaitId, WaitIdOptions, pidfd_open, pidfd_send_signal, waitid},
 };
 
 use crate::{sys::Mapping, users::User};
+use adopted::shared_file;
 use channel::{Channel, seqpacket};
 
 /// Longest wait for a killed process to be gone: taking down 2 GiB takes some milliseconds.
@@ -161,6 +163,8 @@ pub struct RemoteMachine {
     path: PathBuf,
     pages: Option<Arc<Pages>>,
     control: Option<Mapping>,
+    /// As an adopted machine's process gave it.
+    tap: Option<OwnedFd>,
     label: Vec<u8>,
     phase: Phase,
     /// Which its process has become.
@@ -192,12 +196,10 @@ impl RemoteMachine {
         drop(listener);
         let refused = |error| gone(format!("{}: {error}", path.display()));
         let mut machine = Self::connect(path, Some(pid)).map_err(refused)?;
-        let memory = memfd_create("kage-memory", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)
-            .and_then(|file| ftruncate(&file, geometry.memory_bytes()).map(|()| file))
-            .map_err(|error| failed("memory", error.into()))?;
-        let control = memfd_create("kage-control", MemfdFlags::CLOEXEC)
-            .and_then(|file| ftruncate(&file, PAGE_SIZE as u64).map(|()| file))
-            .map_err(|error| failed("control page", error.into()))?;
+        let memory =
+            shared_file("kage-memory", geometry.memory_bytes()).map_err(|error| failed("memory", error))?;
+        let control =
+            shared_file("kage-control", PAGE_SIZE as u64).map_err(|error| failed("control page", error))?;
         if let Some(first) = spawn.jail {
             let none = || MachineError::Refused { reason: "all users for machines are taken".into() };
             machine.user = Some(User::take(first).ok_or_else(none)?);
@@ -221,38 +223,6 @@ impl RemoteMachine {
         Ok(machine)
     }
 
-    /// Connects to a VMM process that is already there: a daemon that was restarted takes it over.
-    ///
-    /// # Errors
-    /// [`MachineError`] when nobody answers, or in another version.
-    pub fn adopt(path: &Path) -> Result<Self, MachineError> {
-        let refused = |error| gone(format!("{}: {error}", path.display()));
-        let mut machine = Self::connect(path, None).map_err(refused)?;
-        let (reply, descriptors) = machine.call(&Request::Hello { version: CONTROL_VERSION }, &[])?;
-        let Reply::Hello { version, phase, geometry, label } = reply else {
-            return Err(MachineError::Refused { reason: format!("unexpected answer {reply:?}") });
-        };
-        if version != CONTROL_VERSION {
-            return Err(MachineError::Refused {
-                reason: format!(
-                    "the machine speaks control version {version}, this daemon {CONTROL_VERSION}"
-                ),
-            });
-        }
-        (machine.phase, machine.label) = (phase, label);
-        machine.user = User::of(machine.process_id());
-        let mut descriptors = descriptors.into_iter();
-        if let (Some(geometry), Some(memory), Some(control)) =
-            (geometry, descriptors.next(), descriptors.next())
-        {
-            machine.map(geometry, memory, &control)?;
-            if let Some(disk) = descriptors.next() {
-                machine.map_disk(disk)?;
-            }
-        }
-        Ok(machine)
-    }
-
     /// Connects; the process is `pid`, or whoever listens.
     fn connect(path: &Path, pid: Option<Pid>) -> io::Result<Self> {
         let channel = Channel::open(path, pid)?;
@@ -263,6 +233,7 @@ impl RemoteMachine {
             path: path.to_owned(),
             pages: None,
             control: None,
+            tap: None,
             label: Vec::new(),
             phase: Phase::Empty,
             user: None,
@@ -333,6 +304,12 @@ impl RemoteMachine {
     #[must_use]
     pub fn label(&self) -> &[u8] {
         &self.label
+    }
+
+    /// Takes the tap that an adopted machine uses.
+    #[must_use]
+    pub fn take_tap(&mut self) -> Option<OwnedFd> {
+        self.tap.take()
     }
 
     /// Keeps words for whoever adopts the machine; a machine without them ends with its daemon.

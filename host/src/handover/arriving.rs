@@ -35,6 +35,7 @@ impl TargetHost for Receiving {
     fn holds(&self, user: &UserName) -> bool {
         let Some(image) = self.0.known(user) else { return false };
         match image.slot.try_lock() {
+            Ok(slot) if slot.unreachable.is_some() => true,
             Ok(mut slot) => slot.machine.as_mut().is_some_and(|machine| {
                 !matches!(machine.found(), Found::None | Found::Shell | Found::Released)
             }),
@@ -91,6 +92,9 @@ impl Arriving {
             .runtime
             .block_on(async { tokio::time::timeout(SLOT, image.slot.clone().lock_owned()).await })
             .map_err(|_| "something of it is still under way at this host; try again".to_owned())?;
+        if slot.unreachable.is_some() {
+            return Err("this host holds a machine of it that cannot be reached".to_owned());
+        }
         if let Some(machine) = &mut slot.machine {
             match machine.found() {
                 Found::None | Found::Shell | Found::Released => daemon.end_here(&image, &mut slot),

@@ -108,6 +108,17 @@ async fn a_move_to_a_host_that_is_down_keeps_the_machine() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn what_the_tap_of_an_adopted_machine_holds_is_sent_on() {
+    let (site, mut hosts) = TestSite::new("move-adopted", 2).await;
+    hosts[1].login("alice", json!({})).await;
+    let host = site.restart(1, hosts.remove(1).kill()).await;
+    host.show("alice?state=running&timeout=5s").await;
+    let report = report(migrate(&host, "alice", json!({ "to": "h1" })).await);
+    assert_eq!(report.outcome, MoveOutcome::HandedOver, "{report:?}");
+    assert!(report.forwarded_frames >= 2, "{report:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_stopped_machine_is_not_moved_and_a_login_elsewhere_brings_it_near() {
     let (_site, hosts) = TestSite::new("move-stopped", 2).await;
     hosts[0].login("alice", json!({})).await;

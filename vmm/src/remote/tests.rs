@@ -13,13 +13,6 @@ use crate::packet;
 const GEOMETRY: Geometry = Geometry { memory_pages: 4096, disk_pages: 0 };
 const RUNNING: Phase = Phase::Running { gate_open: true };
 
-/// A file of so many bytes in memory.
-fn file(bytes: u64) -> OwnedFd {
-    let file = memfd_create("test", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING).unwrap();
-    ftruncate(&file, bytes).unwrap();
-    file
-}
-
 /// A running machine whose process does nothing, and what plays its VMM: for each connection the answers it gives, in
 /// their order. Where there is none it waits for the next connection. Returns what was asked.
 fn machine(script: Vec<Vec<Option<Reply>>>) -> (RemoteMachine, JoinHandle<Vec<Request>>) {
@@ -58,12 +51,16 @@ fn machine(script: Vec<Vec<Option<Reply>>>) -> (RemoteMachine, JoinHandle<Vec<Re
         path,
         pages: None,
         control: None,
+        tap: None,
         label: Vec::new(),
         phase: RUNNING,
         user: None,
         ended: false,
     };
-    machine.map(GEOMETRY, file(GEOMETRY.memory_bytes()), &file(PAGE_SIZE as u64)).unwrap();
+    let (memory, control) = (GEOMETRY.memory_bytes(), PAGE_SIZE as u64);
+    machine
+        .map(GEOMETRY, shared_file("memory", memory).unwrap(), &shared_file("control", control).unwrap())
+        .unwrap();
     (machine, vmm)
 }
 
