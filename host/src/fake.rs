@@ -13,8 +13,8 @@ use std::{
 
 use kage_directory::Profile;
 use kage_machine::{
-    Geometry, Gone, HostInstant, HostName, ImageNumber, Machine, MachineError, Memory, PageBytes, PageIndex,
-    PageSet, PauseCause, Paused, SavedState, Started, UserName, Vid, identity::ApName,
+    BaseHash, Geometry, Gone, HostInstant, HostName, ImageNumber, Machine, MachineError, Memory, PageBytes,
+    PageIndex, PageSet, PauseCause, Paused, SavedState, Started, UserName, Vid, identity::ApName,
 };
 use kage_migrate::{recover::Found, report::Drained};
 
@@ -104,6 +104,8 @@ pub struct FakeMachines {
     living: Mutex<BTreeMap<UserName, Arc<Process>>>,
     /// How many machines were ever started from their template.
     pub started: Mutex<u32>,
+    /// What machines made here run on.
+    pub base: Mutex<BaseHash>,
     /// Whether a daemon that adopts them gets no answer.
     pub silent: AtomicBool,
 }
@@ -112,6 +114,7 @@ pub struct FakeMachines {
 pub struct Process {
     state: Mutex<ProcessState>,
     memory: Arc<FakeMemory>,
+    base: BaseHash,
 }
 
 struct ProcessState {
@@ -123,12 +126,13 @@ struct ProcessState {
 }
 
 impl Process {
-    fn new(spec: &MachineSpec, found: Found) -> Arc<Self> {
+    fn new(spec: &MachineSpec, found: Found, base: BaseHash) -> Arc<Self> {
         let state =
             ProcessState { found, label: Some(spec.label()), on_end: None, failure: None, gone: None };
         Arc::new(Self {
             state: Mutex::new(state),
             memory: Arc::new(FakeMemory { geometry: spec.geometry, pages: Mutex::default() }),
+            base,
         })
     }
 
@@ -174,7 +178,7 @@ impl FakeMachines {
     }
 
     fn make(&self, spec: &MachineSpec, found: Found) -> Box<dyn Hosted> {
-        let process = Process::new(spec, found);
+        let process = Process::new(spec, found, *self.base.lock().unwrap());
         self.living.lock().unwrap().insert(spec.user.clone(), process.clone());
         Box::new(FakeMachine { process })
     }
@@ -260,6 +264,9 @@ impl Memory for FakeMemory {
 impl Machine for FakeMachine {
     fn memory(&self) -> Arc<dyn Memory> {
         self.process.memory.clone()
+    }
+    fn base(&self) -> BaseHash {
+        self.process.base
     }
     fn harvest(&mut self) -> Result<PageSet, MachineError> {
         Ok(PageSet::empty(self.process.memory.geometry.pages()))

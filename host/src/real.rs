@@ -13,8 +13,8 @@ use std::{
 use kage_fabric::{Fabric, FabricSpec, drain_until_quiet, names};
 use kage_images::{ImageFile, Symbols};
 use kage_machine::{
-    Geometry, HostInstant, HostName, ImageNumber, Machine, MachineError, Memory, PageSet, PauseCause, Paused,
-    SavedState, Started, UserName, Vid,
+    BaseHash, Geometry, HostInstant, HostName, ImageNumber, Machine, MachineError, Memory, PageSet,
+    PauseCause, Paused, SavedState, Started, UserName, Vid,
     control::{Identity, Phase},
     identity::ApName,
 };
@@ -379,6 +379,9 @@ impl Hosted for VmmMachine {
 impl Machine for VmmMachine {
     fn memory(&self) -> Arc<dyn Memory> {
         self.machine.memory()
+    }
+    fn base(&self) -> BaseHash {
+        self.machine.base()
     }
     fn harvest(&mut self) -> Result<PageSet, MachineError> {
         self.machine.harvest()

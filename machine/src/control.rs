@@ -9,7 +9,10 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::{Geometry, PageSet, machine::HostInstant};
+use crate::{
+    Geometry, PageSet,
+    machine::{BaseHash, HostInstant},
+};
 
 /// Version of these messages.
 pub const CONTROL_VERSION: u16 = 3;
@@ -24,6 +27,8 @@ pub struct Setup {
     pub geometry: Geometry,
     /// Bytes of the base slot.
     pub base_bytes: u64,
+    /// Its hash, kept for whoever adopts the machine.
+    pub base: BaseHash,
     /// First instruction.
     pub entry: u64,
     /// Root of the page tables.
@@ -138,6 +143,8 @@ pub enum Phase {
 pub struct Made {
     /// Its page space.
     pub geometry: Geometry,
+    /// Its base.
+    pub base: BaseHash,
     /// Whether a disk is attached.
     pub disk: bool,
     /// Whether a tap is.

@@ -369,8 +369,8 @@ impl Machine {
     }
 
     fn made(&self) -> Made {
-        let geometry = self.setup.geometry;
-        Made { geometry, disk: self.shared.len() > 2, tap: self.net.attached().is_some() }
+        let Setup { geometry, base, .. } = self.setup;
+        Made { geometry, base, disk: self.shared.len() > 2, tap: self.net.attached().is_some() }
     }
 
     const fn runs(&self) -> bool {

@@ -21,8 +21,8 @@ use std::{
 use kage_abi::{self as abi, BootPage, FaultRecord, LogRing, offset};
 use kage_images::Symbols;
 use kage_machine::{
-    Geometry, Gone, HostInstant, Machine, MachineError, Memory, PAGE_SIZE, PageBytes, PageIndex, PageSet,
-    PauseCause, Paused, SavedState, Started,
+    BaseHash, Geometry, Gone, HostInstant, Machine, MachineError, Memory, PAGE_SIZE, PageBytes, PageIndex,
+    PageSet, PauseCause, Paused, SavedState, Started,
     control::{Identity, NetCounters, Phase, Reply, Request, Setup, control_page},
 };
 use rustix::{
@@ -44,6 +44,7 @@ const DEATH: Duration = Duration::from_secs(1);
 #[derive(Debug)]
 pub struct BaseFile {
     file: OwnedFd,
+    hash: BaseHash,
     /// Its layout.
     pub base: kage_images::Base,
 }
@@ -58,7 +59,7 @@ impl BaseFile {
         io::Write::write_all(&mut &file, &base.bytes)?;
         let file = OwnedFd::from(file);
         fcntl_add_seals(&file, SealFlags::WRITE | SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL)?;
-        Ok(Self { file, base })
+        Ok(Self { file, hash: base.hash(), base })
     }
 }
 
@@ -163,6 +164,7 @@ pub struct RemoteMachine {
     path: PathBuf,
     pages: Option<Arc<Pages>>,
     control: Option<Mapping>,
+    base: BaseHash,
     /// As an adopted machine's process gave it.
     tap: Option<OwnedFd>,
     label: Vec<u8>,
@@ -207,11 +209,13 @@ impl RemoteMachine {
         let setup = Setup {
             geometry,
             base_bytes: base.base.bytes.len() as u64,
+            base: base.hash,
             entry: base.base.entry,
             page_table_root: base.base.page_table_root,
             jail: machine.user.as_ref().map(User::number),
         };
         machine.map(geometry, memory.try_clone().map_err(|error| failed("memory", error))?, &control)?;
+        machine.base = base.hash;
         let pages = machine.pages.clone();
         for segment in &base.base.data {
             if let Some(pages) = &pages {
@@ -233,6 +237,7 @@ impl RemoteMachine {
             path: path.to_owned(),
             pages: None,
             control: None,
+            base: BaseHash::default(),
             tap: None,
             label: Vec::new(),
             phase: Phase::Empty,
@@ -580,6 +585,10 @@ impl Machine for RemoteMachine {
             Some(pages) => Arc::clone(pages) as Arc<dyn Memory>,
             None => Arc::new(NoPages),
         }
+    }
+
+    fn base(&self) -> BaseHash {
+        self.base
     }
 
     fn harvest(&mut self) -> Result<PageSet, MachineError> {

@@ -103,10 +103,11 @@ fn an_adopted_machine_comes_with_all_it_has_and_ends_when_told() {
         let mut machine = lab.login();
         let path = lab.dir().join("user-alice.sock");
         machine.move_socket(&path).unwrap();
-        let process = machine.process_id();
+        let (process, base) = (machine.process_id(), machine.base());
+        assert_ne!(base, kage_machine::BaseHash::default());
         drop(machine);
         let mut machine = RemoteMachine::adopt(&path).unwrap().expect("it listens");
-        assert_eq!((machine.process_id(), machine.label()), (process, &b"alice"[..]));
+        assert_eq!((machine.process_id(), machine.base(), machine.label()), (process, base, &b"alice"[..]));
         assert!(machine.take_tap().is_some());
         assert_eq!(machine.memory().geometry(), lab.pool.geometry());
         let mut stream = TcpStream::connect((lab.address(), 7)).expect("echo answers");

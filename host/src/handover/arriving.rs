@@ -111,6 +111,14 @@ impl Arriving {
         let tap = daemon.fresh_tap(spec.number).map_err(|error| error.message)?;
         let kept = tap.try_clone().ok();
         let mut machine = daemon.machines.shell(&spec, tap)?;
+        if machine.base() != request.base {
+            machine.end();
+            return Err(format!(
+                "image {:?} is another build at host {} than what this machine runs; install the same at both hosts, \
+                 and stop and start the machine where its own is the older",
+                spec.profile.image, daemon.me
+            ));
+        }
         let mut label = spec.label();
         label.ticket = Some(ticket.clone());
         if let Err(error) = machine.relabel(&label) {

@@ -64,7 +64,7 @@ impl RemoteMachine {
             if let Some(disk) = received.disk {
                 self.map_disk(disk)?;
             }
-            self.tap = received.tap;
+            (self.base, self.tap) = (made.base, received.tap);
         }
         self.user = User::of(self.process_id());
         Ok(())
@@ -149,12 +149,14 @@ fn is_tap(file: &OwnedFd) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use kage_machine::BaseHash;
+
     use super::*;
 
     const GEOMETRY: Geometry = Geometry { memory_pages: 4096, disk_pages: 2 };
 
     fn made(geometry: Geometry, disk: bool, tap: bool) -> Made {
-        Made { geometry, disk, tap }
+        Made { geometry, base: BaseHash::default(), disk, tap }
     }
 
     fn file(pages: u32) -> OwnedFd {

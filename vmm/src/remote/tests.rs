@@ -51,6 +51,7 @@ fn machine(script: Vec<Vec<Option<Reply>>>) -> (RemoteMachine, JoinHandle<Vec<Re
         path,
         pages: None,
         control: None,
+        base: BaseHash::default(),
         tap: None,
         label: Vec::new(),
         phase: RUNNING,
