@@ -67,18 +67,19 @@ async fn serve(config: Config) -> Result<(), ErrorBody> {
     let parts = Parts { config, directory, machines: machines.clone(), net, peers: Peers::new(identity) };
     let daemon = Daemon::new(parts)?;
 
-    let api = daemon.clone();
-    tokio::spawn(async move {
-        if let Err(error) = serve::serve_unix(api, unix).await {
-            tracing::error!(%error, "the API's socket failed");
-        }
-    });
     let adopting = daemon.clone();
     blocking(move || {
         adopting.adopt();
         Ok(())
     })
     .await?;
+    // Before, a machine that is here would be taken for none, and started a second time.
+    let api = daemon.clone();
+    tokio::spawn(async move {
+        if let Err(error) = serve::serve_unix(api, unix).await {
+            tracing::error!(%error, "the API's socket failed");
+        }
+    });
     tokio::spawn(serve::serve_peers(daemon.clone(), listener, served));
     if let Some(address) = daemon.config.api.listen {
         tokio::spawn(serve::serve_peers(daemon.clone(), listen(address).await?, None));

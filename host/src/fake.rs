@@ -4,14 +4,17 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     net::{IpAddr, Ipv6Addr},
     os::fd::OwnedFd,
-    sync::{Arc, Mutex},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicBool, Ordering},
+    },
     time::Duration,
 };
 
 use kage_directory::Profile;
 use kage_machine::{
-    Geometry, Gone, HostInstant, HostName, ImageNumber, Machine, MachineError, Memory, PageBytes, PageIndex,
-    PageSet, PauseCause, Paused, SavedState, Started, UserName, Vid, identity::ApName,
+    BaseHash, Geometry, Gone, HostInstant, HostName, ImageNumber, Machine, MachineError, Memory, PageBytes,
+    PageIndex, PageSet, PauseCause, Paused, SavedState, Started, UserName, Vid, identity::ApName,
 };
 use kage_migrate::{recover::Found, report::Drained};
 
@@ -110,12 +113,17 @@ pub struct FakeMachines {
     living: Mutex<BTreeMap<UserName, Arc<Process>>>,
     /// How many machines were ever started from their template.
     pub started: Mutex<u32>,
+    /// What machines made here run on.
+    pub base: Mutex<BaseHash>,
+    /// Whether a daemon that adopts them gets no answer.
+    pub silent: AtomicBool,
 }
 
 /// A process that stands for a VMM's.
 pub struct Process {
     state: Mutex<ProcessState>,
     memory: Arc<FakeMemory>,
+    base: BaseHash,
 }
 
 struct ProcessState {
@@ -127,12 +135,13 @@ struct ProcessState {
 }
 
 impl Process {
-    fn new(spec: &MachineSpec, found: Found) -> Arc<Self> {
+    fn new(spec: &MachineSpec, found: Found, base: BaseHash) -> Arc<Self> {
         let state =
             ProcessState { found, label: Some(spec.label()), on_end: None, failure: None, gone: None };
         Arc::new(Self {
             state: Mutex::new(state),
             memory: Arc::new(FakeMemory { geometry: spec.geometry, pages: Mutex::default() }),
+            base,
         })
     }
 
@@ -178,7 +187,7 @@ impl FakeMachines {
     }
 
     fn make(&self, spec: &MachineSpec, found: Found) -> Box<dyn Hosted> {
-        let process = Process::new(spec, found);
+        let process = Process::new(spec, found, *self.base.lock().unwrap());
         self.living.lock().unwrap().insert(spec.user.clone(), process.clone());
         Box::new(FakeMachine { process })
     }
@@ -192,19 +201,18 @@ impl Machines for FakeMachines {
     fn shell(&self, spec: &MachineSpec, _tap: OwnedFd) -> Result<Box<dyn Hosted>, String> {
         Ok(self.make(spec, Found::Shell))
     }
-    fn adopt(&self) -> Vec<Adopted> {
-        let living = self.living.lock().unwrap();
-        let alive = living.values().filter(|process| process.state.lock().unwrap().gone.is_none());
-        alive
-            .map(|process| {
-                let state = process.state.lock().unwrap();
-                Adopted {
-                    label: state.label.clone().unwrap(),
-                    found: state.found,
-                    machine: Box::new(FakeMachine { process: process.clone() }),
-                }
-            })
-            .collect()
+    fn adopt(&self) -> Vec<(UserName, Adopted)> {
+        let users: Vec<_> = self.living.lock().unwrap().keys().cloned().collect();
+        users.into_iter().filter_map(|user| self.adopt_one(&user).map(|adopted| (user, adopted))).collect()
+    }
+    fn adopt_one(&self, user: &UserName) -> Option<Adopted> {
+        let process = self.process(user.as_str())?;
+        if self.silent.load(Ordering::SeqCst) {
+            return Some(Adopted::Unreachable("its process does not answer".to_owned()));
+        }
+        let state = process.state.lock().unwrap();
+        let machine = Box::new(FakeMachine { process: process.clone() });
+        Some(Adopted::Machine { label: state.label.clone().unwrap(), found: state.found, machine })
     }
     fn ready(&self) -> (usize, usize) {
         (0, 0)
@@ -266,6 +274,9 @@ impl Machine for FakeMachine {
     fn memory(&self) -> Arc<dyn Memory> {
         self.process.memory.clone()
     }
+    fn base(&self) -> BaseHash {
+        self.process.base
+    }
     fn harvest(&mut self) -> Result<PageSet, MachineError> {
         Ok(PageSet::empty(self.process.memory.geometry.pages()))
     }
@@ -326,6 +337,9 @@ impl Hosted for FakeMachine {
     }
     fn logs(&self) -> String {
         "fake\n".to_owned()
+    }
+    fn take_tap(&mut self) -> Option<OwnedFd> {
+        std::fs::File::open("/dev/null").ok().map(OwnedFd::from)
     }
     fn as_machine(&mut self) -> &mut dyn Machine {
         self

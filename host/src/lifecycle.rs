@@ -125,6 +125,8 @@ pub struct Slot {
     pub tap: Option<std::os::fd::OwnedFd>,
     /// The handover by which the machine came, until its right is settled.
     pub ticket: Option<kage_migrate::Ticket>,
+    /// Why a machine that an earlier daemon left cannot be reached; it may run, so no other is made here.
+    pub unreachable: Option<String>,
     /// Counts machines of this image here, so that a late word of one's end is not taken for the next one's.
     pub incarnation: u64,
     /// Restarts so far.
@@ -346,6 +348,20 @@ impl Daemon {
             Code::NotFound,
             format!("{at:?} is neither a host nor an access point; `kage hosts` lists both"),
         ))
+    }
+
+    /// Refuses what a machine that cannot be reached stands in the way of.
+    fn reachable(image: &Image, slot: &Slot) -> Result<(), ErrorBody> {
+        match &slot.unreachable {
+            None => Ok(()),
+            Some(reason) => Err(ErrorBody::new(
+                Code::Busy,
+                format!(
+                    "a process of {}'s machine is held at this host, and cannot be reached: {reason}",
+                    image.user
+                ),
+            )),
+        }
     }
 
     /// Takes in that a machine's process has ended.

@@ -105,6 +105,14 @@ pub struct Label {
     pub ticket: Option<Ticket>,
 }
 
+impl Label {
+    /// Whether all of it is about this user's machine.
+    #[must_use]
+    pub fn is_of(&self, user: &UserName) -> bool {
+        self.user == *user && self.ticket.as_ref().is_none_or(|ticket| ticket.user == *user)
+    }
+}
+
 /// Called from any thread, once, with what was seen of the end of a machine's process.
 pub type OnEnd = Box<dyn FnOnce(String) + Send>;
 
@@ -127,6 +135,8 @@ pub trait Hosted: Machine {
     fn heartbeat(&mut self, on: bool) -> Result<(), kage_machine::MachineError>;
     /// The guest's log, with a symbolised backtrace when it has failed.
     fn logs(&self) -> String;
+    /// Takes the tap it uses, when it was adopted with one.
+    fn take_tap(&mut self) -> Option<OwnedFd>;
     /// The machine as handover and replication see it.
     fn as_machine(&mut self) -> &mut dyn Machine;
     /// Renames its label: it now runs under another term.
@@ -136,14 +146,19 @@ pub trait Hosted: Machine {
     fn relabel(&mut self, label: &Label) -> Result<(), kage_machine::MachineError>;
 }
 
-/// A machine found at the daemon's start.
-pub struct Adopted {
-    /// What the daemon before said of it.
-    pub label: Label,
-    /// Where it stands.
-    pub found: Found,
-    /// The machine.
-    pub machine: Box<dyn Hosted>,
+/// What an earlier daemon left of a user's machine.
+pub enum Adopted {
+    /// Its process answers.
+    Machine {
+        /// What the daemon before said of it.
+        label: Label,
+        /// Where it stands.
+        found: Found,
+        /// The machine.
+        machine: Box<dyn Hosted>,
+    },
+    /// Its process is there and cannot be used, for this reason: it may run, so nobody may start another.
+    Unreachable(String),
 }
 
 /// Makes machines.
@@ -159,7 +174,9 @@ pub trait Machines: Send + Sync {
     /// In words, with the cure.
     fn shell(&self, spec: &MachineSpec, tap: OwnedFd) -> Result<Box<dyn Hosted>, String>;
     /// The machines that an earlier daemon left running.
-    fn adopt(&self) -> Vec<Adopted>;
+    fn adopt(&self) -> Vec<(UserName, Adopted)>;
+    /// What there is of one user's machine that could not be reached; `None` once its process is gone.
+    fn adopt_one(&self, user: &UserName) -> Option<Adopted>;
     /// Whether it is able to make machines at all, and if not, why.
     ///
     /// # Errors

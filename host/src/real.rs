@@ -6,15 +6,15 @@ use std::{
     net::{IpAddr, Ipv6Addr, SocketAddr, UdpSocket},
     os::fd::{AsFd, OwnedFd},
     path::{Path, PathBuf},
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError},
     time::{Duration, Instant},
 };
 
 use kage_fabric::{Fabric, FabricSpec, drain_until_quiet, names};
 use kage_images::{ImageFile, Symbols};
 use kage_machine::{
-    Geometry, HostInstant, HostName, ImageNumber, Machine, MachineError, Memory, PageSet, PauseCause, Paused,
-    SavedState, Started, Vid,
+    BaseHash, Geometry, HostInstant, HostName, ImageNumber, Machine, MachineError, Memory, PageSet,
+    PauseCause, Paused, SavedState, Started, UserName, Vid,
     control::{Identity, Phase},
     identity::ApName,
 };
@@ -60,8 +60,15 @@ const KNOCK: Timespec = Timespec { tv_sec: 0, tv_nsec: 500_000 };
 pub struct VmmMachines {
     sockets: PathBuf,
     spawn: Spawn,
-    /// By image name and page space.
-    pools: Mutex<BTreeMap<(String, u32, u32), Arc<PoolEntry>>>,
+    /// By image name and page space. Held for a look only: a template boots under its place's own lock.
+    pools: Mutex<BTreeMap<(String, u32, u32), Arc<PoolPlace>>>,
+}
+
+/// Where the pool of one image and page space is, once its template has booted.
+#[derive(Default)]
+struct PoolPlace {
+    booting: Mutex<()>,
+    entry: OnceLock<Arc<PoolEntry>>,
 }
 
 struct PoolEntry {
@@ -93,8 +100,12 @@ impl VmmMachines {
 
     fn pool(&self, image: &str, geometry: Geometry) -> Result<Arc<PoolEntry>, String> {
         let key = (image.to_owned(), geometry.memory_pages, geometry.disk_pages);
-        let mut pools = self.pools.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(entry) = pools.get(&key) {
+        let place = self.places().entry(key).or_default().clone();
+        if let Some(entry) = place.entry.get() {
+            return Ok(entry.clone());
+        }
+        let _booting = place.booting.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(entry) = place.entry.get() {
             return Ok(entry.clone());
         }
         let file = load(image)?;
@@ -107,15 +118,18 @@ impl VmmMachines {
         };
         let pool = Pool::start(spec, &file).map_err(|error| error.to_string())?;
         let entry = Arc::new(PoolEntry { pool, symbols: Arc::new(Symbols::of(file.kernel())) });
-        pools.insert(key, entry.clone());
-        Ok(entry)
+        Ok(place.entry.get_or_init(|| entry).clone())
     }
 
-    fn socket(&self, spec: &MachineSpec) -> PathBuf {
-        self.sockets.join(format!("user-{}.sock", spec.user))
+    fn places(&self) -> MutexGuard<'_, BTreeMap<(String, u32, u32), Arc<PoolPlace>>> {
+        self.pools.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Gives a machine out of a pool its disk, tap, name and label.
+    fn socket(&self, user: &UserName) -> PathBuf {
+        self.sockets.join(format!("user-{user}.sock"))
+    }
+
+    /// Gives a machine out of a pool its disk, tap and name.
     fn dress(
         &self,
         mut machine: RemoteMachine,
@@ -131,9 +145,8 @@ impl VmmMachines {
                 machine.attach_disk(disk).map_err(|error| error.to_string())?;
             }
             machine.attach_tap(tap.as_fd()).map_err(|error| error.to_string())?;
-            let path = self.socket(spec);
-            machine.move_socket(&path).map_err(|error| format!("{}: {error}", path.display()))?;
-            machine.set_label(label_bytes(&spec.label())).map_err(|error| error.to_string())
+            let path = self.socket(&spec.user);
+            machine.move_socket(&path).map_err(|error| format!("{}: {error}", path.display()))
         })();
         match dressed {
             Ok(()) => Ok(VmmMachine { machine, symbols }),
@@ -143,6 +156,24 @@ impl VmmMachines {
             }
         }
     }
+}
+
+/// Gives a machine the label with which it outlives its daemon. The last step: a machine that lost its daemon earlier ends,
+/// and is never adopted half made.
+fn labelled(mut machine: VmmMachine, spec: &MachineSpec) -> Result<Box<dyn Hosted>, String> {
+    match machine.relabel(&spec.label()) {
+        Ok(()) => Ok(Box::new(machine)),
+        Err(error) => {
+            machine.end();
+            Err(error.to_string())
+        }
+    }
+}
+
+/// Whose machine listens at a socket; nobody's where a pool's machine waits: this daemon's, or one that ended with its
+/// daemon.
+fn user_of(socket: &Path) -> Option<UserName> {
+    socket.file_name()?.to_str()?.strip_prefix("user-")?.strip_suffix(".sock")?.parse().ok()
 }
 
 /// An image by its name: `default` is built in, others are files.
@@ -202,55 +233,57 @@ impl Machines for VmmMachines {
             machine.machine.end();
             return Err(error.to_string());
         }
-        Ok(Box::new(machine))
+        labelled(machine, spec)
     }
 
     fn shell(&self, spec: &MachineSpec, tap: OwnedFd) -> Result<Box<dyn Hosted>, String> {
         let entry = self.pool(&spec.profile.image, spec.geometry)?;
         let machine = entry.pool.take_shell().map_err(|error| error.to_string())?;
-        Ok(Box::new(self.dress(machine, entry.symbols.clone(), spec, &tap, true)?))
+        labelled(self.dress(machine, entry.symbols.clone(), spec, &tap, true)?, spec)
     }
 
-    fn adopt(&self) -> Vec<Adopted> {
+    fn adopt(&self) -> Vec<(UserName, Adopted)> {
         let Ok(entries) = std::fs::read_dir(&self.sockets) else { return Vec::new() };
-        let mut all = Vec::new();
-        for path in entries.filter_map(|entry| Some(entry.ok()?.path())) {
-            if path.extension().is_none_or(|extension| extension != "sock") {
-                continue;
+        let users = entries.filter_map(|entry| user_of(&entry.ok()?.path()));
+        users.filter_map(|user| self.adopt_one(&user).map(|adopted| (user, adopted))).collect()
+    }
+
+    fn adopt_one(&self, user: &UserName) -> Option<Adopted> {
+        let path = self.socket(user);
+        let machine = match RemoteMachine::adopt(&path) {
+            Ok(Some(machine)) => machine,
+            Ok(None) => {
+                tracing::debug!(path = %path.display(), "nobody to adopt");
+                let _ = std::fs::remove_file(&path);
+                return None;
             }
-            // Sockets of a pool: this daemon's own, or of one that ended and took its pool with it.
-            let name = path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
-            if name.starts_with("pool-") || name == "template.sock" {
-                continue;
+            Err(error) => {
+                tracing::warn!(%user, %error, "a machine cannot be adopted");
+                return Some(Adopted::Unreachable(error.to_string()));
             }
-            let mut machine = match RemoteMachine::adopt(&path) {
-                Ok(machine) => machine,
-                Err(error) => {
-                    tracing::debug!(path = %path.display(), %error, "nobody to adopt");
-                    let _ = std::fs::remove_file(&path);
-                    continue;
-                }
-            };
-            match postcard::from_bytes::<Label>(machine.label()) {
-                Ok(label) => {
-                    let symbols = Arc::new(Symbols::of(ImageFile::embedded().kernel()));
-                    let mut machine = VmmMachine { machine, symbols };
-                    let found = machine.found();
-                    all.push(Adopted { label, found, machine: Box::new(machine) });
-                }
-                Err(_) => machine.end(),
+        };
+        let symbols = Arc::new(Symbols::of(ImageFile::embedded().kernel()));
+        let label = postcard::from_bytes::<Label>(machine.label()).ok();
+        let mut machine = VmmMachine { machine, symbols };
+        // Hostile code may have got hold of the process: what it says of itself must fit where it listens.
+        match label.filter(|label| label.is_of(user)) {
+            Some(label) => {
+                let found = machine.found();
+                Some(Adopted::Machine { label, found, machine: Box::new(machine) })
+            }
+            None => {
+                tracing::error!(%user, pid = machine.pid(), "a process that says it is not this user's is ended");
+                machine.end();
+                None
             }
         }
-        all
     }
 
     fn check(&self, image: &str) -> Result<(), String> {
         // An image with a pool has been read, and has run on this machine's KVM: opening that takes milliseconds.
-        let pools = self.pools.lock().unwrap_or_else(PoisonError::into_inner);
-        if pools.keys().any(|(name, ..)| name == image) {
+        if self.places().iter().any(|((name, ..), place)| name == image && place.entry.get().is_some()) {
             return Ok(());
         }
-        drop(pools);
         load(image)?;
         std::fs::File::options()
             .read(true)
@@ -261,8 +294,9 @@ impl Machines for VmmMachines {
     }
 
     fn ready(&self) -> (usize, usize) {
-        let pools = self.pools.lock().unwrap_or_else(PoisonError::into_inner);
-        pools.values().map(|entry| entry.pool.ready()).fold((0, 0), |sum, of| (sum.0 + of.0, sum.1 + of.1))
+        let places = self.places();
+        let entries = places.values().filter_map(|place| place.entry.get());
+        entries.map(|entry| entry.pool.ready()).fold((0, 0), |sum, of| (sum.0 + of.0, sum.1 + of.1))
     }
 }
 
@@ -329,6 +363,10 @@ impl Hosted for VmmMachine {
         self.machine.logs(&self.symbols)
     }
 
+    fn take_tap(&mut self) -> Option<OwnedFd> {
+        self.machine.take_tap()
+    }
+
     fn as_machine(&mut self) -> &mut dyn Machine {
         self
     }
@@ -341,6 +379,9 @@ impl Hosted for VmmMachine {
 impl Machine for VmmMachine {
     fn memory(&self) -> Arc<dyn Memory> {
         self.machine.memory()
+    }
+    fn base(&self) -> BaseHash {
+        self.machine.base()
     }
     fn harvest(&mut self) -> Result<PageSet, MachineError> {
         self.machine.harvest()

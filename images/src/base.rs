@@ -5,7 +5,7 @@
 //! sets them would write to a read-only slot.
 
 use kage_abi as abi;
-use kage_machine::Geometry;
+use kage_machine::{BaseHash, Geometry};
 use object::{Object, ObjectSegment, SegmentFlags, elf};
 
 const PAGE: u64 = abi::PAGE;
@@ -134,6 +134,20 @@ impl Base {
             bytes.extend(table.iter().flat_map(|entry| entry.to_le_bytes()));
         }
         Ok(Self { bytes, entry: file.entry(), page_table_root, data })
+    }
+
+    /// The hash of all of it: hosts that move a machine between them must have the same.
+    #[must_use]
+    pub fn hash(&self) -> BaseHash {
+        let mut hasher = blake3::Hasher::new();
+        hasher.update(&self.entry.to_le_bytes()).update(&self.page_table_root.to_le_bytes());
+        for part in [&self.bytes].into_iter().chain(self.data.iter().map(|segment| &segment.bytes)) {
+            hasher.update(&(part.len() as u64).to_le_bytes()).update(part);
+        }
+        for segment in &self.data {
+            hasher.update(&segment.offset.to_le_bytes());
+        }
+        BaseHash(*hasher.finalize().as_bytes())
     }
 }
 
@@ -309,6 +323,12 @@ mod tests {
     #[test]
     fn the_base_is_a_pure_function_of_kernel_and_size() {
         assert_eq!(base(64 << 20), base(64 << 20));
+        let hash = base(64 << 20).hash();
+        assert_eq!(hash, base(64 << 20).hash());
+        assert_ne!(hash, base(16 << 20).hash());
+        let mut other = base(64 << 20);
+        *other.bytes.last_mut().unwrap() ^= 1;
+        assert_ne!(hash, other.hash());
         assert_ne!(base(64 << 20), base(128 << 20));
     }
 }

@@ -135,12 +135,6 @@ impl ImageFile {
         }
         Self::decode(&name, &fs::read(path).map_err(io)?)
     }
-
-    /// BLAKE3 of the kernel: hosts that move an image between them must have the same.
-    #[must_use]
-    pub fn kernel_hash(&self) -> [u8; 32] {
-        *blake3::hash(&self.kernel).as_bytes()
-    }
 }
 
 #[cfg(test)]

@@ -9,10 +9,13 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::{Geometry, PageSet, machine::HostInstant};
+use crate::{
+    Geometry, PageSet,
+    machine::{BaseHash, HostInstant},
+};
 
 /// Version of these messages.
-pub const CONTROL_VERSION: u16 = 2;
+pub const CONTROL_VERSION: u16 = 3;
 
 /// Largest packet: a bitmap of the largest page space, and the rest.
 pub const MAX_PACKET: usize = 192 << 10;
@@ -24,6 +27,8 @@ pub struct Setup {
     pub geometry: Geometry,
     /// Bytes of the base slot.
     pub base_bytes: u64,
+    /// Its hash, kept for whoever adopts the machine.
+    pub base: BaseHash,
     /// First instruction.
     pub entry: u64,
     /// Root of the page tables.
@@ -52,8 +57,8 @@ pub struct Identity {
 /// What the daemon asks.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Request {
-    /// Who are you; answered by [`Reply::Hello`] with memory, control page and disk (where one is
-    /// attached) as descriptors once the machine is set up.
+    /// Who are you; answered by [`Reply::Hello`], once the machine is set up with memory, control page and what
+    /// [`Made`] names as descriptors.
     Hello {
         /// The daemon's [`CONTROL_VERSION`].
         version: u16,
@@ -133,6 +138,19 @@ pub enum Phase {
     Released,
 }
 
+/// What a machine consists of. Disk and tap come as descriptors, in this order.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Made {
+    /// Its page space.
+    pub geometry: Geometry,
+    /// Its base.
+    pub base: BaseHash,
+    /// Whether a disk is attached.
+    pub disk: bool,
+    /// Whether a tap is.
+    pub tap: bool,
+}
+
 /// Counters of a machine's network device since this process began.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct NetCounters {
@@ -164,8 +182,8 @@ pub enum Reply {
         version: u16,
         /// Where it stands.
         phase: Phase,
-        /// Its page space, once set up.
-        geometry: Option<Geometry>,
+        /// What it consists of, once set up.
+        machine: Option<Made>,
         /// The last [`Request::Label`].
         label: Vec<u8>,
     },

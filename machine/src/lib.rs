@@ -22,6 +22,6 @@ pub mod sim;
 pub mod state;
 
 pub use identity::{Epoch, HandoverId, HostName, ImageNumber, SitePrefix, Term, UserName, Vid};
-pub use machine::{Gone, HostInstant, Machine, MachineError, Memory, PauseCause, Paused, Started};
+pub use machine::{BaseHash, Gone, HostInstant, Machine, MachineError, Memory, PauseCause, Paused, Started};
 pub use page::{Geometry, PAGE_SIZE, PageBytes, PageIndex, PageSet};
 pub use state::SavedState;

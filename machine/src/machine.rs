@@ -50,6 +50,11 @@ impl HostInstant {
     }
 }
 
+/// BLAKE3 of a machine's read-only base: what of it is never sent, since every host has the same.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct BaseHash(pub [u8; 32]);
+
 /// The page space of a machine as its daemon maps it.
 ///
 /// Reads of a running machine's pages may tear; they are tracked as dirty again, so that a torn
@@ -101,6 +106,9 @@ pub struct Started {
 pub trait Machine: Send {
     /// The page space.
     fn memory(&self) -> Arc<dyn Memory>;
+
+    /// The base it runs on; it runs on no other.
+    fn base(&self) -> BaseHash;
 
     /// Pages written since the last harvest, by the guest and by the VMM. The first harvest after a
     /// start or a restore says every page written since then; pages from before are found by

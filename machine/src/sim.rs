@@ -367,6 +367,10 @@ impl Machine for SimMachine {
         self.vmm.shared.clone()
     }
 
+    fn base(&self) -> crate::BaseHash {
+        crate::BaseHash::default()
+    }
+
     fn harvest(&mut self) -> Result<PageSet, MachineError> {
         self.call(Call::Harvest, |_, _, state| Ok(state.dirty.take()))
     }

@@ -186,6 +186,28 @@ fn identity_is_the_same_after_moves_and_a_restart() {
 }
 
 #[test]
+fn machines_share_no_key_and_no_randomness() {
+    let site = Site::up(1);
+    let mut seen = Vec::new();
+    for user in ["alice", "bob"] {
+        let login = site.login(user, "ap-1");
+        let address = text(&login, "address").to_owned();
+        let mut scan = Command::new("ssh-keyscan");
+        let scan = site.output("d1", scan.args(["-T", "10", "-t", "ed25519", &address])).unwrap();
+        let key = String::from_utf8_lossy(&scan.stdout).split(' ').next_back().unwrap_or_default().to_owned();
+        assert!(key.len() > 60, "{}", String::from_utf8_lossy(&scan.stderr));
+        // The server's greeting and the start of its first packet, with 16 random bytes.
+        let mut greeting = Command::new("bash");
+        greeting.args(["-c", &format!("exec 3<>/dev/tcp/{address}/22; head -c 64 <&3")]);
+        let greeting = site.output("d1", &mut greeting).unwrap().stdout;
+        assert_eq!(greeting.len(), 64);
+        seen.push((key, greeting));
+    }
+    assert_ne!(seen[0].0, seen[1].0, "host keys");
+    assert_ne!(seen[0].1, seen[1].1, "cookies of the key exchange");
+}
+
+#[test]
 fn a_move_reports_every_field() {
     let site = Site::up(1);
     let _ = site.login("alice", "ap-1");

@@ -16,5 +16,6 @@ pub mod pool;
 pub mod process;
 pub mod remote;
 mod sys;
+mod users;
 mod vcpu;
 mod virtio;

@@ -79,6 +79,14 @@ pub enum PoolError {
     },
 }
 
+/// Where the next process listens, until its machine is somebody's. One count for all pools of a daemon, which may
+/// share a directory.
+fn next_socket(spec: &PoolSpec) -> PathBuf {
+    static NEXT: AtomicU64 = AtomicU64::new(0);
+    let number = NEXT.fetch_add(1, Ordering::Relaxed);
+    spec.socket_dir.join(format!("pool-{}-{number}.sock", std::process::id()))
+}
+
 /// A machine booted up to its first generation.
 struct Template {
     pages: Vec<(PageIndex, Box<PageBytes>)>,
@@ -93,7 +101,6 @@ struct Shared {
     template: Template,
     ready: Mutex<Ready>,
     wanted: Condvar,
-    next: AtomicU64,
 }
 
 #[derive(Default)]
@@ -127,7 +134,7 @@ impl Pool {
         std::fs::create_dir_all(&spec.socket_dir).map_err(io(spec.socket_dir.display().to_string()))?;
         let base =
             BaseFile::new(Base::build(image.kernel(), spec.geometry)?).map_err(io("base slot".into()))?;
-        let path = spec.socket_dir.join("template.sock");
+        let path = next_socket(&spec);
         let mut machine = RemoteMachine::spawn(&spec.spawn, &path, kvm.as_fd(), &base, spec.geometry)?;
         let template = boot_template(&mut machine, image);
         machine.end();
@@ -138,7 +145,6 @@ impl Pool {
             template: template?,
             ready: Mutex::default(),
             wanted: Condvar::new(),
-            next: AtomicU64::new(0),
         });
         let worker = Arc::clone(&shared);
         thread::Builder::new()
@@ -312,12 +318,8 @@ impl Shared {
     }
 
     fn empty(&self) -> Result<RemoteMachine, PoolError> {
-        let number = self.next.fetch_add(1, Ordering::Relaxed);
-        let path = self.spec.socket_dir.join(format!("pool-{}-{number}.sock", std::process::id()));
-        // A user of its own for each process: one that broke out could not even signal another.
-        let jail = self.spec.spawn.jail.map(|first| first + (number % 65_536) as u32);
-        let spawn = Spawn { jail, ..self.spec.spawn.clone() };
-        Ok(RemoteMachine::spawn(&spawn, &path, self.kvm.as_fd(), &self.base, self.spec.geometry)?)
+        let Self { spec, kvm, base, .. } = self;
+        Ok(RemoteMachine::spawn(&spec.spawn, &next_socket(spec), kvm.as_fd(), base, spec.geometry)?)
     }
 
     /// A login to keep.

@@ -20,7 +20,8 @@ use kage_abi::{self as abi, BootPage, Config, offset};
 use kage_machine::{
     HostInstant, SavedState,
     control::{
-        CONTROL_VERSION, Identity, MAX_PACKET, Phase, Reply, Request, Setup, control_page, decode, encode,
+        CONTROL_VERSION, Identity, MAX_PACKET, Made, Phase, Reply, Request, Setup, control_page, decode,
+        encode,
     },
     state::STATE_VERSION,
 };
@@ -251,14 +252,15 @@ impl Process {
     }
 
     fn hello(&mut self) -> Result<(), String> {
-        let (phase, geometry) = match &self.machine {
-            Some(machine) => (machine.phase, Some(machine.setup.geometry)),
-            None => (Phase::Empty, None),
-        };
-        let reply =
-            encode(&Reply::Hello { version: CONTROL_VERSION, phase, geometry, label: self.label.clone() });
-        let descriptors: Vec<BorrowedFd<'_>> =
-            self.machine.iter().flat_map(|machine| machine.shared.iter().map(AsFd::as_fd)).collect();
+        let machine = self.machine.as_deref();
+        let phase = machine.map_or(Phase::Empty, |machine| machine.phase);
+        let made = machine.map(Machine::made);
+        let label = self.label.clone();
+        let reply = encode(&Reply::Hello { version: CONTROL_VERSION, phase, machine: made, label });
+        let descriptors: Vec<BorrowedFd<'_>> = machine
+            .iter()
+            .flat_map(|machine| machine.shared.iter().chain(machine.net.attached()).map(AsFd::as_fd))
+            .collect();
         if let Some(connection) = &self.connection
             && packet::send(connection.as_fd(), &reply, &descriptors).is_err()
         {
@@ -364,6 +366,11 @@ impl Machine {
             alarm_on: false,
             news: false,
         })
+    }
+
+    fn made(&self) -> Made {
+        let Setup { geometry, base, .. } = self.setup;
+        Made { geometry, base, disk: self.shared.len() > 2, tap: self.net.attached().is_some() }
     }
 
     const fn runs(&self) -> bool {

@@ -1,5 +1,10 @@
 //! The daemon's handle on one VMM process.
 
+mod adopted;
+mod channel;
+#[cfg(test)]
+mod tests;
+
 use std::{
     fs::File,
     io,
@@ -9,40 +14,37 @@ use std::{
     },
     path::{Path, PathBuf},
     process::{Command, Stdio},
-    sync::{Arc, Mutex, PoisonError, RwLock},
+    sync::{Arc, PoisonError, RwLock},
+    time::{Duration, Instant},
 };
 
 use kage_abi::{self as abi, BootPage, FaultRecord, LogRing, offset};
 use kage_images::Symbols;
 use kage_machine::{
-    Geometry, Gone, HostInstant, Machine, MachineError, Memory, PAGE_SIZE, PageBytes, PageIndex, PageSet,
-    PauseCause, Paused, SavedState, Started,
-    control::{
-        CONTROL_VERSION, Identity, MAX_PACKET, NetCounters, Phase, Reply, Request, Setup, control_page,
-        decode, encode,
-    },
+    BaseHash, Geometry, Gone, HostInstant, Machine, MachineError, Memory, PAGE_SIZE, PageBytes, PageIndex,
+    PageSet, PauseCause, Paused, SavedState, Started,
+    control::{Identity, NetCounters, Phase, Reply, Request, Setup, control_page},
 };
 use rustix::{
-    fs::{MemfdFlags, SealFlags, SeekFrom, fcntl_add_seals, ftruncate, memfd_create, seek},
-    net::{
-        AddressFamily, RecvFlags, SocketAddrUnix, SocketFlags, SocketType, bind, connect, listen,
-        socket_with,
-        sockopt::{Timeout, set_socket_timeout, socket_peercred},
-    },
-    process::{
-        Pid, PidfdFlags, Signal, WaitId, WaitIdOptions, getpid, pidfd_open, pidfd_send_signal, waitid,
-    },
+    event::{PollFd, PollFlags, Timespec, poll},
+    fs::{MemfdFlags, SealFlags, SeekFrom, fcntl_add_seals, memfd_create, seek},
+    io::Errno,
+    net::{SocketAddrUnix, bind, listen},
+    process::{Pid, PidfdFlags, Signal, WaitId, WaitIdOptions, pidfd_open, pidfd_send_signal, waitid},
 };
 
-use crate::{packet, sys::Mapping};
+use crate::{sys::Mapping, users::User};
+use adopted::shared_file;
+use channel::{Channel, seqpacket};
 
-/// How long a VMM may take to answer before it counts as gone.
-const ANSWER_TIMEOUT: std::time::Duration = std::time::Duration::from_secs(10);
+/// Longest wait for a killed process to be gone: taking down 2 GiB takes some milliseconds.
+const DEATH: Duration = Duration::from_secs(1);
 
 /// A base slot in a sealed file, shared by all machines of a host that have its kernel and size.
 #[derive(Debug)]
 pub struct BaseFile {
     file: OwnedFd,
+    hash: BaseHash,
     /// Its layout.
     pub base: kage_images::Base,
 }
@@ -57,7 +59,7 @@ impl BaseFile {
         io::Write::write_all(&mut &file, &base.bytes)?;
         let file = OwnedFd::from(file);
         fcntl_add_seals(&file, SealFlags::WRITE | SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL)?;
-        Ok(Self { file, base })
+        Ok(Self { file, hash: base.hash(), base })
     }
 }
 
@@ -157,24 +159,23 @@ fn add_data(file: &OwnedFd, first: u32, set: &mut PageSet) {
 
 /// A VMM process and the machine in it.
 pub struct RemoteMachine {
-    socket: OwnedFd,
+    channel: Channel,
     pid: OwnedFd,
-    pid_number: Pid,
     path: PathBuf,
     pages: Option<Arc<Pages>>,
     control: Option<Mapping>,
+    base: BaseHash,
+    /// As an adopted machine's process gave it.
+    tap: Option<OwnedFd>,
     label: Vec<u8>,
     phase: Phase,
-    buffer: Mutex<Vec<u8>>,
+    /// Which its process has become.
+    user: Option<User>,
     ended: bool,
 }
 
 fn gone(reason: impl Into<String>) -> MachineError {
     MachineError::Gone(Gone { reason: reason.into() })
-}
-
-fn seqpacket() -> rustix::io::Result<OwnedFd> {
-    socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)
 }
 
 impl RemoteMachine {
@@ -195,21 +196,26 @@ impl RemoteMachine {
         let pid = start_process(spawn, &listener)
             .map_err(|error| failed(&spawn.program.display().to_string(), error))?;
         drop(listener);
-        let mut machine = Self::connect(path, Some(pid))?;
-        let memory = memfd_create("kage-memory", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)
-            .and_then(|file| ftruncate(&file, geometry.memory_bytes()).map(|()| file))
-            .map_err(|error| failed("memory", error.into()))?;
-        let control = memfd_create("kage-control", MemfdFlags::CLOEXEC)
-            .and_then(|file| ftruncate(&file, PAGE_SIZE as u64).map(|()| file))
-            .map_err(|error| failed("control page", error.into()))?;
+        let refused = |error| gone(format!("{}: {error}", path.display()));
+        let mut machine = Self::connect(path, Some(pid)).map_err(refused)?;
+        let memory =
+            shared_file("kage-memory", geometry.memory_bytes()).map_err(|error| failed("memory", error))?;
+        let control =
+            shared_file("kage-control", PAGE_SIZE as u64).map_err(|error| failed("control page", error))?;
+        if let Some(first) = spawn.jail {
+            let none = || MachineError::Refused { reason: "all users for machines are taken".into() };
+            machine.user = Some(User::take(first).ok_or_else(none)?);
+        }
         let setup = Setup {
             geometry,
             base_bytes: base.base.bytes.len() as u64,
+            base: base.hash,
             entry: base.base.entry,
             page_table_root: base.base.page_table_root,
-            jail: spawn.jail,
+            jail: machine.user.as_ref().map(User::number),
         };
         machine.map(geometry, memory.try_clone().map_err(|error| failed("memory", error))?, &control)?;
+        machine.base = base.hash;
         let pages = machine.pages.clone();
         for segment in &base.base.data {
             if let Some(pages) = &pages {
@@ -221,66 +227,21 @@ impl RemoteMachine {
         Ok(machine)
     }
 
-    /// Connects to a VMM process that is already there: a daemon that was restarted takes it over.
-    ///
-    /// # Errors
-    /// [`MachineError`] when nobody answers, or in another version.
-    pub fn adopt(path: &Path) -> Result<Self, MachineError> {
-        let mut machine = Self::connect(path, None)?;
-        let (reply, descriptors) = machine.call(&Request::Hello { version: CONTROL_VERSION }, &[])?;
-        let Reply::Hello { version, phase, geometry, label } = reply else {
-            return Err(MachineError::Refused { reason: format!("unexpected answer {reply:?}") });
-        };
-        if version != CONTROL_VERSION {
-            return Err(MachineError::Refused {
-                reason: format!(
-                    "the machine speaks control version {version}, this daemon {CONTROL_VERSION}"
-                ),
-            });
-        }
-        (machine.phase, machine.label) = (phase, label);
-        let mut descriptors = descriptors.into_iter();
-        if let (Some(geometry), Some(memory), Some(control)) =
-            (geometry, descriptors.next(), descriptors.next())
-        {
-            machine.map(geometry, memory, &control)?;
-            if let Some(disk) = descriptors.next() {
-                machine.map_disk(disk)?;
-            }
-        }
-        Ok(machine)
-    }
-
-    /// Connects; the process is `pid`, or whoever listens (it says so anew once it runs, so the
-    /// credentials of a listening socket are its own).
-    fn connect(path: &Path, pid: Option<Pid>) -> Result<Self, MachineError> {
-        let refused = |error: rustix::io::Errno| gone(format!("{}: {error}", path.display()));
-        let socket = seqpacket().map_err(refused)?;
-        connect(&socket, &SocketAddrUnix::new(path).map_err(refused)?).map_err(refused)?;
-        set_socket_timeout(&socket, Timeout::Recv, Some(ANSWER_TIMEOUT)).map_err(refused)?;
-        let pid = match pid {
-            Some(pid) => pid,
-            None => {
-                let pid = socket_peercred(&socket).map_err(refused)?.pid;
-                // Before it says so anew the credentials are those of whoever bound the socket: this daemon.
-                if pid == getpid() {
-                    return Err(gone(format!("{}: its process has not begun", path.display())));
-                }
-                pid
-            }
-        };
-        let pid_number = pid;
-        let pid = pidfd_open(pid, PidfdFlags::empty()).map_err(refused)?;
+    /// Connects; the process is `pid`, or whoever listens.
+    fn connect(path: &Path, pid: Option<Pid>) -> io::Result<Self> {
+        let channel = Channel::open(path, pid)?;
+        let pid = pidfd_open(channel.peer(), PidfdFlags::empty())?;
         Ok(Self {
-            socket,
+            channel,
             pid,
-            pid_number,
             path: path.to_owned(),
             pages: None,
             control: None,
+            base: BaseHash::default(),
+            tap: None,
             label: Vec::new(),
             phase: Phase::Empty,
-            buffer: Mutex::new(vec![0; MAX_PACKET]),
+            user: None,
             ended: false,
         })
     }
@@ -307,22 +268,7 @@ impl RemoteMachine {
         request: &Request,
         descriptors: &[BorrowedFd<'_>],
     ) -> Result<(Reply, Vec<OwnedFd>), MachineError> {
-        let mut buffer = self.buffer.lock().unwrap_or_else(PoisonError::into_inner);
-        packet::send(self.socket.as_fd(), &encode(request), descriptors)
-            .map_err(|error| self.is_gone(&error.to_string()))?;
-        loop {
-            match packet::receive(self.socket.as_fd(), &mut buffer, RecvFlags::empty()) {
-                Ok(packet) if packet.bytes.is_empty() => {
-                    return Err(self.is_gone("it closed its control socket"));
-                }
-                Ok(packet) => {
-                    let reply = decode(&packet.bytes).map_err(|error| self.is_gone(&error.to_string()))?;
-                    return Ok((reply, packet.descriptors));
-                }
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) => return Err(self.is_gone(&error.to_string())),
-            }
-        }
+        self.channel.call(&self.path, request, descriptors).map_err(|seen| self.is_gone(&seen))
     }
 
     fn is_gone(&self, seen: &str) -> MachineError {
@@ -350,7 +296,7 @@ impl RemoteMachine {
     /// The process's id.
     #[must_use]
     pub fn process_id(&self) -> Pid {
-        self.pid_number
+        self.channel.peer()
     }
 
     /// Where the machine stood when last asked.
@@ -363,6 +309,12 @@ impl RemoteMachine {
     #[must_use]
     pub fn label(&self) -> &[u8] {
         &self.label
+    }
+
+    /// Takes the tap that an adopted machine uses.
+    #[must_use]
+    pub fn take_tap(&mut self) -> Option<OwnedFd> {
+        self.tap.take()
     }
 
     /// Keeps words for whoever adopts the machine; a machine without them ends with its daemon.
@@ -496,9 +448,21 @@ impl RemoteMachine {
     /// Whether the process still runs.
     #[must_use]
     pub fn is_alive(&self) -> bool {
-        let mut polled = [rustix::event::PollFd::new(&self.pid, rustix::event::PollFlags::IN)];
-        let now = rustix::event::Timespec { tv_sec: 0, tv_nsec: 0 };
-        matches!(rustix::event::poll(&mut polled, Some(&now)), Ok(0))
+        !self.has_ended_within(Duration::ZERO)
+    }
+
+    fn has_ended_within(&self, patience: Duration) -> bool {
+        let deadline = Instant::now() + patience;
+        loop {
+            let mut polled = [PollFd::new(&self.pid, PollFlags::IN)];
+            let left = deadline.saturating_duration_since(Instant::now());
+            // A second fits.
+            let left = Timespec::try_from(left).unwrap_or(Timespec { tv_sec: 0, tv_nsec: 0 });
+            match poll(&mut polled, Some(&left)) {
+                Err(Errno::INTR) => {}
+                ready => return matches!(ready, Ok(1..)),
+            }
+        }
     }
 
     /// Whether the right to run was given away, as the control page says.
@@ -623,22 +587,39 @@ impl Machine for RemoteMachine {
         }
     }
 
+    fn base(&self) -> BaseHash {
+        self.base
+    }
+
     fn harvest(&mut self) -> Result<PageSet, MachineError> {
         match self.ask(&Request::Harvest)? {
-            Reply::Dirty(set) if set.is_well_formed() => Ok(set),
+            Reply::Dirty(set) if self.has_pages_of(&set) => Ok(set),
             other => Err(unexpected(&other)),
         }
     }
 
     fn pause(&mut self, _cause: PauseCause) -> Result<Paused, MachineError> {
-        match self.ask(&Request::Pause)? {
-            Reply::Paused { state, dirty, at } => {
-                self.phase = Phase::Paused;
-                let state = SavedState::decode(&state)
-                    .map_err(|error| MachineError::Refused { reason: error.to_string() })?;
-                Ok(Paused { state, dirty, at })
+        let error = match self.call(&Request::Pause, &[]) {
+            Ok((Reply::Paused { state, dirty, at }, _)) if self.has_pages_of(&dirty) => {
+                match SavedState::decode(&state) {
+                    Ok(state) => {
+                        self.phase = Phase::Paused;
+                        return Ok(Paused { state, dirty, at });
+                    }
+                    Err(error) => MachineError::Refused { reason: error.to_string() },
+                }
             }
-            other => Err(unexpected(&other)),
+            Ok((Reply::Refused { reason }, _)) => return Err(MachineError::Refused { reason }),
+            Ok((other, _)) => unexpected(&other),
+            Err(error) => error,
+        };
+        // It may have paused all the same.
+        match self.run_on() {
+            Ok(()) => Err(MachineError::Refused { reason: error.to_string() }),
+            Err(_) => {
+                self.end();
+                Err(self.is_gone(&error.to_string()))
+            }
         }
     }
 
@@ -670,23 +651,51 @@ impl Machine for RemoteMachine {
         self.done(&Request::Release, &[])
     }
 
+    /// Returns once the process has ended, and with it let go of tap and disk; after [`DEATH`] without.
     fn end(&mut self) {
         if self.ended {
             return;
         }
         self.ended = true;
-        self.reap();
         let _ = pidfd_send_signal(&self.pid, Signal::KILL);
         let _ = std::fs::remove_file(&self.path);
+        if self.has_ended_within(DEATH) {
+            // One that is no child leaves no zombie either.
+            let _ = waitid(WaitId::PidFd(self.pid.as_fd()), WaitIdOptions::EXITED | WaitIdOptions::NOHANG);
+            self.user = None;
+        } else {
+            self.reap();
+        }
     }
 }
 
 impl RemoteMachine {
-    /// Waits for the process in the background, so that no zombie stays; one that is no child needs none.
-    fn reap(&self) {
+    /// Whether a set from the VMM is one of this machine's pages.
+    fn has_pages_of(&self, set: &PageSet) -> bool {
+        let pages = self.pages.as_ref().map_or(0, |pages| pages.geometry.pages());
+        set.is_well_formed() && set.pages() == pages
+    }
+
+    /// Has a machine run that was to be paused, wherever that failed.
+    fn run_on(&mut self) -> Result<(), MachineError> {
+        let before = self.phase;
+        match self.status()?.0 {
+            Phase::Paused if before == (Phase::Running { gate_open: true }) => self.resume(),
+            now if now == before => Ok(()),
+            now => Err(gone(format!("it was {before:?} and is {now:?}"))),
+        }
+    }
+
+    /// Waits for the process in the background, so that neither a zombie nor its user stays.
+    fn reap(&mut self) {
+        let user = self.user.take();
         let Ok(pid) = self.pid.try_clone() else { return };
         let wait = move || {
-            let _ = waitid(WaitId::PidFd(pid.as_fd()), WaitIdOptions::EXITED);
+            let mut polled = [PollFd::new(&pid, PollFlags::IN)];
+            while matches!(poll(&mut polled, None), Err(Errno::INTR)) {}
+            // One that is no child leaves no zombie.
+            let _ = waitid(WaitId::PidFd(pid.as_fd()), WaitIdOptions::EXITED | WaitIdOptions::NOHANG);
+            drop(user);
         };
         let _ = std::thread::Builder::new().name("reaper".into()).stack_size(64 << 10).spawn(wait);
     }

@@ -1,5 +1,6 @@
 //! Real machines on real KVM, each test in a network namespace of its own.
 
+#[expect(dead_code, reason = "the lab serves all of these tests, each uses a part of it")]
 mod lab;
 
 use std::{
@@ -9,6 +10,7 @@ use std::{
 };
 
 use kage_machine::{Machine, PauseCause};
+use kage_vmm::remote::RemoteMachine;
 use lab::Lab;
 
 #[test]
@@ -64,5 +66,56 @@ fn a_released_machine_never_runs_again() {
         assert!(machine.resume().is_err());
         assert!(machine.run(true).is_err());
         machine.end();
+    });
+}
+
+/// The user that a machine's process has become.
+fn user(machine: &RemoteMachine) -> String {
+    let path = format!("/proc/{}/status", machine.process_id().as_raw_nonzero());
+    let status = std::fs::read_to_string(path).unwrap();
+    status.lines().find(|line| line.starts_with("Uid:")).unwrap().to_owned()
+}
+
+#[test]
+fn pools_of_one_daemon_share_neither_sockets_nor_users() {
+    Lab::run(|lab| {
+        let other = lab.another_pool();
+        let mut users = std::collections::BTreeSet::new();
+        for (at, pool) in [&lab.pool, &other, &lab.pool, &other].into_iter().enumerate() {
+            let mut machine = pool.take_shell().unwrap();
+            assert!(users.insert(user(&machine)), "{users:?}");
+            // The socket that is moved is this machine's own: whoever comes there finds its process.
+            let path = lab.dir().join(format!("user-{at}.sock"));
+            machine.set_label(vec![1]).unwrap();
+            machine.move_socket(&path).unwrap();
+            let process = machine.process_id();
+            drop(machine);
+            let mut adopted = RemoteMachine::adopt(&path).unwrap().expect("it listens");
+            assert_eq!(adopted.process_id(), process);
+            adopted.end();
+        }
+    });
+}
+
+#[test]
+fn an_adopted_machine_comes_with_all_it_has_and_ends_when_told() {
+    Lab::run(|lab| {
+        let mut machine = lab.login();
+        let path = lab.dir().join("user-alice.sock");
+        machine.move_socket(&path).unwrap();
+        let (process, base) = (machine.process_id(), machine.base());
+        assert_ne!(base, kage_machine::BaseHash::default());
+        drop(machine);
+        let mut machine = RemoteMachine::adopt(&path).unwrap().expect("it listens");
+        assert_eq!((machine.process_id(), machine.base(), machine.label()), (process, base, &b"alice"[..]));
+        assert!(machine.take_tap().is_some());
+        assert_eq!(machine.memory().geometry(), lab.pool.geometry());
+        let mut stream = TcpStream::connect((lab.address(), 7)).expect("echo answers");
+        stream.write_all(b"x").unwrap();
+        stream.read_exact(&mut [0]).unwrap();
+        machine.end();
+        // Its tap and its disk are free.
+        assert!(!machine.is_alive());
+        assert!(RemoteMachine::adopt(&path).unwrap().is_none());
     });
 }

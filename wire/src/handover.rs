@@ -19,7 +19,7 @@
 //! it is: the last epoch's pages behind [`Message::Switch`], nothing behind the others. Strings and the
 //! saved state are capped when read. What each message commits its sender to is `kage-migrate`'s.
 
-use kage_machine::{Geometry, HandoverId, Term, UserName, state::MAX_STATE_BYTES};
+use kage_machine::{BaseHash, Geometry, HandoverId, Term, UserName, state::MAX_STATE_BYTES};
 use serde::{Deserialize, Serialize};
 
 use crate::{Frame, Kind, bytes::Cursor};
@@ -47,6 +47,8 @@ pub struct Prepare {
     pub handover: HandoverId,
     /// The machine's page space.
     pub geometry: Geometry,
+    /// The base it runs on.
+    pub base: BaseHash,
     /// Longest time the whole handover may take, in milliseconds: the target gives up after it.
     pub timeout_ms: u32,
 }
@@ -220,6 +222,7 @@ mod tests {
                 term,
                 handover,
                 geometry: Geometry { memory_pages: 4096, disk_pages: 0 },
+                base: BaseHash([8; 32]),
                 timeout_ms: 30_000,
             }),
             Message::Probe { sent_ns: 300 },
@@ -249,8 +252,10 @@ mod tests {
     #[test]
     fn messages_keep_their_bytes() {
         let bodies: Vec<_> = samples().iter().map(|message| message.to_frame().body).collect();
-        assert_eq!(bodies[0][..12], [30, 0, 0, 0, 0, 5, b'a', b'l', b'i', b'c', b'e', 5]);
-        assert_eq!(bodies[0][28..], [0x80, 0x20, 0, 0xb0, 0xea, 1]);
+        assert_eq!(bodies[0][..12], [62, 0, 0, 0, 0, 5, b'a', b'l', b'i', b'c', b'e', 5]);
+        assert_eq!(bodies[0][28..31], [0x80, 0x20, 0]);
+        assert_eq!(bodies[0][31..63], [8; 32]);
+        assert_eq!(bodies[0][63..], [0xb0, 0xea, 1]);
         assert_eq!(bodies[1], [3, 0, 0, 0, 1, 0xac, 2]);
         assert_eq!(bodies[2], [7, 0, 0, 0, 2, 9, 3, 1, 2, 3, 0]);
         for (index, tag) in [(3, 3), (4, 4), (6, 6), (11, 11), (12, 12)] {

@@ -35,6 +35,7 @@ impl TargetHost for Receiving {
     fn holds(&self, user: &UserName) -> bool {
         let Some(image) = self.0.known(user) else { return false };
         match image.slot.try_lock() {
+            Ok(slot) if slot.unreachable.is_some() => true,
             Ok(mut slot) => slot.machine.as_mut().is_some_and(|machine| {
                 !matches!(machine.found(), Found::None | Found::Shell | Found::Released)
             }),
@@ -91,6 +92,9 @@ impl Arriving {
             .runtime
             .block_on(async { tokio::time::timeout(SLOT, image.slot.clone().lock_owned()).await })
             .map_err(|_| "something of it is still under way at this host; try again".to_owned())?;
+        if slot.unreachable.is_some() {
+            return Err("this host holds a machine of it that cannot be reached".to_owned());
+        }
         if let Some(machine) = &mut slot.machine {
             match machine.found() {
                 Found::None | Found::Shell | Found::Released => daemon.end_here(&image, &mut slot),
@@ -107,6 +111,14 @@ impl Arriving {
         let tap = daemon.fresh_tap(spec.number).map_err(|error| error.message)?;
         let kept = tap.try_clone().ok();
         let mut machine = daemon.machines.shell(&spec, tap)?;
+        if machine.base() != request.base {
+            machine.end();
+            return Err(format!(
+                "image {:?} is another build at host {} than what this machine runs; install the same at both hosts, \
+                 and stop and start the machine where its own is the older",
+                spec.profile.image, daemon.me
+            ));
+        }
         let mut label = spec.label();
         label.ticket = Some(ticket.clone());
         if let Err(error) = machine.relabel(&label) {

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use http::Method;
-use kage_machine::{PAGE_SIZE, PageIndex};
+use kage_machine::{BaseHash, PAGE_SIZE, PageIndex};
 use serde_json::{Value, json};
 
 use crate::{
@@ -105,6 +105,30 @@ async fn a_move_to_a_host_that_is_down_keeps_the_machine() {
     // And it can go elsewhere at once.
     let again = migrate(&hosts[0], "alice", json!({ "to": "h3" })).await;
     assert_eq!(self::report(again).outcome, MoveOutcome::HandedOver);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_host_with_another_build_of_the_image_refuses_a_machine() {
+    let (_site, hosts) = TestSite::new("move-build", 2).await;
+    hosts[0].login("alice", json!({})).await;
+    *hosts[1].machines.base.lock().unwrap() = BaseHash([1; 32]);
+    let report = report(migrate(&hosts[0], "alice", json!({ "to": "h2" })).await);
+    assert_eq!(report.outcome, MoveOutcome::KeptHere);
+    let reason = report.reason.unwrap();
+    assert!(reason.contains("another build at host h2"), "{reason}");
+    assert!(hosts[1].machines.process("alice").is_none());
+    assert_eq!(hosts[0].show("alice").await.state, State::Running);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_the_tap_of_an_adopted_machine_holds_is_sent_on() {
+    let (site, mut hosts) = TestSite::new("move-adopted", 2).await;
+    hosts[1].login("alice", json!({})).await;
+    let host = site.restart(1, hosts.remove(1).kill()).await;
+    host.show("alice?state=running&timeout=5s").await;
+    let report = report(migrate(&host, "alice", json!({ "to": "h1" })).await);
+    assert_eq!(report.outcome, MoveOutcome::HandedOver, "{report:?}");
+    assert!(report.forwarded_frames >= 2, "{report:?}");
 }
 
 #[tokio::test(flavor = "multi_thread")]

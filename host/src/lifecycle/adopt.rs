@@ -36,28 +36,56 @@ impl Daemon {
     /// Takes over what an earlier daemon left; blocks. Done before any peer is listened to: what this host says
     /// that it holds is binding.
     pub fn adopt(self: &Arc<Self>) {
-        for Adopted { label, found, machine } in self.machines.adopt() {
-            let image = self.image(&label.user);
+        for (user, adopted) in self.machines.adopt() {
+            let image = self.image(&user);
             let Ok(mut slot) = image.slot.clone().try_lock_owned() else { continue };
-            let details = json!({ "found": format!("{found:?}").to_lowercase(), "pid": machine.pid() });
-            self.events.emit("adopted", Some(&label.user), details);
-            image.update(|status| {
-                status.state = if found == Found::Running { State::Running } else { State::InDoubt };
-                status.term = label.term;
-                status.memory = Some(machine.memory());
-                status.pid = machine.pid();
-            });
-            slot.spec = Some(MachineSpec::adopted(
-                &label,
-                machine.memory().geometry(),
-                self.config.network.prefix,
-                self.net.mtu(),
-            ));
-            slot.ticket = label.ticket;
-            slot.machine = Some(machine);
-            let (daemon, user) = (self.clone(), label.user);
+            self.take_over(&image, &mut slot, adopted);
+            let daemon = self.clone();
             self.runtime.spawn(async move { daemon.settle(user, NOT_FOUND.to_owned()).await });
         }
+    }
+
+    /// Takes what an earlier daemon left into its slot.
+    fn take_over(&self, image: &Image, slot: &mut Slot, adopted: Adopted) {
+        let (label, found, mut machine) = match adopted {
+            Adopted::Machine { label, found, machine } => (label, found, machine),
+            Adopted::Unreachable(reason) => {
+                let note = format!("its process is held here, and cannot be reached: {reason}");
+                image.set(State::InDoubt, Some(note));
+                if slot.unreachable.as_ref() != Some(&reason) {
+                    self.events.emit("in_doubt", Some(&image.user), json!({ "reason": reason }));
+                }
+                slot.unreachable = Some(reason);
+                return;
+            }
+        };
+        let details = json!({ "found": format!("{found:?}").to_lowercase(), "pid": machine.pid() });
+        self.events.emit("adopted", Some(&image.user), details);
+        image.update(|status| {
+            status.state = if found == Found::Running { State::Running } else { State::InDoubt };
+            status.note = None;
+            status.term = label.term;
+            status.memory = Some(machine.memory());
+            status.pid = machine.pid();
+        });
+        let geometry = machine.memory().geometry();
+        slot.spec = Some(MachineSpec::adopted(&label, geometry, self.config.network.prefix, self.net.mtu()));
+        slot.unreachable = None;
+        slot.tap = machine.take_tap();
+        slot.ticket = label.ticket;
+        slot.machine = Some(machine);
+    }
+
+    /// Looks again for a machine that could not be reached; whether that is settled, either way.
+    fn look_again(&self, image: &Image, slot: &mut Slot) -> bool {
+        match self.machines.adopt_one(&image.user) {
+            Some(adopted) => self.take_over(image, slot, adopted),
+            None => {
+                slot.unreachable = None;
+                image.update(|status| *status = super::Status::default());
+            }
+        }
+        slot.unreachable.is_none()
     }
 
     /// Starts what should run here and does not.
@@ -146,6 +174,10 @@ impl Daemon {
                     tokio::time::sleep(super::AGAIN).await;
                     slot = guard;
                 }
+                Ok(Next::Later) => {
+                    tokio::time::sleep(super::AGAIN).await;
+                    slot = image.slot.clone().lock_owned().await;
+                }
                 Err(error) => {
                     image.set(State::Failed, Some(error.message));
                     return;
@@ -161,6 +193,9 @@ impl Daemon {
         reason: &str,
         begun: Instant,
     ) -> Next {
+        if slot.unreachable.is_some() && !self.look_again(image, &mut slot) {
+            return Next::Later;
+        }
         let found = slot.machine.as_mut().map_or(Found::None, |machine| machine.found());
         let record = self.record(&image.user);
         let scene = Scene {
@@ -292,8 +327,7 @@ impl Daemon {
     /// Ends the process here; the image is another host's, or starts anew.
     pub(crate) fn end_here(&self, image: &Image, slot: &mut Slot) {
         slot.incarnation += 1;
-        slot.spec = None;
-        slot.ticket = None;
+        (slot.spec, slot.ticket, slot.tap) = (None, None, None);
         if let Some(mut machine) = slot.machine.take() {
             machine.end();
         }
@@ -309,6 +343,8 @@ enum Next {
     Again(OwnedMutexGuard<Slot>),
     /// Another look after a while.
     Wait(OwnedMutexGuard<Slot>),
+    /// Another look after a while, with the slot free for whoever asks meanwhile.
+    Later,
     /// An open handover goes on.
     Resume(OwnedMutexGuard<Slot>, Box<Resumed>),
 }

@@ -263,6 +263,7 @@ impl Daemon {
                 format!("{}'s machine went to host {} meanwhile; try again", image.user, record.owner),
             ));
         }
+        Self::reachable(image, &slot)?;
         let failed = image.status().state == State::Failed;
         if slot.machine.is_some() && !failed {
             return Ok((record, true, slot));
@@ -425,6 +426,7 @@ impl Daemon {
                 let message = format!("a move of {}'s machine is not settled yet; try again", image.user);
                 return Err(ErrorBody::new(Code::Busy, message));
             }
+            Self::reachable(&image, &slot)?;
             if record.wanted != Wanted::Stopped {
                 record.wanted = Wanted::Stopped;
                 daemon.directory.swap(&image.user, revision, Some(&record))?;

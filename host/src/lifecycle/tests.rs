@@ -1,6 +1,11 @@
 //! Daemons on loopback with simulated machines: real API, real TLS, real directory.
 
-use std::{net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
+use std::{
+    net::SocketAddr,
+    path::PathBuf,
+    sync::{Arc, atomic::Ordering},
+    time::Duration,
+};
 
 use kage_directory::{Directory, Embedded, Records as _};
 use kage_machine::{HostName, UserName};
@@ -167,8 +172,8 @@ impl TestSite {
         parts: (Arc<FakeMachines>, Arc<FakeNet>, Option<Arc<dyn Directory>>),
     ) -> TestHost {
         let mut listener = None;
-        // The task that listened there ends some time after it was told to.
-        until("its address", async || {
+        // A task that was ended lets go of its socket a moment later.
+        until("the killed daemon's port", async || {
             let socket = tokio::net::TcpSocket::new_v6().unwrap();
             socket.set_reuseaddr(true).unwrap();
             listener = socket.bind(self.addresses[index]).and_then(|()| socket.listen(64)).ok();
@@ -292,6 +297,29 @@ async fn a_restarted_daemon_adopts_its_machines_and_starts_what_is_missing() {
     let view = host.show("bob?state=running&timeout=5s").await;
     assert_eq!(view.term.0, 2);
     assert_eq!(hosts[0].show("alice?state=running&timeout=5s").await.host.as_str(), "h2");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_machine_that_cannot_be_reached_is_never_started_twice() {
+    let (site, mut hosts) = TestSite::new("life-silent", 2).await;
+    hosts[1].login("alice", json!({})).await;
+    let alice = hosts[1].machines.process("alice").unwrap();
+    let (machines, net, embedded) = hosts.remove(1).kill();
+    machines.silent.store(true, Ordering::SeqCst);
+    let host = site.restart(1, (machines, net, embedded)).await;
+    let view = host.show("alice?state=in_doubt&timeout=5s").await;
+    assert!(view.note.unwrap().contains("does not answer"));
+    let login = Call::new(Method::PUT, "/v1/images/alice").json(&json!({}));
+    for call in [login, Call::new(Method::POST, "/v1/images/alice/stop")] {
+        let (status, body) = host.call(&call).await;
+        assert_eq!(status, 409, "{} {}: {body}", call.method, call.path);
+        assert!(body["message"].as_str().unwrap().contains("cannot be reached"), "{body}");
+    }
+    host.machines.silent.store(false, Ordering::SeqCst);
+    let view = host.show("alice?state=running&timeout=5s").await;
+    assert_eq!((view.term.0, view.note), (1, None));
+    assert!(Arc::ptr_eq(&alice, &host.machines.process("alice").unwrap()));
+    assert_eq!(*host.machines.started.lock().unwrap(), 1);
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -288,13 +288,14 @@ impl Drive<'_> {
         let Some(machine) = self.side.machine() else {
             return Some(SourceEvent::MachineGone("no process".into()));
         };
-        let geometry = machine.memory().geometry();
+        let (geometry, base) = (machine.memory().geometry(), machine.base());
         let ticket = &self.spec.ticket;
         let prepare = Message::Prepare(Prepare {
             user: ticket.user.clone(),
             term: ticket.term,
             handover: ticket.handover,
             geometry,
+            base,
             timeout_ms: u32::try_from(self.spec.goal.timeout.as_millis()).unwrap_or(u32::MAX),
         });
         match self.side.connect(Purpose::Switch) {

@@ -166,7 +166,8 @@ impl Block {
         delivered
     }
 
-    fn take_requests(&mut self, memory: &GuestMemory) {
+    /// Hands new requests to the worker; their completions wait for the next serve.
+    pub(super) fn take_requests(&mut self, memory: &GuestMemory) {
         while self.pending.len() < DEPTH {
             let Some(chain) = self.transport.queues[0].pop_descriptor_chain(memory) else { return };
             let head = chain.head_index();

@@ -81,6 +81,12 @@ impl Net {
         if self.transport.is_live() { self.tap.as_ref() } else { None }
     }
 
+    /// The tap it has, used or not.
+    #[must_use]
+    pub fn attached(&self) -> Option<&OwnedFd> {
+        self.tap.as_ref()
+    }
+
     /// Sends what the guest queued. A tap that is full drops and counts, as a NIC would.
     pub fn send(&mut self, memory: &GuestMemory) {
         if !self.transport.is_live() {

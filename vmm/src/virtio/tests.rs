@@ -179,15 +179,15 @@ fn requests_a_save_finds_unfinished_are_issued_again_after_a_restore() {
     let mut block = Block::new(1 << 20).unwrap();
     start(&mut block.transport, &memory, 1, 0);
     block_request(&memory, 1, 1, 0, 4096, false);
-    block.serve(&memory, |_| {});
+    // Whether the worker is done by now does not matter: nothing of it was delivered.
+    block.take_requests(&memory);
+    assert_eq!(block.unfinished(), 1);
     let saved = block.transport.save(block.unfinished());
+    assert_eq!((saved.queues[0].next_avail, saved.queues[0].next_used), (0, 0));
     let mut target = Block::new(1 << 20).unwrap();
     target.attach(File::from(disk(1 << 20))).unwrap();
     target.transport.restore(&saved, &memory).unwrap();
-    if saved.queues[0].next_used == 0 {
-        assert_eq!(serve_until(&mut target, &memory, 1), vec![0]);
-        assert_eq!(status(&memory), 0);
-    }
+    assert_eq!((serve_until(&mut target, &memory, 1), status(&memory)), (vec![0], 0));
 }
 
 #[test]

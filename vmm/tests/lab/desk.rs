@@ -1,5 +1,4 @@
 //! A user with a key, a machine and the usual clients.
-#![allow(dead_code)]
 
 use std::{
     fs,

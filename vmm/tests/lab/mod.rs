@@ -6,7 +6,7 @@ use std::{
     fs,
     net::Ipv6Addr,
     os::fd::{AsFd, OwnedFd},
-    path::PathBuf,
+    path::{Path, PathBuf},
     process::Command,
     sync::atomic::{AtomicU32, Ordering},
     time::Duration,
@@ -78,19 +78,13 @@ impl Lab {
             NEXT.fetch_add(1, Ordering::Relaxed)
         ));
         fs::create_dir_all(&dir).unwrap();
-        let spec = PoolSpec {
-            spawn: Spawn {
-                program: env!("CARGO_BIN_EXE_kage-vmm").into(),
-                arguments: Vec::new(),
-                jail: Some(0x6b61_0000),
-            },
-            socket_dir: dir.clone(),
-            geometry: Geometry::from_bytes(64 << 20, 0).unwrap(),
-            logins: 1,
-            shells: 1,
-        };
-        let pool = Pool::start(spec, &ImageFile::embedded()).unwrap_or_else(|error| panic!("{error}"));
+        let pool = start_pool(&dir);
         Self { fabric, pool, vid, tap, dir }
+    }
+
+    /// A second pool, as a daemon has one for each image and size.
+    pub fn another_pool(&self) -> Pool {
+        start_pool(&self.dir)
     }
 
     pub fn address(&self) -> Ipv6Addr {
@@ -98,13 +92,11 @@ impl Lab {
     }
 
     /// A machine with identity and network.
-    #[allow(dead_code)]
     pub fn login(&self) -> RemoteMachine {
         self.login_with(String::new(), [7; 32], [9; 32])
     }
 
     /// The same with the keys that may log in, the host key's seed and the generation's.
-    #[allow(dead_code)]
     pub fn login_with(
         &self,
         authorized_keys: String,
@@ -127,7 +119,6 @@ impl Lab {
     }
 
     /// A directory that is removed with the lab.
-    #[allow(dead_code)]
     pub fn dir(&self) -> &std::path::Path {
         &self.dir
     }
@@ -171,10 +162,24 @@ impl Lab {
         (target, started.at.since(paused.at))
     }
 
-    #[allow(dead_code)]
     pub fn logs(&self, machine: &RemoteMachine) -> String {
         machine.logs(&Symbols::of(ImageFile::embedded().kernel()))
     }
+}
+
+fn start_pool(dir: &Path) -> Pool {
+    let spec = PoolSpec {
+        spawn: Spawn {
+            program: env!("CARGO_BIN_EXE_kage-vmm").into(),
+            arguments: Vec::new(),
+            jail: Some(0x6b61_0000),
+        },
+        socket_dir: dir.to_owned(),
+        geometry: Geometry::from_bytes(64 << 20, 0).unwrap(),
+        logins: 1,
+        shells: 1,
+    };
+    Pool::start(spec, &ImageFile::embedded()).unwrap_or_else(|error| panic!("{error}"))
 }
 
 impl Drop for Lab {
