@@ -200,23 +200,6 @@ impl Fabric {
             .map_err(netlink(format!("making {} unreachable by default", self.spec.prefix)))
     }
 
-    /// Removes the tunnel and every route of Kage's. Taps and access-point bridges stay.
-    ///
-    /// # Errors
-    /// If the kernel refuses.
-    pub fn teardown(&self) -> Result<(), FabricError> {
-        let mut socket = self.routes();
-        let ours = route::list(&mut socket).map_err(netlink("listing routes"))?;
-        for (prefix, _) in ours {
-            route::remove(&mut socket, prefix, route::METRIC)
-                .map_err(netlink(format!("removing the route to {}", prefix.address)))?;
-        }
-        route::remove(&mut socket, self.site(), route::UNREACHABLE_METRIC)
-            .map_err(netlink(format!("removing the route to {}", self.spec.prefix)))?;
-        drop(socket);
-        self.delete_link(names::OVERLAY)
-    }
-
     /// Tells where a peer is. A peer that moved is followed.
     ///
     /// # Errors
@@ -239,20 +222,6 @@ impl Fabric {
             .and_then(|()| link::neighbour(&mut socket, index, address, mac))
             .map_err(netlink(format!("tunnel to host {host} at {underlay}")))?;
         peers.insert(host.clone(), underlay);
-        Ok(())
-    }
-
-    /// Forgets a peer, if it is known. Routes through it stay until they are replaced, and lead nowhere.
-    ///
-    /// # Errors
-    /// If the kernel refuses.
-    pub fn remove_peer(&self, host: &HostName) -> Result<(), FabricError> {
-        let index = self.index(names::OVERLAY)?;
-        let mut socket = self.control();
-        link::forget_neighbour(&mut socket, index, names::overlay_address(host))
-            .and_then(|()| link::forget_forwarding_entry(&mut socket, index, names::overlay_mac(host)))
-            .map_err(netlink(format!("tunnel to host {host}")))?;
-        lock(&self.peers).remove(host);
         Ok(())
     }
 
@@ -310,14 +279,6 @@ impl Fabric {
         let settings = Settings { mac: GATEWAY_MAC, mtu: self.guest_mtu, queue: None };
         self.bring_up(&name, index, settings, Ipv6Addr::from(GATEWAY))?;
         Ok(name)
-    }
-
-    /// Removes the bridge of an access point, if it is there.
-    ///
-    /// # Errors
-    /// If the kernel refuses.
-    pub fn delete_ap_bridge(&self, ap: &ApName) -> Result<(), FabricError> {
-        self.delete_link(&names::ap_bridge(ap))
     }
 
     /// Sends an image's packets to its tap here.
@@ -406,7 +367,7 @@ impl Fabric {
     }
 
     fn unroute(&self, to: Prefix) -> Result<(), FabricError> {
-        route::remove(&mut self.routes(), to, route::METRIC)
+        route::remove(&mut self.routes(), to)
             .map_err(netlink(format!("removing the route to {}/{}", to.address, to.length)))
     }
 

@@ -219,15 +219,6 @@ pub fn neighbour(
     socket.request(RouteNetlinkMessage::NewNeighbour(message), NLM_F_CREATE | NLM_F_REPLACE)
 }
 
-/// Forgets a neighbour, if it is known.
-pub fn forget_neighbour(socket: &mut Socket, index: u32, address: Ipv6Addr) -> Result<(), NetlinkError> {
-    let mut message = NeighbourMessage::default();
-    message.header.family = AddressFamily::Inet6;
-    message.header.ifindex = index;
-    message.attributes.push(NeighbourAttribute::Destination(NeighbourAddress::Inet6(address)));
-    ignore_absence(socket.request(RouteNetlinkMessage::DelNeighbour(message), 0))
-}
-
 /// Tells a VXLAN device at which underlay address a MAC address is.
 pub fn forwarding_entry(
     socket: &mut Socket,
@@ -235,33 +226,16 @@ pub fn forwarding_entry(
     mac: [u8; 6],
     underlay: IpAddr,
 ) -> Result<(), NetlinkError> {
-    let mut message = forwarding_message(index, mac);
+    let mut message = NeighbourMessage::default();
+    message.header.family = AddressFamily::Bridge;
+    message.header.ifindex = index;
+    message.header.flags = NeighbourFlags::Own;
     message.header.state = NeighbourState::Permanent;
+    message.attributes.push(NeighbourAttribute::LinkLayerAddress(mac.to_vec()));
     let destination = match underlay {
         IpAddr::V4(address) => NeighbourAddress::Inet(address),
         IpAddr::V6(address) => NeighbourAddress::Inet6(address),
     };
     message.attributes.push(NeighbourAttribute::Destination(destination));
     socket.request(RouteNetlinkMessage::NewNeighbour(message), NLM_F_CREATE | NLM_F_REPLACE)
-}
-
-/// Has a VXLAN device forget a MAC address, if it knows it.
-pub fn forget_forwarding_entry(socket: &mut Socket, index: u32, mac: [u8; 6]) -> Result<(), NetlinkError> {
-    ignore_absence(socket.request(RouteNetlinkMessage::DelNeighbour(forwarding_message(index, mac)), 0))
-}
-
-fn forwarding_message(index: u32, mac: [u8; 6]) -> NeighbourMessage {
-    let mut message = NeighbourMessage::default();
-    message.header.family = AddressFamily::Bridge;
-    message.header.ifindex = index;
-    message.header.flags = NeighbourFlags::Own;
-    message.attributes.push(NeighbourAttribute::LinkLayerAddress(mac.to_vec()));
-    message
-}
-
-fn ignore_absence(result: Result<(), NetlinkError>) -> Result<(), NetlinkError> {
-    match result {
-        Err(error) if matches!(error.errno(), Some(Errno::NOENT | Errno::SRCH | Errno::NODEV)) => Ok(()),
-        result => result,
-    }
 }

@@ -58,9 +58,8 @@ pub fn refuse(socket: &mut Socket, to: Prefix) -> Result<(), NetlinkError> {
 }
 
 /// Removes a destination's route, if there is one of ours.
-pub fn remove(socket: &mut Socket, to: Prefix, metric: u32) -> Result<(), NetlinkError> {
-    let kind = if metric == UNREACHABLE_METRIC { RouteType::Unreachable } else { RouteType::Unspec };
-    let message = message(to, kind, metric);
+pub fn remove(socket: &mut Socket, to: Prefix) -> Result<(), NetlinkError> {
+    let message = message(to, RouteType::Unspec, METRIC);
     match socket.request(RouteNetlinkMessage::DelRoute(message), 0) {
         Err(error) if error.errno() == Some(Errno::SRCH) => Ok(()),
         result => result,

@@ -195,7 +195,7 @@ async fn slow_move(host: &TestHost, user: &str, to: &str) -> String {
         });
         memory.write(PageIndex(page), &bytes);
     }
-    let body = json!({ "to": to, "bandwidth": "200KiB" });
+    let body = json!({ "to": to, "bandwidth": "2mbit" });
     let (status, reply) =
         host.call(&Call::new(Method::POST, format!("/v1/images/{user}/migrate")).json(&body)).await;
     assert_eq!(status, 202, "{reply}");
