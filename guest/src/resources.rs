@@ -6,11 +6,16 @@
 use alloc::vec::Vec;
 
 use kage_abi::resources::table::{
-    Endpoint, Entry, Facts, FileState, HEADER, MAX, Protocol, SocketState, header, write,
+    Endpoint, Entry, Facts, FileState, HEADER, MAX, ProcessState, Protocol, SocketState, header, write,
 };
 use smoltcp::{socket::tcp::State, wire::IpAddress};
 
-use crate::{arch, executor, fs, heap, local::Local, memory, net};
+use crate::{
+    arch, executor, fs, heap,
+    local::Local,
+    memory, net,
+    process::{self, Process},
+};
 
 /// Entries written between two looks at the cost.
 const PIECE: usize = 8;
@@ -73,6 +78,10 @@ impl Table {
 
 async fn publish(round: u32) {
     let mut table = Table { bytes: Vec::from([0; HEADER]), entries: 0, all: 0 };
+    for processes in process::table::all().chunks(PIECE) {
+        processes.iter().for_each(|process| table.add(&process_entry(process)));
+        executor::work(PIECE_COST).await;
+    }
     for sockets in net::entries().chunks(PIECE) {
         sockets.iter().for_each(|socket| table.add(&socket_entry(socket)));
         executor::work(PIECE_COST).await;
@@ -97,6 +106,16 @@ async fn publish(round: u32) {
             return;
         }
     }
+}
+
+fn process_entry(process: &Process) -> Entry<'_> {
+    let facts = Facts::Process {
+        state: if process.is_waiting() { ProcessState::Waiting } else { ProcessState::Running },
+        pid: process.pid(),
+        cpu_ns: process.time().as_nanos() as u64,
+        memory_bytes: process.memory_bytes() as u64,
+    };
+    Entry { index: process.vid().index(), facts, text: process.name() }
 }
 
 fn file_entry(file: &fs::Row) -> Entry<'_> {

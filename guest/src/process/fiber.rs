@@ -24,7 +24,7 @@ use core::{
     task::{Context, Poll, Waker},
 };
 
-use crate::memory::{Access, Kind, OutOfMemory, PAGE, Window};
+use crate::memory::{OutOfMemory, PAGE, Window};
 
 /// Stack beyond what a program's code may use: the kernel's part of a call, upcalls, and what starts the program.
 const KERNEL_STACK: usize = 96 << 10;
@@ -149,16 +149,14 @@ impl Fiber {
     /// # Safety
     /// `argument` is what `entry` wants, for as long as the fiber is resumed. `entry` returns.
     pub unsafe fn new(entry: extern "C" fn(*mut ()), argument: *mut ()) -> Result<Self, OutOfMemory> {
-        let mut window = Window::reserve(Kind::Stack).ok_or(OutOfMemory)?;
-        let pages = window.bytes() / PAGE;
-        window.map(pages - STACK_PAGES, STACK_PAGES, Access::ReadWrite)?;
+        let window = Window::stack(STACK_PAGES)?;
         let top = window.base() + window.bytes();
         // As `switch` leaves a stack: r15, r14, r13, r12, rbx, rbp, the return address; then two words, so that
         // `begin` finds the alignment that a call needs.
         let entry = entry as *const () as usize;
         let frame: [usize; 9] = [0, 0, 0, argument as usize, entry, 0, begin as *const () as usize, 0, 0];
         let stack = top - size_of_val(&frame);
-        // SAFETY: the window's highest page was just mapped read-write, and nothing refers to it.
+        // SAFETY: the window's highest pages are mapped read-write, and nothing refers to them.
         unsafe { (stack as *mut [usize; 9]).write(frame) };
         let shared = Shared {
             stack: Cell::new(stack),

@@ -48,6 +48,17 @@ pub struct Spec {
     pub directory: String,
     /// Standard input, output and error.
     pub stdio: Stdio,
+    /// What it may use, if less than any process may.
+    pub allowed: Allowed,
+}
+
+/// Limits of one process.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Allowed {
+    /// Bytes of memory.
+    pub memory: Option<usize>,
+    /// Time it may run.
+    pub time: Option<Duration>,
 }
 
 /// What the engine keeps for a process: the data of its store.
@@ -71,6 +82,8 @@ pub enum Signal {
     Pipe = 13,
     /// Asked to.
     Terminate = 15,
+    /// It has run for as long as it may.
+    Time = 24,
 }
 
 impl Signal {
@@ -81,6 +94,7 @@ impl Signal {
             Self::Kill => "KILL",
             Self::Pipe => "PIPE",
             Self::Terminate => "TERM",
+            Self::Time => "XCPU",
         }
     }
 
@@ -139,6 +153,7 @@ impl fmt::Display for Exit {
             Self::Code(code) => write!(formatter, "exit {code}"),
             Self::Trap(text) => write!(formatter, "trap: {text}"),
             Self::Failed(text) => formatter.write_str(text),
+            Self::Signal(Signal::Time) => formatter.write_str("has run for as long as it may"),
             Self::Signal(signal) => write!(formatter, "killed by {}", signal.name()),
         }
     }
@@ -173,6 +188,7 @@ pub struct Process {
     usage: Arc<Usage>,
     /// Door time it has run.
     time: Cell<Duration>,
+    allowed: Allowed,
     waiting: Cell<bool>,
     signal: Cell<Option<Signal>>,
     exit: RefCell<Option<Exit>>,
@@ -213,18 +229,28 @@ impl Process {
         self.time.get()
     }
 
+    fn add_time(&self, span: Duration) {
+        let time = self.time.get() + span;
+        self.time.set(time);
+        if self.allowed.time.is_some_and(|most| time > most) && self.signal.get().is_none() {
+            self.kill(Signal::Time);
+        }
+    }
+
+    /// Bytes of memory it may have.
+    pub fn memory_limit(&self) -> usize {
+        let most = table::memory_limit();
+        self.allowed.memory.map_or(most, |own| own.min(most))
+    }
+
     /// Bytes of memory it has.
     pub fn memory_bytes(&self) -> usize {
         self.usage.bytes()
     }
 
-    /// In a word: `running`, `waiting`, `ended`.
-    pub fn state(&self) -> &'static str {
-        match (self.exit.borrow().is_some(), self.waiting.get()) {
-            (true, _) => "ended",
-            (_, true) => "waiting",
-            _ => "running",
-        }
+    /// Whether it waits for something, and would not run if it could.
+    pub fn is_waiting(&self) -> bool {
+        self.waiting.get()
     }
 
     /// How it ended, once it has.

@@ -13,8 +13,11 @@ use core::{
 use wasmtime::Store;
 
 use super::{
-    Exit, Limits, Process, Signal, SpawnError, Spec, State, Usage, code::Program, engine, fiber,
-    fiber::Pause, table, wasi,
+    Exit, Limits, Process, Signal, SpawnError, Spec, State, Usage,
+    code::{self, Program},
+    engine,
+    fiber::{self, Pause},
+    table, wasi,
 };
 use crate::{executor, memory, shell::stdio::Output, time, vid};
 
@@ -93,7 +96,11 @@ impl Job {
 /// # Errors
 /// [`SpawnError`].
 pub fn spawn(program: Rc<Program>, spec: Spec) -> Result<Rc<Process>, SpawnError> {
-    if memory::free_frames() < LEFT_PAGES + fiber::STACK_PAGES + program.least_pages() {
+    let wanted = LEFT_PAGES + fiber::STACK_PAGES + program.least_pages();
+    if memory::free_frames() < wanted {
+        code::forget_unused();
+    }
+    if memory::free_frames() < wanted {
         return Err(SpawnError::NoMemory);
     }
     let pid = table::next_pid()?;
@@ -107,13 +114,14 @@ pub fn spawn(program: Rc<Program>, spec: Spec) -> Result<Rc<Process>, SpawnError
         started: time::now(),
         usage: Arc::clone(&usage),
         time: Cell::default(),
+        allowed: spec.allowed,
         waiting: Cell::new(false),
         signal: Cell::new(None),
         exit: RefCell::new(None),
         waker: RefCell::new(None),
         waiters: RefCell::default(),
     });
-    let limits = Limits::new(usage, table::memory_limit());
+    let limits = Limits::new(usage, process.memory_limit());
     let state = State { wasi, limits, process: Rc::clone(&process) };
     let job = Job { store: None, state: Some(state), program, process: Rc::clone(&process), exit: None };
     let running = Running::new(job)?;
@@ -169,7 +177,7 @@ fn say(process: &Process, exit: &Exit, error: &Output) {
         exit => format!("{}: {exit}", process.name()),
     };
     if process.usage.was_refused() && !matches!(exit, Exit::Signal(_)) {
-        let limit = table::memory_limit() >> 20;
+        let limit = process.memory_limit() >> 20;
         text.push_str(&format!(
             " (it was refused memory; it had {} KiB of at most {limit} MiB)",
             process.memory_bytes() >> 10

@@ -95,6 +95,6 @@ pub fn account(span: Duration) {
     let ran = core::mem::take(&mut TABLE.get().ran);
     let Ok(count @ 1..) = u32::try_from(ran.len()) else { return };
     for process in ran {
-        process.time.set(process.time.get() + span / count);
+        process.add_time(span / count);
     }
 }

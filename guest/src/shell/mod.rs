@@ -21,7 +21,7 @@ use core::{
     task::{Context, Poll, Waker},
 };
 
-use crate::fs::FileError;
+use crate::{fs::FileError, process::Allowed};
 
 /// How a command fails.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -115,23 +115,27 @@ pub struct Session {
     pub leaving: Cell<Option<u32>>,
     /// An interrupt for the running command.
     pub interrupt: Interrupt,
+    /// It has a terminal.
+    pub at_terminal: bool,
     /// Columns of the terminal, 0 if unknown.
     pub columns: Cell<u32>,
+    /// What its programs may use.
+    pub allowed: Cell<Allowed>,
     /// What runs in the background.
     pub jobs: jobs::Jobs,
     variables: RefCell<BTreeMap<String, String>>,
 }
 
 impl Session {
-    /// A new session of a user.
-    pub fn new(user: &str, columns: u32) -> Rc<Self> {
+    /// A new session of a user; `columns` is the width of its terminal, if it has one.
+    pub fn new(user: &str, columns: Option<u32>) -> Rc<Self> {
         let home = format!("/home/{user}");
         let mut variables = BTreeMap::from([
             ("HOME".into(), home.clone()),
             ("USER".into(), user.into()),
             ("PATH".into(), format!("/bin:{home}/bin:{home}")),
         ]);
-        if columns > 0 {
+        if columns.is_some() {
             variables.insert("TERM".into(), "xterm".into());
         }
         Rc::new(Self {
@@ -141,7 +145,9 @@ impl Session {
             status: Cell::new(0),
             leaving: Cell::new(None),
             interrupt: Interrupt::default(),
-            columns: Cell::new(columns),
+            at_terminal: columns.is_some(),
+            columns: Cell::new(columns.unwrap_or(0)),
+            allowed: Cell::default(),
             jobs: jobs::Jobs::default(),
             variables: RefCell::new(variables),
         })
@@ -156,7 +162,9 @@ impl Session {
             status: self.status.clone(),
             leaving: Cell::new(None),
             interrupt: Interrupt::default(),
+            at_terminal: self.at_terminal,
             columns: self.columns.clone(),
+            allowed: self.allowed.clone(),
             jobs: jobs::Jobs::default(),
             variables: self.variables.clone(),
         })

@@ -59,7 +59,8 @@ pub async fn run(
     };
     let mut words = Vec::from([String::from(name)]);
     words.extend_from_slice(arguments);
-    let spec = Spec { arguments: words, environment: session.environment(), directory, stdio };
+    let environment = session.environment();
+    let spec = Spec { arguments: words, environment, directory, stdio, allowed: session.allowed.get() };
     let process = match process::spawn(program, spec) {
         Ok(process) => process,
         Err(refused) => return complain(&format!("{refused}"), UNUSABLE).await,

@@ -69,7 +69,7 @@ async fn start_job(session: &Rc<Session>, commands: Vec<Command>, stdio: &Stdio)
         .start(text, session.apart(), |session| async move { run_pipeline(&session, commands, &own).await });
     match job {
         Some(job) => {
-            if session.columns.get() > 0 {
+            if session.at_terminal {
                 let _ = stdio.error.write(format!("[{}]\n", job.number).as_bytes()).await;
             }
             0

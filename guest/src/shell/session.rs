@@ -64,7 +64,7 @@ impl Drop for Running {
 
 /// Starts a session; `columns` is the width of its terminal, if it has one.
 pub fn start(user: &str, what: What, columns: Option<u32>) -> Running {
-    let session = Session::new(user, columns.unwrap_or(0));
+    let session = Session::new(user, columns);
     let (input, keys) = pipe::pipe();
     let (out, output) = pipe::pipe();
     let (err, error) = pipe::pipe();

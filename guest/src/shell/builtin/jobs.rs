@@ -1,7 +1,7 @@
 //! Commands on jobs, processes and variables.
 
 use alloc::{format, string::String};
-use core::fmt::Write;
+use core::{fmt::Write, time::Duration};
 
 use super::say;
 use crate::{
@@ -23,7 +23,7 @@ pub async fn ps(arguments: &[String], stdio: &Stdio) -> Result<u32, Failure> {
             text,
             "{:6} {:7} {:4}.{:03} s {:5} KiB {:24} {}",
             process.pid(),
-            process.state(),
+            if process.is_waiting() { "waiting" } else { "running" },
             time.as_secs(),
             time.subsec_millis(),
             process.memory_bytes() >> 10,
@@ -101,6 +101,31 @@ pub async fn wait(session: &Session, arguments: &[String]) -> Result<u32, Failur
     }
     session.jobs.forget_ended();
     Ok(status)
+}
+
+pub async fn limit(session: &Session, arguments: &[String], stdio: &Stdio) -> Result<u32, Failure> {
+    const USAGE: Failure = Failure::Usage("limit [memory MIB|none] [time SECONDS|none]");
+    let mut allowed = session.allowed.get();
+    for pair in arguments.chunks(2) {
+        let [what, much] = pair else { return Err(USAGE) };
+        let number = match much.as_str() {
+            "none" => None,
+            number => Some(number.parse::<u32>().map_err(|_| USAGE)?),
+        };
+        match what.as_str() {
+            "memory" => allowed.memory = number.map(|mebibytes| (mebibytes as usize) << 20),
+            "time" => allowed.time = number.map(|seconds| Duration::from_secs(seconds.into())),
+            _ => return Err(USAGE),
+        }
+    }
+    session.allowed.set(allowed);
+    if !arguments.is_empty() {
+        return Ok(0);
+    }
+    let most = table::memory_limit();
+    let memory = allowed.memory.map_or(most, |own| own.min(most)) >> 20;
+    let time = allowed.time.map_or("none".into(), |time| format!("{} s", time.as_secs()));
+    say(stdio, &format!("memory {memory} MiB\ntime {time}\nprocesses {}\n", table::most())).await
 }
 
 pub async fn export(session: &Session, arguments: &[String], stdio: &Stdio) -> Result<u32, Failure> {
