@@ -183,7 +183,7 @@ fn a_trap_ends_its_process_alone_and_says_why() {
             ("(call $start) (i32.store (i32.const 0) (i32.const 1))", "call stack exhausted"),
             ("(drop (i32.trunc_f32_s (f32.const nan)))", "invalid conversion to integer"),
         ];
-        put(&desk, "work", &WORK.replace("STEPS", "400000000"));
+        put(&desk, "work", &WORK.replace("STEPS", "60000000"));
         let mut worker = desk.ssh(&[]).args(["--", "./work"]).stdout(Stdio::piped()).spawn().unwrap();
         for (index, (text, reason)) in traps.iter().enumerate() {
             let name = format!("t{index}.wasm");
@@ -195,7 +195,7 @@ fn a_trap_ends_its_process_alone_and_says_why() {
         }
         let mut text = String::new();
         worker.stdout.take().unwrap().read_to_string(&mut text).unwrap();
-        assert_eq!(text, work(400_000_000));
+        assert_eq!(text, work(60_000_000));
         assert!(worker.wait().unwrap().success());
         assert_eq!(desk.say("ps").lines().count(), 1);
     });
@@ -260,7 +260,7 @@ fn too_many_processes_are_refused_and_go_by_a_word() {
     Lab::run(|lab| {
         serve_compiles();
         let desk = Desk::new(lab);
-        put(&desk, "loop", LOOP);
+        put(&desk, "loop", &LOOP.replace("(func", "(memory 16) (func"));
         let mut child = desk
             .ssh(&["-T"])
             .stdin(Stdio::piped())
@@ -269,24 +269,64 @@ fn too_many_processes_are_refused_and_go_by_a_word() {
             .spawn()
             .unwrap();
         let mut lines = "./loop &\n".repeat(60);
-        lines.push_str("sleep 1\nps\nwait\n");
+        lines.push_str("wait\n");
         child.stdin.take().unwrap().write_all(lines.as_bytes()).unwrap();
-        let started = Instant::now();
-        let count = loop {
+        let pids = || -> Vec<String> {
             let text = desk.say("ps");
-            let count = text.lines().count() - 1;
-            if count >= 20 || started.elapsed() > Duration::from_secs(20) {
-                eprintln!("{count} processes:\n{text}");
-                break count;
-            }
+            let rows = text.lines().skip(1);
+            rows.filter_map(|line| line.split_whitespace().next()).map(String::from).collect()
         };
-        assert!(count >= 20, "{count}");
-        let text = desk.say("ps");
-        let pids: Vec<&str> =
-            text.lines().skip(1).filter_map(|line| line.split_whitespace().next()).collect();
-        desk.say(&format!("kill -9 {}", pids.join(" ")));
+        // Each takes a stack and a memory of 1 MiB, of which 64 MiB hold some thirty.
+        let started = Instant::now();
+        let mut most = 0;
+        while started.elapsed() < Duration::from_secs(20) {
+            let now = pids().len();
+            if now == most && now > 20 {
+                break;
+            }
+            most = now;
+        }
+        assert!(most > 20, "{most}");
+        while child.try_wait().unwrap().is_none() {
+            let pids = pids();
+            if !pids.is_empty() {
+                desk.exec(&format!("kill -9 {}", pids.join(" ")));
+            }
+            assert!(started.elapsed() < Duration::from_secs(40));
+        }
         let output = child.wait_with_output().unwrap();
-        eprintln!("{}", String::from_utf8_lossy(&output.stderr));
+        let said = String::from_utf8_lossy(&output.stderr);
+        eprintln!(
+            "{most} processes at a time; the others were told: {}",
+            said.lines().find(|line| line.contains("kage:")).unwrap_or("-")
+        );
+        assert_eq!(desk.say("ps").lines().count(), 1);
+    });
+}
+
+#[test]
+fn programs_run_at_the_machines_speed() {
+    Lab::run(|lab| {
+        serve_compiles();
+        let desk = Desk::new(lab);
+        put(&desk, "work", &WORK.replace("STEPS", "100000000"));
+        let started = Instant::now();
+        let expected = work(100_000_000);
+        let native = started.elapsed();
+        let mut child = desk.ssh(&[]).args(["--", "./work"]).stdout(Stdio::piped()).spawn().unwrap();
+        let started = Instant::now();
+        let mut time = String::new();
+        while child.try_wait().unwrap().is_none() {
+            let text = desk.say("ps");
+            if let Some(line) = text.lines().find(|line| line.ends_with("./work")) {
+                time = line.into();
+            }
+            std::thread::sleep(Duration::from_millis(100));
+        }
+        eprintln!("work: native {native:?}, in a process {:?}; {time}", started.elapsed());
+        let mut text = String::new();
+        child.stdout.take().unwrap().read_to_string(&mut text).unwrap();
+        assert_eq!(text, expected);
     });
 }
 
@@ -295,7 +335,7 @@ fn a_process_does_not_notice_a_move() {
     Lab::run(|lab| {
         serve_compiles();
         let mut desk = Desk::new(lab);
-        put(&desk, "work", &WORK.replace("STEPS", "2000000000"));
+        put(&desk, "work", &WORK.replace("STEPS", "400000000"));
         let mut worker = desk.ssh(&[]).args(["--", "./work"]).stdout(Stdio::piped()).spawn().unwrap();
         std::thread::sleep(Duration::from_millis(300));
         for _ in 0..5 {
@@ -307,7 +347,7 @@ fn a_process_does_not_notice_a_move() {
         assert!(running.contains("./work"), "{running}");
         let mut text = String::new();
         worker.stdout.take().unwrap().read_to_string(&mut text).unwrap();
-        assert_eq!(text, work(2_000_000_000));
+        assert_eq!(text, work(400_000_000));
         assert!(worker.wait().unwrap().success());
         // And one that is started where the machine is now.
         put(&desk, "hello", HELLO);
@@ -339,13 +379,13 @@ fn an_endless_loop_delays_no_echo() {
         serve_compiles();
         let desk = Desk::new(lab);
         put(&desk, "loop", LOOP);
-        let quiet = echoes(lab, 1000);
+        let quiet = echoes(lab, 500);
         let mut child = desk.ssh(&[]).args(["--", "./loop"]).spawn().unwrap();
         let started = Instant::now();
         while !desk.say("ps").contains("./loop") {
             assert!(started.elapsed() < Duration::from_secs(10));
         }
-        let busy = echoes(lab, 2000);
+        let busy = echoes(lab, 1000);
         for (name, times) in [("quiet", &quiet), ("beside a loop", &busy)] {
             let at = |share: usize| times[times.len() * share / 1000];
             eprintln!(
@@ -356,7 +396,9 @@ fn an_endless_loop_delays_no_echo() {
                 times.last()
             );
         }
-        assert!(busy[busy.len() * 99 / 100] < Duration::from_millis(4));
+        // As often as not the host has others to run too, and then all are late.
+        let allowed = Duration::from_millis(2) + quiet[quiet.len() * 99 / 100] * 4;
+        assert!(busy[busy.len() * 99 / 100] < allowed);
         let text = desk.say("ps");
         let line = text.lines().find(|line| line.ends_with("./loop")).unwrap();
         let pid = line.split_whitespace().next().unwrap();
@@ -406,7 +448,7 @@ fn a_terminal_interrupts_and_jobs_live_on() {
         let text = desk.say("ps");
         let line = text.lines().find(|line| line.ends_with("./loop")).expect("the job lives on");
         let pid = line.split_whitespace().next().unwrap();
-        desk.say(&format!("kill -9 {pid}; wait {pid}"));
+        assert_eq!(desk.exec(&format!("kill -9 {pid}; wait {pid}")).status.code(), Some(137));
         assert!(!desk.say("ps").contains("./loop"));
         assert_eq!(desk.exec("./loop & kill %1; wait %1").status.code(), Some(130));
     });
