@@ -215,6 +215,11 @@ pub const GATEWAY: [u8; 16] = [0xfe, 0x80, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0
 /// `fe80::2`, every guest's link-local address.
 pub const GUEST_LINK_LOCAL: [u8; 16] = [0xfe, 0x80, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 2];
 
+/// `169.254.0.1`, the gateway for IPv4 on every tap and access-point bridge (RFC 3927).
+pub const GATEWAY_V4: [u8; 4] = [169, 254, 0, 1];
+/// `169.254.0.2`, every guest's link-local IPv4 address, where it has one of its own.
+pub const GUEST_LINK_LOCAL_V4: [u8; 4] = [169, 254, 0, 2];
+
 /// What the guest says it is doing, in [`BootPage::guest_status`].
 pub mod status {
     /// Setting up devices and heap.
@@ -375,6 +380,18 @@ pub struct Config {
     pub host_key_seed: [u8; 32],
     /// Lines as in OpenSSH's `authorized_keys`.
     pub authorized_keys: [u8; AUTHORIZED_KEYS_MAX],
+    /// The image's IPv4 address; all zeros: none.
+    pub ipv4: [u8; 4],
+    /// Explicit padding.
+    pub _pad2: [u8; 4],
+}
+
+impl Config {
+    /// The image's IPv4 address, if it has one.
+    #[must_use]
+    pub fn ipv4(&self) -> Option<[u8; 4]> {
+        Some(self.ipv4).filter(|address| *address != [0; 4])
+    }
 }
 
 /// Most bytes of a panic's message.
@@ -440,7 +457,7 @@ const _: () = {
     assert!(offset_of!(BootPage, map) == 272);
     assert!(size_of::<Upcall>() == 32);
     assert!(offset_of!(FaultRecord, rax) == 64);
-    assert!(size_of::<Config>() == 24 + USER_MAX + 32 + AUTHORIZED_KEYS_MAX);
+    assert!(size_of::<Config>() == 24 + USER_MAX + 32 + AUTHORIZED_KEYS_MAX + 8);
     assert!(size_of::<Config>() as u64 <= offset::FAULT - offset::CONFIG);
     assert!(size_of::<FaultRecord>() as u64 <= PAGE);
     assert!(size_of::<LogRing>() == 64 << 10);

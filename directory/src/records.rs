@@ -4,7 +4,7 @@
 
 use std::{
     fmt,
-    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    net::{IpAddr, Ipv4Addr, SocketAddr},
     ops::Range,
     str::FromStr,
 };
@@ -314,7 +314,7 @@ impl Record for ApRecord {
     const VERSION: u8 = 1;
 }
 
-/// A user's device, by its address; published by the host where it is attached.
+/// A user's device, by one of its addresses; published by the host where it is attached.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DeviceRecord {
     /// Whose it is.
@@ -328,7 +328,7 @@ pub struct DeviceRecord {
 }
 
 impl Record for DeviceRecord {
-    type Key = Ipv6Addr;
+    type Key = IpAddr;
     const PREFIX: &'static str = "device/";
     const VERSION: u8 = 1;
 }

@@ -2,12 +2,12 @@
 
 use std::{
     collections::HashMap,
-    net::{IpAddr, Ipv6Addr},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
     os::fd::OwnedFd,
     sync::{Mutex, MutexGuard, PoisonError},
 };
 
-use kage_abi::{GATEWAY, GATEWAY_MAC, GUEST_LINK_LOCAL, GUEST_MAC};
+use kage_abi::{GATEWAY, GATEWAY_MAC, GATEWAY_V4, GUEST_LINK_LOCAL, GUEST_MAC};
 use kage_machine::{HostName, SitePrefix, Vid, identity::ApName};
 use rustix::io::Errno;
 
@@ -26,8 +26,6 @@ pub const TUNNEL_BYTES: u32 = 70;
 pub const MIN_GUEST_MTU: u32 = 1280;
 /// Frames that wait in a tap while its machine is paused: at 10 Gbit/s of full frames 5 ms, at 1 kHz 4 s.
 const TAP_QUEUE_FRAMES: u32 = 4096;
-/// A device has one address.
-const DEVICE_PREFIX_LENGTH: u8 = 128;
 
 /// What a host's fabric is built from.
 #[derive(Clone, Debug)]
@@ -44,6 +42,10 @@ pub struct FabricSpec {
     pub vxlan_id: u32,
     /// VXLAN's UDP port, the same on every host.
     pub vxlan_port: u16,
+    /// Some images have an IPv4 address.
+    pub ipv4: bool,
+    /// Addresses of this network that no image has are answered with "unreachable".
+    pub ipv4_pool: Option<(Ipv4Addr, u8)>,
 }
 
 /// The network could not be set up or changed.
@@ -106,8 +108,8 @@ pub enum FabricError {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Route {
     /// First address.
-    pub address: Ipv6Addr,
-    /// 88 for an image, 128 for a device.
+    pub address: IpAddr,
+    /// 88 for an image, 128 or 32 for one address of an image or a device.
     pub length: u8,
     /// Where it leads.
     pub hop: Hop,
@@ -184,6 +186,9 @@ impl Fabric {
             sysctl::set(&self.spec.underlay, "accept_ra", "2")?;
         }
         sysctl::set("all", "forwarding", "1")?;
+        if self.spec.ipv4 {
+            sysctl::set_v4("all", "forwarding", "1")?;
+        }
         let identity = Vxlan {
             id: self.spec.vxlan_id,
             port: self.spec.vxlan_port,
@@ -196,8 +201,11 @@ impl Fabric {
         let mac = names::overlay_mac(&self.spec.host);
         let settings = Settings { mac, mtu: self.guest_mtu, queue: None };
         self.bring_up(name, index, settings, names::overlay_address(&self.spec.host))?;
-        route::refuse(&mut self.routes(), self.site())
-            .map_err(netlink(format!("making {} unreachable by default", self.spec.prefix)))
+        for refused in self.refused() {
+            route::refuse(&mut self.routes(), refused)
+                .map_err(netlink(format!("making {} unreachable by default", refused.address)))?;
+        }
+        Ok(())
     }
 
     /// Tells where a peer is. A peer that moved is followed.
@@ -305,28 +313,52 @@ impl Fabric {
         self.unroute(image_prefix(image))
     }
 
+    /// Sends packets to an image's IPv4 address to its tap here.
+    ///
+    /// # Errors
+    /// If the tap is not there, or the kernel refuses.
+    pub fn route_ipv4_to_tap(&self, address: Ipv4Addr, tap: &str) -> Result<(), FabricError> {
+        self.route(one_address(address.into()), tap, Some(Ipv6Addr::from(GUEST_LINK_LOCAL)))
+    }
+
+    /// Sends packets to an image's IPv4 address through the tunnel to the host where it runs.
+    ///
+    /// # Errors
+    /// If the host is not known, or the kernel refuses.
+    pub fn route_ipv4_to_host(&self, address: Ipv4Addr, host: &HostName) -> Result<(), FabricError> {
+        self.route(one_address(address.into()), names::OVERLAY, Some(self.peer(host)?))
+    }
+
+    /// Removes the route to an image's IPv4 address, if there is one.
+    ///
+    /// # Errors
+    /// If the kernel refuses.
+    pub fn unroute_ipv4(&self, address: Ipv4Addr) -> Result<(), FabricError> {
+        self.unroute(one_address(address.into()))
+    }
+
     /// Sends a device's packets to the access-point bridge here at which it is.
     ///
     /// # Errors
     /// If the bridge is not there, or the kernel refuses.
-    pub fn route_device_local(&self, device: Ipv6Addr, bridge: &str) -> Result<(), FabricError> {
-        self.route(device_prefix(device), bridge, None)
+    pub fn route_device_local(&self, device: IpAddr, bridge: &str) -> Result<(), FabricError> {
+        self.route(one_address(device), bridge, None)
     }
 
     /// Sends a device's packets through the tunnel to the host where it is attached.
     ///
     /// # Errors
     /// If the host is not known, or the kernel refuses.
-    pub fn route_device_to_host(&self, device: Ipv6Addr, host: &HostName) -> Result<(), FabricError> {
-        self.route(device_prefix(device), names::OVERLAY, Some(self.peer(host)?))
+    pub fn route_device_to_host(&self, device: IpAddr, host: &HostName) -> Result<(), FabricError> {
+        self.route(one_address(device), names::OVERLAY, Some(self.peer(host)?))
     }
 
     /// Removes a device's route, if there is one.
     ///
     /// # Errors
     /// If the kernel refuses.
-    pub fn unroute_device(&self, device: Ipv6Addr) -> Result<(), FabricError> {
-        self.unroute(device_prefix(device))
+    pub fn unroute_device(&self, device: IpAddr) -> Result<(), FabricError> {
+        self.unroute(one_address(device))
     }
 
     /// Every route of Kage's: for a restarted daemon to compare with what it knows.
@@ -392,10 +424,19 @@ impl Fabric {
         {
             sysctl::set(name, key, value)?;
         }
+        if self.spec.ipv4 {
+            // Packets from a machine that has just left, written back into its tap, come from where no route leads.
+            sysctl::set_v4(name, "rp_filter", "2")?;
+        }
+        // The tunnel's own address is its host's; gateways have the same one everywhere.
+        let ipv4 = self.spec.ipv4 && address == Ipv6Addr::from(GATEWAY);
         let mut socket = self.control();
         link::configure(&mut socket, index, settings)
             .and_then(|()| link::up(&mut socket, index))
             .and_then(|()| link::ensure_link_local(&mut socket, index, address))
+            .and_then(|()| {
+                if ipv4 { link::ensure_ipv4(&mut socket, index, Ipv4Addr::from(GATEWAY_V4)) } else { Ok(()) }
+            })
             .map_err(netlink(format!("bringing up {name}")))?;
         lock(&self.indices).insert(name.into(), index);
         Ok(())
@@ -416,10 +457,13 @@ impl Fabric {
         Ok(index)
     }
 
-    fn site(&self) -> Prefix {
+    /// Networks whose addresses lead nowhere unless a route says otherwise.
+    fn refused(&self) -> impl Iterator<Item = Prefix> {
         let first =
             Vid::new(self.spec.prefix, kage_machine::ImageNumber(0), kage_machine::identity::Kind::Image, 0);
-        Prefix { address: first.address(), length: 48 }
+        let site = Prefix { address: first.address().into(), length: 48 };
+        let pool = self.spec.ipv4_pool.map(|(address, length)| Prefix { address: address.into(), length });
+        std::iter::once(site).chain(pool)
     }
 
     fn routes(&self) -> MutexGuard<'_, Socket> {
@@ -432,11 +476,11 @@ impl Fabric {
 }
 
 fn image_prefix(image: Vid) -> Prefix {
-    Prefix { address: image.image_prefix(), length: Vid::IMAGE_PREFIX_LENGTH }
+    Prefix { address: image.image_prefix().into(), length: Vid::IMAGE_PREFIX_LENGTH }
 }
 
-fn device_prefix(device: Ipv6Addr) -> Prefix {
-    Prefix { address: device, length: DEVICE_PREFIX_LENGTH }
+fn one_address(address: IpAddr) -> Prefix {
+    Prefix { address, length: if address.is_ipv4() { 32 } else { 128 } }
 }
 
 /// No holder of these locks leaves its value half changed, so a panic elsewhere spoils nothing.

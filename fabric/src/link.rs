@@ -1,6 +1,6 @@
 //! Links, addresses and neighbours as netlink requests. Each does nothing where what it asks for is already so.
 
-use std::net::{IpAddr, Ipv6Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use netlink_packet_core::{NLM_F_CREATE, NLM_F_EXCL, NLM_F_REPLACE};
 use netlink_packet_route::{
@@ -200,6 +200,19 @@ pub fn ensure_link_local(socket: &mut Socket, index: u32, address: Ipv6Addr) -> 
     message.header.flags = AddressHeaderFlags::Nodad | AddressHeaderFlags::Permanent;
     message.attributes.push(AddressAttribute::Address(IpAddr::V6(address)));
     message.attributes.push(AddressAttribute::Flags(AddressFlags::Nodad | AddressFlags::Permanent));
+    socket.request(RouteNetlinkMessage::NewAddress(message), NLM_F_CREATE | NLM_F_REPLACE)
+}
+
+/// Gives a link the gateway's IPv4 address, which is the same on all of them. Its network is what makes the kernel
+/// answer a guest that asks for it from its own link-local address, whatever `rp_filter` says.
+pub fn ensure_ipv4(socket: &mut Socket, index: u32, address: Ipv4Addr) -> Result<(), NetlinkError> {
+    let mut message = AddressMessage::default();
+    message.header.family = AddressFamily::Inet;
+    message.header.prefix_len = 30;
+    message.header.index = index;
+    message.header.scope = AddressScope::Link;
+    message.attributes.push(AddressAttribute::Local(IpAddr::V4(address)));
+    message.attributes.push(AddressAttribute::Address(IpAddr::V4(address)));
     socket.request(RouteNetlinkMessage::NewAddress(message), NLM_F_CREATE | NLM_F_REPLACE)
 }
 

@@ -3,14 +3,17 @@
 //! All of Kage's routes carry [`PROTOCOL`] and [`METRIC`], so that they can be told from an operator's. There is at
 //! most one per prefix: a request with `NLM_F_REPLACE` swaps the one entry of that metric in place, under the
 //! table's lock, whether or not old and new have a gateway (the kernel's `fib6_add_rt2node`). Readers see one or the
-//! other.
+//! other. An IPv4 destination has the same IPv6 gateways (RTA_VIA, RFC 8950), so that there is one set of neighbours.
 
-use std::net::Ipv6Addr;
+use std::net::{IpAddr, Ipv6Addr};
 
 use netlink_packet_core::{NLM_F_CREATE, NLM_F_REPLACE};
 use netlink_packet_route::{
     AddressFamily, RouteNetlinkMessage,
-    route::{RouteAddress, RouteAttribute, RouteHeader, RouteMessage, RouteProtocol, RouteScope, RouteType},
+    route::{
+        RouteAddress, RouteAttribute, RouteHeader, RouteMessage, RouteProtocol, RouteScope, RouteType,
+        RouteVia,
+    },
 };
 use rustix::io::Errno;
 
@@ -27,7 +30,7 @@ pub const UNREACHABLE_METRIC: u32 = u32::MAX;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Prefix {
     /// First address.
-    pub address: Ipv6Addr,
+    pub address: IpAddr,
     /// Bits that count.
     pub length: u8,
 }
@@ -45,9 +48,13 @@ pub struct NextHop {
 pub fn replace(socket: &mut Socket, to: Prefix, via: NextHop) -> Result<(), NetlinkError> {
     let mut message = message(to, RouteType::Unicast, METRIC);
     message.attributes.push(RouteAttribute::Oif(via.index));
-    message
-        .attributes
-        .extend(via.gateway.map(|gateway| RouteAttribute::Gateway(RouteAddress::Inet6(gateway))));
+    message.attributes.extend(via.gateway.map(|gateway| match to.address {
+        IpAddr::V6(_) => RouteAttribute::Gateway(RouteAddress::Inet6(gateway)),
+        IpAddr::V4(_) => RouteAttribute::Via(RouteVia::Inet6(gateway)),
+    }));
+    if to.address.is_ipv4() && via.gateway.is_none() {
+        message.header.scope = RouteScope::Link;
+    }
     socket.request(RouteNetlinkMessage::NewRoute(message), NLM_F_CREATE | NLM_F_REPLACE)
 }
 
@@ -68,16 +75,19 @@ pub fn remove(socket: &mut Socket, to: Prefix) -> Result<(), NetlinkError> {
 
 /// All routes to images and devices that are Kage's.
 pub fn list(socket: &mut Socket) -> Result<Vec<(Prefix, NextHop)>, NetlinkError> {
-    let mut request = RouteMessage::default();
-    request.header.address_family = AddressFamily::Inet6;
     let mut routes = Vec::new();
-    socket.dump(RouteNetlinkMessage::GetRoute(request), |answer| {
-        let RouteNetlinkMessage::NewRoute(route) = answer else { return };
-        if route.header.protocol == RouteProtocol::Other(PROTOCOL) && route.header.kind == RouteType::Unicast
-        {
-            routes.extend(describe(&route));
-        }
-    })?;
+    for family in [AddressFamily::Inet6, AddressFamily::Inet] {
+        let mut request = RouteMessage::default();
+        request.header.address_family = family;
+        socket.dump(RouteNetlinkMessage::GetRoute(request), |answer| {
+            let RouteNetlinkMessage::NewRoute(route) = answer else { return };
+            if route.header.protocol == RouteProtocol::Other(PROTOCOL)
+                && route.header.kind == RouteType::Unicast
+            {
+                routes.extend(describe(&route));
+            }
+        })?;
+    }
     Ok(routes)
 }
 
@@ -85,8 +95,10 @@ fn describe(route: &RouteMessage) -> Option<(Prefix, NextHop)> {
     let (mut address, mut index, mut gateway) = (None, None, None);
     for attribute in &route.attributes {
         match attribute {
-            RouteAttribute::Destination(RouteAddress::Inet6(found)) => address = Some(*found),
-            RouteAttribute::Gateway(RouteAddress::Inet6(found)) => gateway = Some(*found),
+            RouteAttribute::Destination(RouteAddress::Inet6(found)) => address = Some(IpAddr::V6(*found)),
+            RouteAttribute::Destination(RouteAddress::Inet(found)) => address = Some(IpAddr::V4(*found)),
+            RouteAttribute::Gateway(RouteAddress::Inet6(found))
+            | RouteAttribute::Via(RouteVia::Inet6(found)) => gateway = Some(*found),
             RouteAttribute::Oif(found) => index = Some(*found),
             _ => {}
         }
@@ -97,13 +109,17 @@ fn describe(route: &RouteMessage) -> Option<(Prefix, NextHop)> {
 
 fn message(to: Prefix, kind: RouteType, metric: u32) -> RouteMessage {
     let mut message = RouteMessage::default();
-    message.header.address_family = AddressFamily::Inet6;
+    let (family, address) = match to.address {
+        IpAddr::V6(address) => (AddressFamily::Inet6, RouteAddress::Inet6(address)),
+        IpAddr::V4(address) => (AddressFamily::Inet, RouteAddress::Inet(address)),
+    };
+    message.header.address_family = family;
     message.header.destination_prefix_length = to.length;
     message.header.table = RouteHeader::RT_TABLE_MAIN;
     message.header.protocol = RouteProtocol::Other(PROTOCOL);
     message.header.scope = RouteScope::Universe;
     message.header.kind = kind;
-    message.attributes.push(RouteAttribute::Destination(RouteAddress::Inet6(to.address)));
+    message.attributes.push(RouteAttribute::Destination(address));
     message.attributes.push(RouteAttribute::Priority(metric));
     message
 }

@@ -1,6 +1,9 @@
-//! Kernel settings under `/proc/sys/net/ipv6`, read and written for the calling thread's network namespace.
+//! Kernel settings under `/proc/sys/net/ipv6` and `ipv4`, read and written for the calling thread's network namespace.
 
-use std::{fs, io, path::PathBuf};
+use std::{
+    fs, io,
+    path::{Path, PathBuf},
+};
 
 /// A kernel setting could not be read or changed.
 #[derive(Debug, thiserror::Error)]
@@ -12,21 +15,32 @@ pub struct SysctlError {
 
 /// Sets `net.ipv6.conf.INTERFACE.KEY`, if it differs.
 pub fn set(interface: &str, key: &str, value: &str) -> Result<(), SysctlError> {
-    if get(interface, key)? == value {
+    write(path("ipv6", interface, key), value)
+}
+
+/// Sets `net.ipv4.conf.INTERFACE.KEY`, if it differs.
+pub fn set_v4(interface: &str, key: &str, value: &str) -> Result<(), SysctlError> {
+    write(path("ipv4", interface, key), value)
+}
+
+fn write(path: PathBuf, value: &str) -> Result<(), SysctlError> {
+    if read(&path)? == value {
         return Ok(());
     }
-    let path = path(interface, key);
     fs::write(&path, value).map_err(|source| SysctlError { path: path.display().to_string(), source })
 }
 
 /// Reads `net.ipv6.conf.INTERFACE.KEY`.
 pub fn get(interface: &str, key: &str) -> Result<String, SysctlError> {
-    let path = path(interface, key);
-    fs::read_to_string(&path)
+    read(&path("ipv6", interface, key))
+}
+
+fn read(path: &Path) -> Result<String, SysctlError> {
+    fs::read_to_string(path)
         .map(|text| text.trim().to_owned())
         .map_err(|source| SysctlError { path: path.display().to_string(), source })
 }
 
-fn path(interface: &str, key: &str) -> PathBuf {
-    PathBuf::from("/proc/sys/net/ipv6/conf").join(interface).join(key)
+fn path(family: &str, interface: &str, key: &str) -> PathBuf {
+    PathBuf::from("/proc/sys/net").join(family).join("conf").join(interface).join(key)
 }

@@ -21,8 +21,11 @@ pub const VNET_HEADER_BYTES: usize = 12;
 const MAX_FRAME_BYTES: usize = (64 << 10) + 14 + 64;
 const ETHERNET_BYTES: usize = 14;
 const ETHERTYPE_IPV6: [u8; 2] = [0x86, 0xdd];
+const ETHERTYPE_IPV4: [u8; 2] = [0x08, 0x00];
 /// Shortest Ethernet frame with an IPv6 header.
 const MIN_IPV6_FRAME_BYTES: usize = ETHERNET_BYTES + 40;
+/// Shortest Ethernet frame with an IPv4 header.
+const MIN_IPV4_FRAME_BYTES: usize = ETHERNET_BYTES + 20;
 
 /// A tap could not be opened or used.
 #[derive(Debug, thiserror::Error)]
@@ -90,7 +93,7 @@ pub struct Drained {
     pub forwarded: u64,
     /// Written back in vain: the kernel did not take them.
     pub lost: u64,
-    /// Addressed to the link alone (multicast, link-local, not IPv6): of no use elsewhere.
+    /// Addressed to the link alone (multicast, link-local, not IP): of no use elsewhere.
     pub link_only: u64,
 }
 
@@ -168,12 +171,20 @@ const QUEUE_FRAMES_PER_ROUND: u64 = 1024;
 
 /// Makes a frame to the machine one from it. False if it is of use on this link alone.
 fn turn_around(frame: &mut [u8]) -> bool {
-    if frame.len() < MIN_IPV6_FRAME_BYTES || frame[12..14] != ETHERTYPE_IPV6 || frame[0] & 1 != 0 {
+    if frame.len() < MIN_IPV4_FRAME_BYTES || frame[0] & 1 != 0 {
         return false;
     }
-    let destination = &frame[ETHERNET_BYTES + 24..MIN_IPV6_FRAME_BYTES];
-    let multicast = destination[0] == 0xff;
-    let link_local = destination[0] == 0xfe && destination[1] & 0xc0 == 0x80;
+    let (multicast, link_local) = match [frame[12], frame[13]] {
+        ETHERTYPE_IPV6 if frame.len() >= MIN_IPV6_FRAME_BYTES => {
+            let destination = &frame[ETHERNET_BYTES + 24..MIN_IPV6_FRAME_BYTES];
+            (destination[0] == 0xff, destination[0] == 0xfe && destination[1] & 0xc0 == 0x80)
+        }
+        ETHERTYPE_IPV4 => {
+            let destination = &frame[ETHERNET_BYTES + 16..MIN_IPV4_FRAME_BYTES];
+            (destination[0] >= 224, destination[..2] == [169, 254])
+        }
+        _ => return false,
+    };
     if multicast || link_local {
         return false;
     }
@@ -211,6 +222,14 @@ mod tests {
         let whole = frame("fd4b:6167:6500::700:0:1".parse().unwrap());
         for length in 0..whole.len() {
             assert!(!turn_around(&mut whole[..length].to_vec()), "{length}");
+        }
+        let mut ipv4 = vec![0; MIN_IPV4_FRAME_BYTES];
+        ipv4[12..14].copy_from_slice(&ETHERTYPE_IPV4);
+        for (destination, turned) in
+            [([10, 77, 0, 5], true), ([169, 254, 0, 2], false), ([224, 0, 0, 1], false), ([255; 4], false)]
+        {
+            ipv4[30..34].copy_from_slice(&destination);
+            assert_eq!(turn_around(&mut ipv4.clone()), turned, "{destination:?}");
         }
         let mut arp = whole.clone();
         arp[12..14].copy_from_slice(&[0x08, 0x06]);

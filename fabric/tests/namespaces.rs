@@ -37,19 +37,26 @@ fn everything_may_be_done_twice() {
             fabric.set_peer(&peer, underlay.into()).unwrap();
             fabric.configure_tap(&tap).unwrap();
             let bridge = fabric.ensure_ap_bridge(&ap).unwrap();
-            fabric.route_device_local(DEVICE, &bridge).unwrap();
+            fabric.route_device_local(DEVICE.into(), &bridge).unwrap();
             fabric.route_image_to_tap(image(7), &tap).unwrap();
             fabric.route_image_to_host(image(8), &peer).unwrap();
         }
         let mut routes = fabric.image_and_device_routes().unwrap();
         routes.sort_by_key(|route| route.address);
         let lengths: Vec<_> = routes.iter().map(|route| (route.address, route.length)).collect();
-        assert_eq!(lengths, [(image(7).image_prefix(), 88), (image(8).image_prefix(), 88), (DEVICE, 128)]);
+        assert_eq!(
+            lengths,
+            [
+                (image(7).image_prefix().into(), 88),
+                (image(8).image_prefix().into(), 88),
+                (DEVICE.into(), 128)
+            ]
+        );
         assert_eq!(routes[1].hop, Hop::Host(peer.clone()));
         assert!(matches!(routes[0].hop, Hop::Local { .. }));
         for _ in 0..2 {
             fabric.unroute_image(image(8)).unwrap();
-            fabric.unroute_device(DEVICE).unwrap();
+            fabric.unroute_device(DEVICE.into()).unwrap();
             fabric.delete_tap(&tap).unwrap();
         }
         assert_eq!(fabric.image_and_device_routes().unwrap(), []);
@@ -141,7 +148,7 @@ fn a_route_is_replaced_without_a_moment_of_none() {
         let tap = fabric.create_tap("kt1").unwrap();
         let bridge = fabric.ensure_ap_bridge(&"ap-1".parse().unwrap()).unwrap();
         fabric.route_image_to_tap(image(1), "kt1").unwrap();
-        fabric.route_device_local(DEVICE, &bridge).unwrap();
+        fabric.route_device_local(DEVICE.into(), &bridge).unwrap();
         let stop = Arc::new(AtomicBool::new(false));
         let senders = [image(1).address(), DEVICE].map(|to| {
             let (stop, socket) = (Arc::clone(&stop), UdpSocket::bind("[::]:0").unwrap());
@@ -164,8 +171,8 @@ fn a_route_is_replaced_without_a_moment_of_none() {
             fabric.route_image_to_host(image(1), &peer).unwrap();
             times.push(start.elapsed());
             fabric.route_image_to_tap(image(1), "kt1").unwrap();
-            fabric.route_device_to_host(DEVICE, &peer).unwrap();
-            fabric.route_device_local(DEVICE, &bridge).unwrap();
+            fabric.route_device_to_host(DEVICE.into(), &peer).unwrap();
+            fabric.route_device_local(DEVICE.into(), &bridge).unwrap();
         }
         stop.store(true, Ordering::Release);
         let sent: u64 = senders.into_iter().map(|sender| sender.join().unwrap()).sum();
@@ -207,14 +214,14 @@ fn no_frame_is_lost_when_the_old_host_drains() {
     let (access, owners) = (&hosts[2], [&hosts[0], &hosts[1]]);
     let bridge = access.with(|fabric| {
         let bridge = fabric.ensure_ap_bridge(&"ap-3".parse().unwrap()).unwrap();
-        fabric.route_device_local(DEVICE, &bridge).unwrap();
+        fabric.route_device_local(DEVICE.into(), &bridge).unwrap();
         bridge
     });
     let device = device(access, &bridge, DEVICE);
     let taps = owners.map(|owner| {
         let access = access.name.clone();
         owner.with(move |fabric| {
-            fabric.route_device_to_host(DEVICE, &access).unwrap();
+            fabric.route_device_to_host(DEVICE.into(), &access).unwrap();
             let tap = fabric.create_tap("kt7").unwrap();
             // Frames wait in the queue with partial checksums, which draining must not spoil.
             set_offload(&tap, true, true).unwrap();
@@ -274,7 +281,7 @@ fn a_device_keeps_its_address_at_another_access_point() {
         .collect();
     let here = bridges[0].clone();
     let tap = hosts[0].with(move |fabric| {
-        fabric.route_device_local(DEVICE, &here).unwrap();
+        fabric.route_device_local(DEVICE.into(), &here).unwrap();
         let tap = fabric.create_tap("kt7").unwrap();
         fabric.route_image_to_tap(image(7), "kt7").unwrap();
         tap
@@ -295,8 +302,8 @@ fn a_device_keeps_its_address_at_another_access_point() {
     wait_for(50);
     attach_device(&device, &hosts[1].namespace, &bridges[1], DEVICE, "wlan1");
     let second = hosts[1].name.clone();
-    hosts[1].with(move |fabric| fabric.route_device_local(DEVICE, &there).unwrap());
-    hosts[0].with(move |fabric| fabric.route_device_to_host(DEVICE, &second).unwrap());
+    hosts[1].with(move |fabric| fabric.route_device_local(DEVICE.into(), &there).unwrap());
+    hosts[0].with(move |fabric| fabric.route_device_to_host(DEVICE.into(), &second).unwrap());
     wait_for(20);
     device.ip("link del wlan0");
     wait_for(50);
@@ -330,13 +337,13 @@ fn the_tunnel_also_crosses_an_ipv4_underlay() {
     let tap = there.run(move || {
         let tap = far.create_tap("kt7").unwrap();
         far.route_image_to_tap(image(7), "kt7").unwrap();
-        far.route_device_to_host(DEVICE, &"h1".parse().unwrap()).unwrap();
+        far.route_device_to_host(DEVICE.into(), &"h1".parse().unwrap()).unwrap();
         tap
     });
     let bridge = here.run(move || {
         near.route_image_to_host(image(7), &"h2".parse().unwrap()).unwrap();
         let bridge = near.ensure_ap_bridge(&"ap-1".parse().unwrap()).unwrap();
-        near.route_device_local(DEVICE, &bridge).unwrap();
+        near.route_device_local(DEVICE.into(), &bridge).unwrap();
         bridge
     });
     let device = Namespace::new();
@@ -357,7 +364,7 @@ fn a_tcp_stream_in_large_segments_survives_draining() {
     let first = owners[0].name.clone();
     let bridge = access.with(move |fabric| {
         let bridge = fabric.ensure_ap_bridge(&"ap-3".parse().unwrap()).unwrap();
-        fabric.route_device_local(DEVICE, &bridge).unwrap();
+        fabric.route_device_local(DEVICE.into(), &bridge).unwrap();
         fabric.route_image_to_host(image(7), &first).unwrap();
         bridge
     });
@@ -365,7 +372,7 @@ fn a_tcp_stream_in_large_segments_survives_draining() {
     let taps = owners.map(|owner| {
         let access = access.name.clone();
         owner.with(move |fabric| {
-            fabric.route_device_to_host(DEVICE, &access).unwrap();
+            fabric.route_device_to_host(DEVICE.into(), &access).unwrap();
             let tap = fabric.create_tap("kt7").unwrap();
             set_offload(&tap, true, true).unwrap();
             tap

@@ -83,7 +83,11 @@ async fn publish(round: u32) {
         executor::work(PIECE_COST).await;
     }
     for sockets in net::entries().chunks(PIECE) {
-        sockets.iter().for_each(|socket| table.add(&socket_entry(socket)));
+        for socket in sockets {
+            let holder = socket.pid.and_then(process::table::find);
+            let name = holder.as_ref().map_or_else(|| service(socket), |process| process.name());
+            table.add(&socket_entry(socket, name));
+        }
         executor::work(PIECE_COST).await;
     }
     let mut from = 0;
@@ -118,13 +122,26 @@ fn process_entry(process: &Process) -> Entry<'_> {
     Entry { index: process.vid().index(), facts, text: process.name() }
 }
 
+/// What of the kernel's own services a socket belongs to.
+fn service(socket: &net::Entry) -> &'static str {
+    match socket.local.port {
+        7 => "echo",
+        9 => "discard",
+        19 => "chargen",
+        22 => "ssh",
+        80 => "http",
+        _ => "",
+    }
+}
+
 fn file_entry(file: &fs::Row) -> Entry<'_> {
     let state = match file.facts.kind {
         fs::Kind::Directory => FileState::Directory,
         fs::Kind::File => FileState::File,
         fs::Kind::Link => FileState::Link,
     };
-    let facts = Facts::File { state, bytes: file.facts.size };
+    let bytes = if state == FileState::Directory { 0 } else { file.facts.size };
+    let facts = Facts::File { state, bytes };
     // A file that only programs still hold has no name.
     Entry { index: file.facts.vid.index(), facts, text: file.path.as_deref().unwrap_or_default() }
 }
@@ -132,13 +149,13 @@ fn file_entry(file: &fs::Row) -> Entry<'_> {
 fn endpoint(address: Option<IpAddress>, port: u16) -> Endpoint {
     let address = match address {
         Some(IpAddress::Ipv6(address)) => address.octets(),
-        #[allow(unreachable_patterns, reason = "depends on the protocols compiled in")]
-        Some(_) | None => [0; 16],
+        Some(IpAddress::Ipv4(address)) => address.to_ipv6_mapped().octets(),
+        None => [0; 16],
     };
     Endpoint { address, port }
 }
 
-fn socket_entry(socket: &net::Entry) -> Entry<'static> {
+fn socket_entry<'a>(socket: &net::Entry, text: &'a str) -> Entry<'a> {
     let (protocol, state) = match socket.protocol {
         net::Protocol::Tcp(state) => (Protocol::Tcp, tcp_state(state)),
         net::Protocol::Udp => (Protocol::Udp, SocketState::Open),
@@ -151,7 +168,7 @@ fn socket_entry(socket: &net::Entry) -> Entry<'static> {
         bytes_in: socket.traffic.received,
         bytes_out: socket.traffic.sent,
     };
-    Entry { index: socket.vid.index(), facts, text: "" }
+    Entry { index: socket.vid.index(), facts, text }
 }
 
 fn tcp_state(state: State) -> SocketState {

@@ -4,9 +4,9 @@
 //! an access point twice) is refused at start, with file, line and cure.
 
 use std::{
-    collections::BTreeSet,
+    collections::{BTreeMap, BTreeSet},
     fmt,
-    net::SocketAddr,
+    net::{Ipv4Addr, SocketAddr},
     path::{Path, PathBuf},
 };
 
@@ -18,7 +18,7 @@ use crate::units::{Rate, Size, Span};
 
 mod subnet;
 
-pub use subnet::Subnet;
+pub use subnet::{Ipv4Pool, Subnet};
 
 /// Why a configuration is refused.
 #[derive(Debug, thiserror::Error)]
@@ -171,6 +171,9 @@ pub struct Network {
     pub prefix: SitePrefix,
     /// The interface tunnels leave by.
     pub underlay: String,
+    /// Network from which images get an IPv4 address; absent: only those of `[[user]]`.
+    #[serde(default)]
+    pub ipv4: Option<Ipv4Pool>,
     /// How long a source forwards after a move.
     #[serde(default = "default_forward_after_move")]
     pub forward_after_move: Span,
@@ -248,6 +251,9 @@ pub struct User {
     pub identity: String,
     /// The user, and so the image.
     pub image: UserName,
+    /// IPv4 address of the image.
+    #[serde(default)]
+    pub ipv4: Option<Ipv4Addr>,
 }
 
 /// How a move is made.
@@ -475,6 +481,12 @@ impl Config {
             && self.cluster.endpoints.first().is_none_or(|first| *first == self.peer.advertise)
     }
 
+    /// Whether images may have IPv4 addresses.
+    #[must_use]
+    pub fn uses_ipv4(&self) -> bool {
+        self.network.ipv4.is_some() || self.users.iter().any(|user| user.ipv4.is_some())
+    }
+
     /// The unix socket of the API.
     #[must_use]
     pub fn socket(&self) -> PathBuf {
@@ -544,9 +556,24 @@ fn check(source: &Source<'_>, raw: Raw) -> Result<Config, ConfigError> {
         }
     }
     let mut identities = BTreeSet::new();
+    let mut addresses = BTreeMap::new();
     for user in &raw.user {
         if !identities.insert(user.get_ref().identity.clone()) {
             let message = format!("identity {:?} is there twice; remove one", user.get_ref().identity);
+            return Err(source.refuse(user.span().start, message));
+        }
+        let Some(address) = user.get_ref().ipv4 else { continue };
+        if address.is_link_local()
+            || address.is_multicast()
+            || address.is_loopback()
+            || address.is_unspecified()
+        {
+            let message = format!("ipv4 = {address} is no address for an image; use one of your own network");
+            return Err(source.refuse(user.span().start, message));
+        }
+        let owner = addresses.entry(address).or_insert_with(|| user.get_ref().image.clone());
+        if *owner != user.get_ref().image {
+            let message = format!("ipv4 = {address} is there twice; remove one");
             return Err(source.refuse(user.span().start, message));
         }
     }

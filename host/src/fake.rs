@@ -14,11 +14,11 @@ use std::{
 use kage_directory::Profile;
 use kage_machine::{
     BaseHash, Geometry, Gone, HostInstant, HostName, ImageNumber, Machine, MachineError, Memory, PageBytes,
-    PageIndex, PageSet, PauseCause, Paused, SavedState, Started, UserName, Vid, identity::ApName,
+    PageIndex, PageSet, PauseCause, Paused, SavedState, Started, UserName, identity::ApName,
 };
 use kage_migrate::{recover::Found, report::Drained};
 
-use crate::machines::{Adopted, Hosted, Label, MachineSpec, Machines, Net, OnEnd, Via};
+use crate::machines::{Addresses, Adopted, Hosted, Label, MachineSpec, Machines, Net, OnEnd, Via};
 
 /// A profile.
 pub fn profile() -> Profile {
@@ -36,7 +36,7 @@ pub fn profile() -> Profile {
 pub struct FakeNet {
     calls: Mutex<Vec<String>>,
     failing: Mutex<BTreeSet<&'static str>>,
-    left: Mutex<Vec<(Ipv6Addr, u8)>>,
+    left: Mutex<Vec<(IpAddr, u8)>>,
 }
 
 impl FakeNet {
@@ -47,7 +47,7 @@ impl FakeNet {
 
     /// As if a daemon before had set this route.
     pub fn leave(&self, address: Ipv6Addr, length: u8) {
-        self.left.lock().unwrap().push((address, length));
+        self.left.lock().unwrap().push((address.into(), length));
     }
 
     /// What was asked so far.
@@ -78,22 +78,23 @@ impl Net for FakeNet {
     fn peer(&self, host: &HostName, underlay: IpAddr) -> Result<(), String> {
         self.call("peer", format!("{host} {underlay}"))
     }
-    fn route_image(&self, vid: Vid, via: &Via) -> Result<(), String> {
-        self.call("image", format!("{vid} {via:?}"))
+    fn route_image(&self, image: Addresses, via: &Via) -> Result<(), String> {
+        let ipv4 = image.ipv4.map(|address| format!(" {address}")).unwrap_or_default();
+        self.call("image", format!("{}{ipv4} {via:?}", image.vid))
     }
-    fn forget_image(&self, vid: Vid) -> Result<(), String> {
-        self.call("forget_image", vid.to_string())
+    fn forget_image(&self, image: Addresses) -> Result<(), String> {
+        self.call("forget_image", image.vid.to_string())
     }
-    fn route_device(&self, address: Ipv6Addr, via: &Via) -> Result<(), String> {
+    fn route_device(&self, address: IpAddr, via: &Via) -> Result<(), String> {
         self.call("device", format!("{address} {via:?}"))
     }
-    fn forget_device(&self, address: Ipv6Addr) -> Result<(), String> {
+    fn forget_device(&self, address: IpAddr) -> Result<(), String> {
         self.call("forget_device", address.to_string())
     }
     fn access_point(&self, ap: &ApName, _bridge: Option<&str>) -> Result<(), String> {
         self.call("ap", ap.to_string())
     }
-    fn routes(&self) -> Result<Vec<(Ipv6Addr, u8)>, String> {
+    fn routes(&self) -> Result<Vec<(IpAddr, u8)>, String> {
         Ok(self.left.lock().unwrap().clone())
     }
     fn drain(&self, _tap: &OwnedFd) -> Drained {

@@ -19,6 +19,7 @@
 mod adopt;
 pub mod decide;
 mod follow;
+mod ipv4;
 mod keys;
 mod start;
 #[cfg(test)]
@@ -296,6 +297,7 @@ impl Daemon {
             user: user.clone(),
             vid,
             address: vid,
+            ipv4: record.ipv4,
             host: record.owner.clone(),
             term: record.term,
             state: match record.wanted {

@@ -95,6 +95,12 @@ impl MachineSpec {
         }
     }
 
+    /// What leads to it.
+    #[must_use]
+    pub const fn addresses(&self) -> Addresses {
+        Addresses { vid: self.vid, ipv4: self.ipv4 }
+    }
+
     /// What is kept with the machine's process for a daemon that adopts it.
     #[must_use]
     pub fn label(&self) -> Label {
@@ -236,6 +242,15 @@ pub enum Via {
     Host(HostName),
 }
 
+/// What leads to an image.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Addresses {
+    /// Its VID, and with it its /88.
+    pub vid: Vid,
+    /// Its IPv4 address, if it has one.
+    pub ipv4: Option<Ipv4Addr>,
+}
+
 /// Makes taps and routes. All calls are idempotent.
 pub trait Net: Send + Sync {
     /// Largest IP packet of a guest.
@@ -255,31 +270,32 @@ pub trait Net: Send + Sync {
     /// # Errors
     /// In words.
     fn peer(&self, host: &HostName, underlay: IpAddr) -> Result<(), String>;
-    /// Sets where an image's /88 goes.
+    /// Sets where an image's /88, and its IPv4 address, go.
     ///
     /// # Errors
     /// In words.
-    fn route_image(&self, vid: Vid, via: &Via) -> Result<(), String>;
+    fn route_image(&self, image: Addresses, via: &Via) -> Result<(), String>;
     /// Forgets it.
     ///
     /// # Errors
     /// In words.
-    fn forget_image(&self, vid: Vid) -> Result<(), String>;
+    fn forget_image(&self, image: Addresses) -> Result<(), String>;
     /// Sets where a device's address goes.
     ///
     /// # Errors
     /// In words.
-    fn route_device(&self, address: Ipv6Addr, via: &Via) -> Result<(), String>;
+    fn route_device(&self, address: IpAddr, via: &Via) -> Result<(), String>;
     /// Forgets it.
     ///
     /// # Errors
     /// In words.
-    fn forget_device(&self, address: Ipv6Addr) -> Result<(), String>;
-    /// The routes there are: the first address and length of each image's /88 and each device's /128.
+    fn forget_device(&self, address: IpAddr) -> Result<(), String>;
+    /// The routes there are: the first address and length of each image's /88, each device's /128 or
+    /// /32, each image's /32.
     ///
     /// # Errors
     /// In words.
-    fn routes(&self) -> Result<Vec<(Ipv6Addr, u8)>, String>;
+    fn routes(&self) -> Result<Vec<(IpAddr, u8)>, String>;
     /// Sends on, by the route as it is now, what a machine that no longer runs here has not read from its tap.
     fn drain(&self, tap: &OwnedFd) -> Drained;
     /// Frames to the machine that its tap has dropped since it was made.

@@ -31,7 +31,7 @@ use rustix::{
 
 use crate::{
     config::Config,
-    machines::{Adopted, Hosted, Inspect, Label, MachineSpec, Machines, Net, NoTable, OnEnd, Via},
+    machines::{Addresses, Adopted, Hosted, Inspect, Label, MachineSpec, Machines, Net, NoTable, OnEnd, Via},
 };
 
 /// Clones of a template kept waiting.
@@ -224,6 +224,7 @@ impl Machines for VmmMachines {
             user: spec.user.to_string(),
             address: spec.vid.address().octets(),
             prefix_length: Vid::IMAGE_PREFIX_LENGTH,
+            ipv4: spec.ipv4.map(|address| address.octets()),
             mtu: spec.mtu,
             host_key_seed: spec.profile.host_key_seed,
             authorized_keys: spec.profile.authorized_keys.iter().map(|key| format!("{key}\n")).collect(),
@@ -459,6 +460,8 @@ impl FabricNet {
             underlay_address: config.peer.advertise.ip(),
             vxlan_id: VXLAN_ID,
             vxlan_port: VXLAN_PORT,
+            ipv4: config.uses_ipv4(),
+            ipv4_pool: config.network.ipv4.map(|pool| (pool.address(), pool.length())),
         };
         let fabric = Fabric::open(spec).map_err(|error| error.to_string())?;
         fabric.setup().map_err(|error| error.to_string())?;
@@ -487,19 +490,28 @@ impl Net for FabricNet {
         Self::said(self.fabric.set_peer(host, underlay))
     }
 
-    fn route_image(&self, vid: Vid, via: &Via) -> Result<(), String> {
+    fn route_image(&self, image: Addresses, via: &Via) -> Result<(), String> {
+        let Addresses { vid, ipv4 } = image;
         Self::said(match via {
-            Via::Tap => self.fabric.route_image_to_tap(vid, &names::tap(vid.image())),
-            Via::Host(host) => self.fabric.route_image_to_host(vid, host),
+            Via::Tap => {
+                let tap = names::tap(vid.image());
+                let routed = self.fabric.route_image_to_tap(vid, &tap);
+                routed.and_then(|()| ipv4.map_or(Ok(()), |ipv4| self.fabric.route_ipv4_to_tap(ipv4, &tap)))
+            }
+            Via::Host(host) => {
+                let routed = self.fabric.route_image_to_host(vid, host);
+                routed.and_then(|()| ipv4.map_or(Ok(()), |ipv4| self.fabric.route_ipv4_to_host(ipv4, host)))
+            }
             Via::Ap(ap) => return Err(format!("an image is not reached by access point {ap}")),
         })
     }
 
-    fn forget_image(&self, vid: Vid) -> Result<(), String> {
-        Self::said(self.fabric.unroute_image(vid))
+    fn forget_image(&self, image: Addresses) -> Result<(), String> {
+        let forgotten = self.fabric.unroute_image(image.vid);
+        Self::said(forgotten.and_then(|()| image.ipv4.map_or(Ok(()), |ipv4| self.fabric.unroute_ipv4(ipv4))))
     }
 
-    fn route_device(&self, address: Ipv6Addr, via: &Via) -> Result<(), String> {
+    fn route_device(&self, address: IpAddr, via: &Via) -> Result<(), String> {
         Self::said(match via {
             Via::Ap(ap) => {
                 let bridge = self.fabric.ensure_ap_bridge(ap).map_err(|error| error.to_string())?;
@@ -510,7 +522,7 @@ impl Net for FabricNet {
         })
     }
 
-    fn forget_device(&self, address: Ipv6Addr) -> Result<(), String> {
+    fn forget_device(&self, address: IpAddr) -> Result<(), String> {
         Self::said(self.fabric.unroute_device(address))
     }
 
@@ -518,7 +530,7 @@ impl Net for FabricNet {
         Self::said(self.fabric.ensure_ap_bridge(ap)).map(|_| ())
     }
 
-    fn routes(&self) -> Result<Vec<(Ipv6Addr, u8)>, String> {
+    fn routes(&self) -> Result<Vec<(IpAddr, u8)>, String> {
         let found = Self::said(self.fabric.image_and_device_routes())?;
         Ok(found.into_iter().map(|route| (route.address, route.length)).collect())
     }

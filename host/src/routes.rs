@@ -8,17 +8,17 @@ use std::{
 use kage_directory::{DeviceRecord, HostRecord, ImageRecord, Wanted};
 use kage_machine::{HostName, ImageNumber, SitePrefix, Term, UserName, Vid};
 
-use crate::machines::{Net, Via};
+use crate::machines::{Addresses, Net, Via};
 
 /// The routes of a host.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Table {
     /// Tunnel ends of the other hosts.
     pub peers: BTreeMap<HostName, IpAddr>,
-    /// Where the /88 of each image goes, by its VID.
-    pub images: BTreeMap<Ipv6Addr, (Vid, Via)>,
+    /// Where the /88 of each image, and its IPv4 address, go, by its VID.
+    pub images: BTreeMap<Ipv6Addr, (Addresses, Via)>,
     /// Where each device's address goes.
-    pub devices: BTreeMap<Ipv6Addr, Via>,
+    pub devices: BTreeMap<IpAddr, Via>,
     /// The owner's term of each image, by its VID, whether or not it has a route.
     pub terms: BTreeMap<Ipv6Addr, Term>,
 }
@@ -31,7 +31,7 @@ pub struct Records {
     /// All images.
     pub images: BTreeMap<UserName, ImageRecord>,
     /// All devices with a route of their own.
-    pub devices: BTreeMap<Ipv6Addr, DeviceRecord>,
+    pub devices: BTreeMap<IpAddr, DeviceRecord>,
 }
 
 /// The table that `me` must have. An image owned here goes to its tap; whether there is a tap is the
@@ -46,13 +46,14 @@ pub fn desired(records: &Records, me: &HostName, prefix: SitePrefix) -> Table {
     }
     for image in records.images.values() {
         let vid = Vid::of_image(prefix, image.number);
+        let addresses = Addresses { vid, ipv4: image.ipv4 };
         table.terms.insert(vid.address(), image.term);
         if image.owner == *me {
             if image.wanted == Wanted::Running {
-                table.images.insert(vid.address(), (vid, Via::Tap));
+                table.images.insert(vid.address(), (addresses, Via::Tap));
             }
         } else if table.peers.contains_key(&image.owner) {
-            table.images.insert(vid.address(), (vid, Via::Host(image.owner.clone())));
+            table.images.insert(vid.address(), (addresses, Via::Host(image.owner.clone())));
         }
     }
     for (address, device) in &records.devices {
@@ -98,16 +99,26 @@ pub fn apply(net: &dyn Net, now: &Table, wanted: &Table, held: &Held) -> Table {
             have.peers.insert(host.clone(), *underlay);
         }
     }
-    for (address, (vid, via)) in &wanted.images {
-        let same = have.images.get(address).is_some_and(|(_, there)| there == via);
-        if !is_held(held, wanted, *address) && !same && set("image", net.route_image(*vid, via)) {
-            have.images.insert(*address, (*vid, via.clone()));
+    for (address, (image, via)) in &wanted.images {
+        let there = have.images.get(address);
+        if is_held(held, wanted, *address) || there == Some(&(*image, via.clone())) {
+            continue;
+        }
+        // An IPv4 address that it has no longer leads nowhere.
+        if let Some((before, _)) = there
+            && before.ipv4 != image.ipv4
+            && before.ipv4.is_some()
+        {
+            set("image", net.forget_image(*before));
+        }
+        if set("image", net.route_image(*image, via)) {
+            have.images.insert(*address, (*image, via.clone()));
         }
     }
-    for (address, (vid, _)) in &now.images {
+    for (address, (image, _)) in &now.images {
         if !wanted.images.contains_key(address)
             && !is_held(held, wanted, *address)
-            && set("image", net.forget_image(*vid))
+            && set("image", net.forget_image(*image))
         {
             have.images.remove(address);
         }
@@ -144,21 +155,29 @@ struct Kept {
 #[derive(Default)]
 struct Left {
     images: BTreeMap<Ipv6Addr, Vid>,
-    devices: BTreeSet<Ipv6Addr>,
+    /// Of devices, and IPv4 ones of images.
+    addresses: BTreeSet<IpAddr>,
 }
 
 impl Left {
-    fn of(routes: Vec<(Ipv6Addr, u8)>, prefix: SitePrefix) -> Self {
+    fn of(routes: Vec<(IpAddr, u8)>, prefix: SitePrefix) -> Self {
         let mut left = Self::default();
         for (address, length) in routes {
-            if length == Vid::IMAGE_PREFIX_LENGTH {
-                let number = (u128::from(address) >> (128 - u32::from(length))) as u64;
-                let vid = Vid::of_image(prefix, ImageNumber(number));
-                if vid.image_prefix() == address {
-                    left.images.insert(vid.address(), vid);
+            match address {
+                IpAddr::V6(address) if length == Vid::IMAGE_PREFIX_LENGTH => {
+                    let number = (u128::from(address) >> (128 - u32::from(length))) as u64;
+                    let vid = Vid::of_image(prefix, ImageNumber(number));
+                    if vid.image_prefix() == address {
+                        left.images.insert(vid.address(), vid);
+                    }
                 }
-            } else if length == 128 {
-                left.devices.insert(address);
+                IpAddr::V6(_) if length == 128 => {
+                    left.addresses.insert(address);
+                }
+                IpAddr::V4(_) if length == 32 => {
+                    left.addresses.insert(address);
+                }
+                _ => {}
             }
         }
         left
@@ -168,10 +187,17 @@ impl Left {
     fn clear(&mut self, net: &dyn Net, wanted: &Table, held: &Held) {
         self.images.retain(|address, vid| {
             let wants = wanted.images.contains_key(address);
-            !wants && (is_held(held, wanted, *address) || !set("image", net.forget_image(*vid)))
+            let image = Addresses { vid: *vid, ipv4: None };
+            !wants && (is_held(held, wanted, *address) || !set("image", net.forget_image(image)))
         });
-        self.devices.retain(|address| {
-            !wanted.devices.contains_key(address) && !set("device", net.forget_device(*address))
+        let of_image = |address: &IpAddr| {
+            wanted.images.values().any(|(image, _)| image.ipv4.map(IpAddr::V4) == Some(*address))
+        };
+        self.addresses.retain(|address| {
+            let wants = wanted.devices.contains_key(address) || of_image(address);
+            // Whose an IPv4 address is cannot be told by it: it stays while any image is being changed.
+            let stays = address.is_ipv4() && !held.is_empty();
+            !wants && (stays || !set("device", net.forget_device(*address)))
         });
     }
 }
@@ -229,11 +255,14 @@ impl Keeper {
     ///
     /// # Errors
     /// In words.
-    pub fn image(&self, vid: Vid, via: &Via) -> Result<(), String> {
+    pub fn image(&self, image: Addresses, via: &Via) -> Result<(), String> {
         let mut kept = self.kept();
-        self.net.route_image(vid, via)?;
-        kept.left.images.remove(&vid.address());
-        kept.table.images.insert(vid.address(), (vid, via.clone()));
+        self.net.route_image(image, via)?;
+        kept.left.images.remove(&image.vid.address());
+        if let Some(ipv4) = image.ipv4 {
+            kept.left.addresses.remove(&IpAddr::V4(ipv4));
+        }
+        kept.table.images.insert(image.vid.address(), (image, via.clone()));
         Ok(())
     }
 
@@ -241,10 +270,10 @@ impl Keeper {
     ///
     /// # Errors
     /// In words.
-    pub fn device(&self, address: Ipv6Addr, via: &Via) -> Result<(), String> {
+    pub fn device(&self, address: IpAddr, via: &Via) -> Result<(), String> {
         let mut kept = self.kept();
         self.net.route_device(address, via)?;
-        kept.left.devices.remove(&address);
+        kept.left.addresses.remove(&address);
         kept.table.devices.insert(address, via.clone());
         Ok(())
     }

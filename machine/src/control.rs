@@ -48,6 +48,8 @@ pub struct Identity {
     pub address: [u8; 16],
     /// Length of the image's prefix.
     pub prefix_length: u8,
+    /// The image's IPv4 address, if it has one.
+    pub ipv4: Option<[u8; 4]>,
     /// Largest IP packet.
     pub mtu: u16,
     /// Seed of the host key.

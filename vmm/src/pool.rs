@@ -227,6 +227,7 @@ fn nobody() -> Identity {
         user: "nobody".to_owned(),
         address: [0; 16],
         prefix_length: 128,
+        ipv4: None,
         mtu: 1280,
         host_key_seed: [0; 32],
         authorized_keys: String::new(),

@@ -97,6 +97,8 @@ pub fn spec(name: &HostName, underlay: impl Into<IpAddr>) -> FabricSpec {
         underlay_address: underlay.into(),
         vxlan_id: 75,
         vxlan_port: 4789,
+        ipv4: true,
+        ipv4_pool: None,
     }
 }
 

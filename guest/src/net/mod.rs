@@ -16,12 +16,12 @@ pub use udp::Socket as UdpSocket;
 use alloc::collections::BTreeSet;
 use core::time::Duration;
 
-use kage_abi::{Config, GATEWAY, GUEST_LINK_LOCAL, GUEST_MAC};
+use kage_abi::{Config, GATEWAY, GATEWAY_V4, GUEST_LINK_LOCAL, GUEST_LINK_LOCAL_V4, GUEST_MAC};
 use smoltcp::{
     iface::{Interface, SocketSet},
     socket::AnySocket,
     time::Instant,
-    wire::{EthernetAddress, HardwareAddress, IpAddress, IpCidr, Ipv6Address},
+    wire::{EthernetAddress, HardwareAddress, IpAddress, IpCidr, Ipv4Address, Ipv6Address},
 };
 
 use crate::{local::Local, virtio::net::Net};
@@ -49,8 +49,16 @@ fn interface(device: &mut Port, config: &Config, now: Duration) -> Interface {
         let local = IpCidr::new(Ipv6Address::from(GUEST_LINK_LOCAL).into(), 64);
         let _ = addresses.push(own);
         let _ = addresses.push(local);
+        if let Some(ipv4) = config.ipv4() {
+            let link = IpCidr::new(Ipv4Address::from(GUEST_LINK_LOCAL_V4).into(), 30);
+            let _ = addresses.push(IpCidr::new(Ipv4Address::from(ipv4).into(), 32));
+            let _ = addresses.push(link);
+        }
     });
     let _ = interface.routes_mut().add_default_ipv6_route(Ipv6Address::from(GATEWAY));
+    if config.ipv4().is_some() {
+        let _ = interface.routes_mut().add_default_ipv4_route(Ipv4Address::from(GATEWAY_V4));
+    }
     // Every address of the image's prefix is its own; the fabric routes only that prefix here.
     interface.set_any_ip(true);
     interface
@@ -58,8 +66,11 @@ fn interface(device: &mut Port, config: &Config, now: Duration) -> Interface {
 
 /// Whether an address is one of the machine's own.
 pub fn is_own(address: IpAddress) -> bool {
-    let IpAddress::Ipv6(address) = address;
     let config = crate::arch::config();
+    let address = match address {
+        IpAddress::Ipv6(address) => address,
+        IpAddress::Ipv4(address) => return config.ipv4() == Some(address.octets()) || address.is_loopback(),
+    };
     let length = u32::from(config.prefix_length.min(128));
     let prefix = |address: u128| address.checked_shr(128 - length).unwrap_or(0);
     prefix(u128::from(address)) == prefix(u128::from_be_bytes(config.address))
@@ -68,8 +79,8 @@ pub fn is_own(address: IpAddress) -> bool {
 }
 
 /// An IPv4 address, if the machine has one itself.
-pub fn ipv4(_: core::net::Ipv4Addr) -> Option<IpAddress> {
-    None
+pub fn ipv4(address: Ipv4Address) -> Option<IpAddress> {
+    crate::arch::config().ipv4().map(|_| IpAddress::Ipv4(address))
 }
 
 /// Opens the network with the image's addresses and a fresh seed for sequence numbers.
@@ -115,8 +126,7 @@ pub fn moved() {
         .filter_map(|(_, socket)| {
             let socket = smoltcp::socket::tcp::Socket::downcast(socket)?;
             let (local, remote) = (socket.local_endpoint()?, socket.remote_endpoint()?);
-            let (IpAddress::Ipv6(own), IpAddress::Ipv6(other)) = (local.addr, remote.addr);
-            Some(resume::name((&other.octets(), remote.port), (&own.octets(), local.port)))
+            Some(resume::name(remote, local))
         })
         .collect();
     stack.device.retain(|name| live.contains(name));

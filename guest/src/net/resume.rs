@@ -7,15 +7,19 @@
 
 use alloc::collections::{BTreeMap, VecDeque};
 
+use core::net::Ipv4Addr;
+
 use smoltcp::{
     phy::{Device, DeviceCapabilities},
     time::Instant,
+    wire::{IpAddress, IpEndpoint},
 };
 
 use crate::virtio::net::{Net, Received, Sending};
 
 const ETHERNET: usize = 14;
 const IPV6: usize = 40;
+const IPV4: usize = 20;
 const TCP: usize = 20;
 const HEADERS: usize = ETHERNET + IPV6 + TCP;
 /// Duplicates that make a loss.
@@ -29,15 +33,29 @@ const SYN: u8 = 2;
 const RST: u8 = 4;
 const ACK: u8 = 16;
 
-/// A connection as frames name it: both addresses, both ports.
+/// A connection as frames name it: both addresses, both ports. IPv4 addresses are mapped ones.
 type Name = [u8; 36];
+
+/// Headers of an acknowledgement.
+#[derive(Clone, Copy)]
+struct Header {
+    bytes: [u8; HEADERS],
+    /// Where TCP's begins.
+    tcp: usize,
+}
+
+impl Header {
+    fn frame(&self) -> &[u8] {
+        self.bytes.get(..self.tcp + TCP).unwrap_or_default()
+    }
+}
 
 /// The network device, with the last header of each connection's peer.
 pub struct Port {
     /// The device.
     pub net: Net,
-    headers: BTreeMap<Name, [u8; HEADERS]>,
-    again: VecDeque<[u8; HEADERS]>,
+    headers: BTreeMap<Name, Header>,
+    again: VecDeque<Header>,
 }
 
 fn word(bytes: &[u8], at: usize) -> u32 {
@@ -63,41 +81,25 @@ impl Port {
         self.again.clear();
     }
 
-    fn note(headers: &mut BTreeMap<Name, [u8; HEADERS]>, frame: &[u8]) {
-        let Some(seen) = frame.first_chunk::<HEADERS>() else { return };
-        let (ip, tcp) = (&seen[ETHERNET..ETHERNET + IPV6], &seen[ETHERNET + IPV6..]);
-        if seen[12..14] != [0x86, 0xdd] || ip[6] != 6 {
-            return;
-        }
-        let mut name = [0; 36];
-        name[..32].copy_from_slice(&ip[8..40]);
-        name[32..].copy_from_slice(&tcp[..4]);
-        let flags = tcp[13];
+    fn note(headers: &mut BTreeMap<Name, Header>, frame: &[u8]) {
+        let Some(seen) = Seen::of(frame) else { return };
+        let flags = seen.tcp[13];
         if flags & RST != 0 {
-            headers.remove(&name);
+            headers.remove(&seen.name);
             return;
         }
         if flags & (SYN | ACK) != ACK {
             return;
         }
-        if headers.len() >= MOST && !headers.contains_key(&name) {
+        if headers.len() >= MOST && !headers.contains_key(&seen.name) {
             headers.clear();
         }
-        let acknowledged = word(tcp, 8);
-        let before = headers.get(&name).map(|header| word(header, ETHERNET + IPV6 + 8));
+        let acknowledged = word(seen.tcp, 8);
+        let before = headers.get(&seen.name).map(|header| word(&header.bytes, header.tcp + 8));
         if before.is_some_and(|before| (acknowledged.wrapping_sub(before) as i32) < 0) {
             return;
         }
-        let payload =
-            usize::from(u16::from_be_bytes([ip[4], ip[5]])).saturating_sub(usize::from(tcp[12] >> 4) * 4);
-        let next = word(tcp, 4).wrapping_add(payload as u32).wrapping_add(u32::from(flags & FIN));
-        let mut header = *seen;
-        header[ETHERNET + 4..ETHERNET + 6].copy_from_slice(&(TCP as u16).to_be_bytes());
-        let tcp = &mut header[ETHERNET + IPV6..];
-        tcp[4..8].copy_from_slice(&next.to_be_bytes());
-        tcp[12] = (TCP as u8 / 4) << 4;
-        tcp[13] = ACK;
-        headers.insert(name, header);
+        headers.insert(seen.name, seen.bare());
     }
 
     /// Forgets connections that `lives` does not know.
@@ -106,13 +108,81 @@ impl Port {
     }
 }
 
+/// A received TCP segment.
+struct Seen<'a> {
+    name: Name,
+    /// Ethernet and IP.
+    link: &'a [u8],
+    tcp: &'a [u8; TCP],
+    /// Bytes behind TCP's header.
+    payload: usize,
+}
+
+impl<'a> Seen<'a> {
+    fn of(frame: &'a [u8]) -> Option<Self> {
+        let ip = frame.get(ETHERNET..)?;
+        let word =
+            |at: usize| ip.get(at..at + 2).map(|word| usize::from(u16::from_be_bytes([word[0], word[1]])));
+        let mut name = [0; 36];
+        let (header, length) = match frame.get(12..ETHERNET)? {
+            [0x86, 0xdd] if *ip.get(6)? == 6 => {
+                name[..32].copy_from_slice(ip.get(8..40)?);
+                (IPV6, word(4)?)
+            }
+            // Options are rare, and a connection whose peer uses them waits for its own timer.
+            [0x08, 0x00] if ip.get(9) == Some(&6) && ip.first() == Some(&0x45) && word(6)? & 0x3fff == 0 => {
+                let mapped =
+                    |at: usize| Some(Ipv4Addr::from(*ip.get(at..)?.first_chunk::<4>()?).to_ipv6_mapped());
+                name[..16].copy_from_slice(&mapped(12)?.octets());
+                name[16..32].copy_from_slice(&mapped(16)?.octets());
+                (IPV4, word(2)?.checked_sub(IPV4)?)
+            }
+            _ => return None,
+        };
+        let (link, rest) = frame.split_at_checked(ETHERNET + header)?;
+        let tcp = rest.first_chunk::<TCP>()?;
+        name[32..].copy_from_slice(&tcp[..4]);
+        Some(Self { name, link, tcp, payload: length.saturating_sub(usize::from(tcp[12] >> 4) * 4) })
+    }
+
+    /// The acknowledgement that its sender would send next, without data or options.
+    fn bare(&self) -> Header {
+        let mut header = Header { bytes: [0; HEADERS], tcp: self.link.len() };
+        let (link, tcp) = header.bytes.split_at_mut(self.link.len());
+        link.copy_from_slice(self.link);
+        let ip = &mut link[ETHERNET..];
+        if ip.len() == IPV6 {
+            ip[4..6].copy_from_slice(&(TCP as u16).to_be_bytes());
+        } else {
+            ip[2..4].copy_from_slice(&((IPV4 + TCP) as u16).to_be_bytes());
+            ip[10..12].fill(0);
+            let words = ip.chunks_exact(2).map(|word| u32::from(u16::from_be_bytes([word[0], word[1]])));
+            let sum: u32 = words.sum();
+            let sum = (sum & 0xffff) + (sum >> 16);
+            ip[10..12].copy_from_slice(&(!(((sum & 0xffff) + (sum >> 16)) as u16)).to_be_bytes());
+        }
+        let next =
+            word(self.tcp, 4).wrapping_add(self.payload as u32).wrapping_add(u32::from(self.tcp[13] & FIN));
+        let tcp = &mut tcp[..TCP];
+        tcp.copy_from_slice(self.tcp);
+        tcp[4..8].copy_from_slice(&next.to_be_bytes());
+        tcp[12] = (TCP as u8 / 4) << 4;
+        tcp[13] = ACK;
+        header
+    }
+}
+
 /// The name a peer's frames give a connection.
-pub fn name(remote: (&[u8; 16], u16), local: (&[u8; 16], u16)) -> Name {
+pub fn name(remote: IpEndpoint, local: IpEndpoint) -> Name {
+    let octets = |address: IpAddress| match address {
+        IpAddress::Ipv6(address) => address.octets(),
+        IpAddress::Ipv4(address) => address.to_ipv6_mapped().octets(),
+    };
     let mut name = [0; 36];
-    name[..16].copy_from_slice(remote.0);
-    name[16..32].copy_from_slice(local.0);
-    name[32..34].copy_from_slice(&remote.1.to_be_bytes());
-    name[34..].copy_from_slice(&local.1.to_be_bytes());
+    name[..16].copy_from_slice(&octets(remote.addr));
+    name[16..32].copy_from_slice(&octets(local.addr));
+    name[32..34].copy_from_slice(&remote.port.to_be_bytes());
+    name[34..].copy_from_slice(&local.port.to_be_bytes());
     name
 }
 
@@ -124,7 +194,7 @@ impl Device for Port {
         if let Some(header) = self.again.front().copied() {
             let sending = self.net.transmit(now)?;
             self.again.pop_front();
-            return Some((Received::made(&header), sending));
+            return Some((Received::made(header.frame()), sending));
         }
         if self.net.has_own() {
             return self.net.receive_own();

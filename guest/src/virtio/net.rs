@@ -37,6 +37,12 @@ const TRANSMIT: u16 = 64;
 const LOOPED: usize = 128;
 const ETHERNET: usize = 14;
 const IPV6: usize = 40;
+/// Bytes of an IPv4 header without options.
+const IPV4: usize = 20;
+/// Bytes of a TCP header without options.
+const TCP_HEADER: usize = 20;
+/// TCP's number in an IP header.
+const TCP: u8 = 6;
 
 /// The network device.
 pub struct Net {
@@ -178,22 +184,34 @@ fn fold(mut total: u64) -> u16 {
     total as u16
 }
 
-/// Sum of the TCP pseudo-header of an IPv6 frame (RFC 8200 §8.1), not folded.
-fn pseudo_header(frame: &[u8], length: usize) -> u64 {
-    sum(&frame[ETHERNET + 8..ETHERNET + IPV6], length as u64 + 6)
+/// Where TCP lies in a frame that has it directly behind an IP header, and how long it is by that header.
+fn tcp_of(frame: &[u8]) -> Option<(usize, usize)> {
+    let ip = frame.get(ETHERNET..)?;
+    let word = |at: usize| ip.get(at..at + 2).map(|word| usize::from(u16::from_be_bytes([word[0], word[1]])));
+    let (header, length) = match frame[12..ETHERNET] {
+        [0x86, 0xdd] if *ip.get(6)? == TCP => (IPV6, word(4)?),
+        // A fragment's checksum is the whole packet's.
+        [0x08, 0x00] if *ip.get(9)? == TCP && word(6)? & 0x3fff == 0 => {
+            let header = usize::from(ip[0] & 0xf) * 4;
+            (header, word(2)?.checked_sub(header)?)
+        }
+        _ => return None,
+    };
+    (length >= TCP_HEADER && ip.len() >= header + TCP_HEADER && header >= IPV4)
+        .then_some((ETHERNET + header, length))
 }
 
-/// TCP's bytes when the frame is TCP directly over IPv6.
-fn tcp_of(frame: &[u8]) -> Option<&[u8]> {
-    let is_tcp =
-        frame.len() >= ETHERNET + IPV6 + 20 && frame[12..14] == [0x86, 0xdd] && frame[ETHERNET + 6] == 6;
-    is_tcp.then(|| &frame[ETHERNET + IPV6..])
+/// Sum of TCP's pseudo-header (RFC 9293 §3.1, RFC 8200 §8.1), not folded, for TCP at `at` of `length` bytes.
+fn pseudo_header(frame: &[u8], at: usize, length: usize) -> u64 {
+    let addresses = if frame[12] == 0x86 { 32 } else { 8 };
+    let from = if frame[12] == 0x86 { at - addresses } else { ETHERNET + IPV4 - addresses };
+    sum(&frame[from..from + addresses], length as u64 + u64::from(TCP))
 }
 
 fn tcp_checksum_holds(frame: &[u8]) -> bool {
-    tcp_of(frame).is_none_or(|tcp| {
-        let length = usize::from(u16::from_be_bytes([frame[ETHERNET + 4], frame[ETHERNET + 5]]));
-        tcp.get(..length).is_some_and(|tcp| fold(sum(tcp, pseudo_header(frame, length))) == 0xffff)
+    tcp_of(frame).is_none_or(|(at, length)| {
+        let tcp = frame.get(at..at + length);
+        tcp.is_some_and(|tcp| fold(sum(tcp, pseudo_header(frame, at, length))) == 0xffff)
     })
 }
 
@@ -243,13 +261,11 @@ impl TxToken for Sending<'_> {
             net.free.push(index);
             return result;
         }
-        if tcp_of(&bytes[HEADER..]).is_some() {
-            let tcp = length - ETHERNET - IPV6;
-            let partial = fold(pseudo_header(&bytes[HEADER..], tcp)).to_be_bytes();
-            let at = HEADER + ETHERNET + IPV6;
-            bytes[at + 16..at + 18].copy_from_slice(&partial);
+        if let Some((at, tcp)) = tcp_of(&bytes[HEADER..]) {
+            let partial = fold(pseudo_header(&bytes[HEADER..], at, tcp)).to_be_bytes();
+            bytes[HEADER + at + 16..HEADER + at + 18].copy_from_slice(&partial);
             bytes[0] = NEEDS_CSUM;
-            bytes[6..8].copy_from_slice(&((ETHERNET + IPV6) as u16).to_le_bytes());
+            bytes[6..8].copy_from_slice(&(at as u16).to_le_bytes());
             bytes[8..10].copy_from_slice(&16u16.to_le_bytes());
         }
         let part = Part { address: buffer as u64, length: (HEADER + length) as u32, writable: false };

@@ -1,6 +1,6 @@
 //! What the API speaks, as JSON. Field names are the contract of `kage … -o json`.
 
-use std::net::{Ipv6Addr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use kage_machine::{
     HostName, Term, UserName,
@@ -105,6 +105,9 @@ pub struct ImageView {
     pub vid: Ipv6Addr,
     /// Its address: the same as the VID.
     pub address: Ipv6Addr,
+    /// Its IPv4 address, if it has one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ipv4: Option<Ipv4Addr>,
     /// Its owner.
     pub host: HostName,
     /// The owner's term.
@@ -151,6 +154,9 @@ pub struct LoginReply {
     pub vid: Ipv6Addr,
     /// Its address.
     pub address: Ipv6Addr,
+    /// Its IPv4 address, if it has one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ipv4: Option<Ipv4Addr>,
     /// Where it runs.
     pub host: HostName,
     /// What it is doing.
@@ -285,7 +291,7 @@ pub struct RoamRequest {
     pub ap: ApName,
     /// The device's address, where it has a route of its own.
     #[serde(default)]
-    pub device: Option<Ipv6Addr>,
+    pub device: Option<IpAddr>,
     /// The caller wants the move it starts to be over when it is answered.
     #[serde(default)]
     pub wait: bool,

@@ -1,6 +1,9 @@
 //! Networks in configuration.
 
-use std::{net::IpAddr, str::FromStr};
+use std::{
+    net::{IpAddr, Ipv4Addr},
+    str::FromStr,
+};
 
 use serde::{Deserialize, Deserializer, de};
 
@@ -42,5 +45,71 @@ impl FromStr for Subnet {
 impl<'de> Deserialize<'de> for Subnet {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         String::deserialize(deserializer)?.parse().map_err(de::Error::custom)
+    }
+}
+
+/// A network whose addresses are given to images.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Ipv4Pool {
+    address: Ipv4Addr,
+    length: u8,
+}
+
+impl Ipv4Pool {
+    /// Its first address.
+    #[must_use]
+    pub const fn address(self) -> Ipv4Addr {
+        self.address
+    }
+
+    /// Bits that its addresses have in common.
+    #[must_use]
+    pub const fn length(self) -> u8 {
+        self.length
+    }
+
+    /// Its addresses, without the first and the last, which old software takes for the network and for everybody.
+    pub fn hosts(self) -> impl Iterator<Item = Ipv4Addr> {
+        let first = u32::from(self.address);
+        let last = first | u32::MAX >> self.length;
+        (first + 1..last).map(Ipv4Addr::from)
+    }
+}
+
+impl FromStr for Ipv4Pool {
+    type Err = String;
+    fn from_str(text: &str) -> Result<Self, String> {
+        let cure = || format!("{text:?} is no IPv4 network for images; write it as 10.77.0.0/24, /8 to /30");
+        let (address, length) = text.split_once('/').ok_or_else(cure)?;
+        let address: Ipv4Addr = address.parse().map_err(|_| cure())?;
+        let length: u8 = length.parse().map_err(|_| cure())?;
+        if !(8..=30).contains(&length) || u32::from(address) & u32::MAX >> length != 0 {
+            return Err(cure());
+        }
+        if address.is_link_local() || address.is_loopback() || address.is_multicast() {
+            return Err(cure());
+        }
+        Ok(Self { address, length })
+    }
+}
+
+impl<'de> Deserialize<'de> for Ipv4Pool {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        String::deserialize(deserializer)?.parse().map_err(de::Error::custom)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_pool_gives_what_lies_between_its_ends() {
+        let pool: Ipv4Pool = "10.77.0.8/30".parse().unwrap();
+        let hosts: Vec<_> = pool.hosts().map(|address| address.to_string()).collect();
+        assert_eq!(hosts, ["10.77.0.9", "10.77.0.10"]);
+        for bad in ["10.77.0.1/24", "10.77.0.0/31", "10.0.0.0/7", "169.254.0.0/24", "10.77.0.0", "fd00::/8"] {
+            assert!(bad.parse::<Ipv4Pool>().is_err(), "{bad}");
+        }
     }
 }

@@ -146,7 +146,7 @@ impl Arriving {
     }
 
     fn route_here(&self) {
-        if let Err(reason) = self.daemon.routes.image(self.spec.vid, &Via::Tap) {
+        if let Err(reason) = self.daemon.routes.image(self.spec.addresses(), &Via::Tap) {
             tracing::error!(reason, user = %self.image.user, "the route to an arrived machine was not set");
         }
     }

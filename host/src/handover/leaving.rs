@@ -5,7 +5,8 @@ use std::{
     time::{Duration, Instant},
 };
 
-use kage_machine::{HostName, Machine, Term, Vid};
+use kage_directory::ImageRecord;
+use kage_machine::{HostName, Machine, Term};
 use kage_migrate::{
     Cause, Outcome, Report, Ticket,
     drive::{Control, source, source::SourceSide},
@@ -23,7 +24,7 @@ use crate::{
         types::{MigrateRequest, State},
     },
     lifecycle::{Daemon, Image, Slot, Status, blocking},
-    machines::Via,
+    machines::{Addresses, MachineSpec, Via},
     operations::Handle,
 };
 
@@ -36,7 +37,7 @@ pub struct Leaving {
     image: Arc<Image>,
     slot: OwnedMutexGuard<Slot>,
     target: HostName,
-    vid: Option<Vid>,
+    addresses: Option<Addresses>,
     progress: Option<Box<dyn Fn(&'static str) + Send>>,
 }
 
@@ -49,17 +50,18 @@ impl Leaving {
         progress: Option<Box<dyn Fn(&'static str) + Send>>,
     ) -> Self {
         let seen = daemon.seen.borrow().clone();
-        let vid = slot.spec.as_ref().map(|spec| spec.vid);
-        let vid = vid.or_else(|| seen.images.get(&image.user).map(|record| daemon.vid(record)));
-        if let Some(vid) = vid {
-            daemon.routes.hold(vid);
+        let of_record = |record: &ImageRecord| Addresses { vid: daemon.vid(record), ipv4: record.ipv4 };
+        let addresses = slot.spec.as_ref().map(MachineSpec::addresses);
+        let addresses = addresses.or_else(|| seen.images.get(&image.user).map(of_record));
+        if let Some(addresses) = addresses {
+            daemon.routes.hold(addresses.vid);
         }
         Self {
             daemon: daemon.clone(),
             image: image.clone(),
             slot,
             target: ticket.target.clone(),
-            vid,
+            addresses,
             progress,
         }
     }
@@ -90,7 +92,7 @@ impl Leaving {
                 status.note.clone_from(&report.reason);
             }),
         }
-        if let Some(vid) = self.vid {
+        if let Some(Addresses { vid, .. }) = self.addresses {
             let term = if report.outcome == Outcome::HandedOver { report.term } else { Term(0) };
             daemon.routes.let_go(vid, term);
         }
@@ -123,9 +125,9 @@ impl SourceSide for Leaving {
     }
 
     fn source_released(&mut self) {
-        let Some(vid) = self.vid else { return };
+        let Some(addresses) = self.addresses else { return };
         let begun = Instant::now();
-        let flipped = self.daemon.routes.image(vid, &Via::Host(self.target.clone()));
+        let flipped = self.daemon.routes.image(addresses, &Via::Host(self.target.clone()));
         self.daemon.metrics.observe("kage_route_switch_seconds", &[], begun.elapsed());
         if let Err(reason) = flipped {
             tracing::error!(reason, user = %self.image.user, "the route to the image's new host was not set");

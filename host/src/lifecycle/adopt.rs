@@ -309,7 +309,7 @@ impl Daemon {
                 Found::None | Found::Shell | Found::Running | Found::Released => {}
             }
             machine.relabel(&spec.label())?;
-            self.routes.image(spec.vid, &Via::Tap).map_err(ErrorBody::failed)?;
+            self.routes.image(spec.addresses(), &Via::Tap).map_err(ErrorBody::failed)?;
             Ok(spec)
         });
         match result {

@@ -1,6 +1,6 @@
 //! Follows the directory: routes, access points, this host's own record.
 
-use std::{collections::BTreeMap, net::Ipv6Addr, sync::Arc, time::Duration};
+use std::{collections::BTreeMap, net::IpAddr, sync::Arc, time::Duration};
 
 use kage_directory::{
     ApRecord, DeviceRecord, DirectoryError, HostRecord, ImageRecord, Mobility, Record, Records as _,
@@ -127,16 +127,16 @@ impl Daemon {
     /// When the directory does not answer.
     pub fn attach_device(
         &self,
-        address: Ipv6Addr,
+        address: IpAddr,
         user: &UserName,
         ap: &ApName,
         since_ms: u64,
     ) -> Result<bool, ErrorBody> {
-        if address.is_unspecified()
-            || address.is_multicast()
-            || address.is_loopback()
-            || address.is_unicast_link_local()
-        {
+        let on_link = match address {
+            IpAddr::V6(address) => address.is_unicast_link_local(),
+            IpAddr::V4(address) => address.is_link_local() || address.is_broadcast(),
+        };
+        if address.is_unspecified() || address.is_multicast() || address.is_loopback() || on_link {
             return Err(ErrorBody::bad_request(format!("{address} is no address of a device")));
         }
         let record = DeviceRecord { user: user.clone(), host: self.me.clone(), ap: ap.clone(), since_ms };

@@ -105,7 +105,7 @@ impl Daemon {
                             return Ok(Claimed::Elsewhere(host));
                         }
                     }
-                    let record = self.new_record(request, key.clone())?;
+                    let record = self.new_record(user, request, key.clone())?;
                     // Once the record is seen, the directory's view wants a route to a tap that is not there yet.
                     let vid = self.vid(&record);
                     self.routes.hold(vid);
@@ -146,7 +146,12 @@ impl Daemon {
         }
     }
 
-    fn new_record(&self, request: &LoginRequest, key: Option<String>) -> Result<ImageRecord, ErrorBody> {
+    fn new_record(
+        &self,
+        user: &UserName,
+        request: &LoginRequest,
+        key: Option<String>,
+    ) -> Result<ImageRecord, ErrorBody> {
         let image = request.image.clone().unwrap_or_else(|| self.config.image.default.clone());
         self.machines.check(&image).map_err(ErrorBody::failed)?;
         let mut seed = [0; 32];
@@ -167,7 +172,7 @@ impl Daemon {
             wanted: Wanted::Running,
             number: self.take_number()?,
             indices: ImageRecord::FIRST_INDICES,
-            ipv4: None,
+            ipv4: self.assign_ipv4(user, None)?,
             profile,
         })
     }
@@ -244,6 +249,7 @@ impl Daemon {
             user: user.clone(),
             vid,
             address: vid,
+            ipv4: record.ipv4,
             host: self.me.clone(),
             state: image.status().state,
             started_ms,
@@ -311,6 +317,10 @@ impl Daemon {
         record.term = record.term.next();
         record.wanted = Wanted::Running;
         record.renew_indices();
+        match self.assign_ipv4(&image.user, record.ipv4) {
+            Ok(ipv4) => record.ipv4 = ipv4,
+            Err(error) => tracing::warn!(user = %image.user, %error, "its IPv4 address stays as it is"),
+        }
         // Once the swap is seen, the directory's view wants a route to a tap that is not there yet.
         self.routes.hold(self.vid(&record));
         match self.swap(&image.user, revision, &record) {
@@ -350,13 +360,13 @@ impl Daemon {
     ) -> Result<(), ErrorBody> {
         let mut spec = self.spec(&image.user, record)?;
         spec.cold = cold;
-        let vid = spec.vid;
         let begun = Instant::now();
         slot.tap = None;
         let tap = self.fresh_tap(spec.number)?;
         slot.tap = tap.try_clone().ok();
         let tapped = begun.elapsed();
-        let machine = self.routes.image(vid, &Via::Tap).and_then(|()| self.machines.start(&spec, tap));
+        let machine =
+            self.routes.image(spec.addresses(), &Via::Tap).and_then(|()| self.machines.start(&spec, tap));
         self.install(image, slot, spec, machine.map_err(ErrorBody::failed)?);
         tracing::debug!(user = %image.user, ?tapped, up = ?begun.elapsed(), "brought up");
         Ok(())

@@ -2,7 +2,7 @@
 
 use std::{
     collections::HashMap,
-    net::{IpAddr, Ipv6Addr, SocketAddr},
+    net::{IpAddr, SocketAddr},
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -14,7 +14,7 @@ use serde_json::json;
 use tokio::net::UdpSocket;
 
 use super::{
-    radius::{Accounting, MAX_PACKET_BYTES, Packet, Status},
+    radius::{Accounting, DeviceAddresses, MAX_PACKET_BYTES, Packet, Status},
     sessions::{Consequence, Names, Sessions},
 };
 use crate::{
@@ -196,7 +196,7 @@ impl Daemon {
         self: &Arc<Self>,
         user: UserName,
         ap: ApName,
-        device: Option<Ipv6Addr>,
+        device: DeviceAddresses,
         at_ms: u64,
         first: bool,
     ) {
@@ -206,9 +206,7 @@ impl Daemon {
         let (daemon, name) = (self.clone(), user.clone());
         let known = blocking(move || Ok(!daemon.devices_of(&name)?.is_empty())).await.unwrap_or(true);
         let first = first && !known;
-        if let Some(address) = device
-            && mine
-        {
+        for address in device.iter().filter(|_| mine) {
             let (daemon, user, ap) = (self.clone(), user.clone(), ap.clone());
             match blocking(move || daemon.attach_device(address, &user, &ap, at_ms)).await {
                 Ok(true) => {}
@@ -239,7 +237,7 @@ impl Daemon {
         self: &Arc<Self>,
         user: &UserName,
         ap: &ApName,
-        device: Option<Ipv6Addr>,
+        device: DeviceAddresses,
         at_ms: u64,
     ) -> Result<RoamAction, ErrorBody> {
         let request = RoamRequest { user: user.clone(), ap: ap.clone(), device: None, wait: true };
@@ -260,7 +258,7 @@ impl Daemon {
                 return outcome.map(|reply| reply.action);
             }
             tokio::time::sleep(TRY_AGAIN).await;
-            if let Some(address) = device {
+            if let Some(address) = device.iter().next() {
                 let daemon = self.clone();
                 let seen = blocking(move || Ok(daemon.directory.read::<DeviceRecord>(&address)?)).await?;
                 if seen.is_some_and(|seen| seen.record.since_ms > at_ms) {
@@ -296,7 +294,7 @@ impl Daemon {
         }
     }
 
-    fn devices_of(&self, user: &UserName) -> Result<Vec<(Ipv6Addr, Versioned<DeviceRecord>)>, ErrorBody> {
+    fn devices_of(&self, user: &UserName) -> Result<Vec<(IpAddr, Versioned<DeviceRecord>)>, ErrorBody> {
         let (mut devices, _) = self.directory.read_all::<DeviceRecord>()?;
         devices.retain(|(_, device)| device.record.user == *user);
         Ok(devices)

@@ -11,7 +11,7 @@
 //! Deliberately not here: sockets, retransmission and what a report means (sessions, roaming decisions).
 //! Message-Authenticator is not checked: RFC 2866's request authenticator already covers the whole packet.
 
-use std::net::Ipv6Addr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use md5::{Digest, Md5};
 
@@ -38,6 +38,8 @@ pub mod attribute {
     pub const NAS_IP_ADDRESS: u8 = 4;
     /// Class (RFC 2865 §5.25).
     pub const CLASS: u8 = 25;
+    /// Framed-IP-Address.
+    pub const FRAMED_IP_ADDRESS: u8 = 8;
     /// Called-Station-Id (RFC 2865 §5.30).
     pub const CALLED_STATION_ID: u8 = 30;
     /// Calling-Station-Id (RFC 2865 §5.31).
@@ -246,6 +248,28 @@ impl Status {
     }
 }
 
+/// Addresses of a device.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct DeviceAddresses {
+    /// Its IPv6 address.
+    pub ipv6: Option<Ipv6Addr>,
+    /// Its IPv4 address.
+    pub ipv4: Option<Ipv4Addr>,
+}
+
+impl DeviceAddresses {
+    /// Those known, IPv6 first.
+    pub fn iter(self) -> impl Iterator<Item = IpAddr> {
+        self.ipv6.map(IpAddr::V6).into_iter().chain(self.ipv4.map(IpAddr::V4))
+    }
+
+    /// These, and those of `other` where these are not known.
+    #[must_use]
+    pub fn or(self, other: Self) -> Self {
+        Self { ipv6: self.ipv6.or(other.ipv6), ipv4: self.ipv4.or(other.ipv4) }
+    }
+}
+
 /// The attributes of one Accounting-Request that Kage understands; where one is repeated the first counts.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Accounting {
@@ -273,6 +297,8 @@ pub struct Accounting {
     pub delay_seconds: Option<u32>,
     /// Framed-IPv6-Address: the device's address.
     pub framed_ipv6_address: Option<Ipv6Addr>,
+    /// Framed-IP-Address: the device's IPv4 address.
+    pub framed_ip_address: Option<Ipv4Addr>,
 }
 
 impl Accounting {
@@ -292,7 +318,14 @@ impl Accounting {
             event_timestamp: None,
             delay_seconds: None,
             framed_ipv6_address: None,
+            framed_ip_address: None,
         }
+    }
+
+    /// The device's addresses, as far as they are told.
+    #[must_use]
+    pub fn device(&self) -> DeviceAddresses {
+        DeviceAddresses { ipv6: self.framed_ipv6_address, ipv4: self.framed_ip_address }
     }
 
     /// Reads a report. Check [`Packet::is_request_of`] first.
@@ -325,6 +358,7 @@ impl Accounting {
             event_timestamp: number(packet, attribute::EVENT_TIMESTAMP)?,
             delay_seconds: number(packet, attribute::ACCT_DELAY_TIME)?,
             framed_ipv6_address,
+            framed_ip_address: number(packet, attribute::FRAMED_IP_ADDRESS)?.map(Ipv4Addr::from),
         })
     }
 
@@ -339,6 +373,7 @@ impl Accounting {
         let timestamp = self.event_timestamp.map(u32::to_be_bytes);
         let delay = self.delay_seconds.map(u32::to_be_bytes);
         let address = self.framed_ipv6_address.map(|address| address.octets());
+        let ipv4 = self.framed_ip_address.map(|address| address.octets());
         for (kind, value) in [
             (attribute::ACCT_STATUS_TYPE, Some(&status[..])),
             (attribute::USER_NAME, self.user_name.as_deref().map(str::as_bytes)),
@@ -352,6 +387,7 @@ impl Accounting {
             (attribute::EVENT_TIMESTAMP, timestamp.as_ref().map(|octets| &octets[..])),
             (attribute::ACCT_DELAY_TIME, delay.as_ref().map(|octets| &octets[..])),
             (attribute::FRAMED_IPV6_ADDRESS, address.as_ref().map(|octets| &octets[..])),
+            (attribute::FRAMED_IP_ADDRESS, ipv4.as_ref().map(|octets| &octets[..])),
         ] {
             let Some(value) = value else { continue };
             if value.len() > MAX_VALUE_BYTES || bytes.len() + 2 + value.len() > MAX_PACKET_BYTES {

@@ -15,13 +15,12 @@
 
 use std::{
     collections::BTreeMap,
-    net::Ipv6Addr,
     time::{Duration, Instant},
 };
 
 use kage_machine::{UserName, identity::ApName};
 
-use super::radius::{Accounting, Status};
+use super::radius::{Accounting, DeviceAddresses, Status};
 
 /// How old a report's time may be for the report to count as fresh.
 const FRESH_MS: u64 = 3_000;
@@ -47,8 +46,8 @@ pub enum Consequence {
         user: UserName,
         /// Where.
         ap: ApName,
-        /// The device's address, if it was told.
-        device: Option<Ipv6Addr>,
+        /// The device's addresses, as far as they were told.
+        device: DeviceAddresses,
         /// When, in milliseconds since 1970.
         at_ms: u64,
         /// Whether this begins the user's first session.
@@ -98,16 +97,12 @@ impl Ignored {
 struct Fingerprint {
     session: Option<String>,
     at: Option<u32>,
-    device: Option<Ipv6Addr>,
+    device: DeviceAddresses,
 }
 
 impl Fingerprint {
     fn of(report: &Accounting) -> Self {
-        Self {
-            session: report.session_id.clone(),
-            at: report.event_timestamp,
-            device: report.framed_ipv6_address,
-        }
+        Self { session: report.session_id.clone(), at: report.event_timestamp, device: report.device() }
     }
 }
 
@@ -115,7 +110,7 @@ impl Fingerprint {
 struct Session {
     report: Fingerprint,
     ap: ApName,
-    device: Option<Ipv6Addr>,
+    device: DeviceAddresses,
     at_ms: u64,
     /// Set by a Stop: when the grace time is over.
     leaving: Option<Instant>,
@@ -205,7 +200,7 @@ impl Sessions {
                 return Err(if known.ap == ap { Ignored::Duplicate } else { Ignored::NotCurrent });
             }
         }
-        let device = report.framed_ipv6_address.or_else(|| known.and_then(|known| known.device));
+        let device = report.device().or(known.map(|known| known.device).unwrap_or_default());
         // An interim report speaks of a session that stands: it may be new here, but nobody logs in by it.
         let first = report.status == Status::Start && !self.sessions.keys().any(|(user, _)| *user == key.0);
         if self.sessions.len() >= MAX_SESSIONS && known.is_none() {

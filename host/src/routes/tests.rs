@@ -83,6 +83,23 @@ fn only_differences_are_applied_and_failures_are_tried_again() {
 }
 
 #[test]
+fn an_ipv4_address_goes_where_its_image_goes() {
+    let net = FakeNet::default();
+    let mut records = records();
+    let alice = "alice".parse().unwrap();
+    let set = |records: &mut Records, ipv4: Option<&str>| {
+        records.images.get_mut(&alice).unwrap().ipv4 = ipv4.map(|address| address.parse().unwrap());
+        desired(records, &host("a"), prefix())
+    };
+    let have = apply(&net, &Table::default(), &set(&mut records, Some("10.77.0.5")), &Held::new());
+    assert!(net.calls().iter().any(|call| call.contains("10.77.0.5 Tap")), "{:?}", net.calls());
+    let before = net.calls().len();
+    apply(&net, &have, &set(&mut records, None), &Held::new());
+    let calls = net.calls().split_off(before);
+    assert!(calls[0].starts_with("forget_image") && calls[1].ends_with("1 Tap"), "{calls:?}");
+}
+
+#[test]
 fn a_held_route_is_left_to_the_lifecycle() {
     let net = Arc::new(FakeNet::default());
     let keeper = Keeper::new(net.clone(), prefix());
@@ -90,7 +107,7 @@ fn a_held_route_is_left_to_the_lifecycle() {
     let mut records = records();
     keeper.follow(desired(&records, &host("a"), prefix()));
     keeper.hold(vid);
-    keeper.image(vid, &Via::Host(host("b"))).unwrap();
+    keeper.image(Addresses { vid, ipv4: None }, &Via::Host(host("b"))).unwrap();
     let calls = net.calls().len();
     keeper.follow(desired(&records, &host("a"), prefix()));
     assert_eq!(net.calls().len(), calls);

@@ -119,6 +119,7 @@ pub async fn show(client: Client, user: UserName, output: Output) -> Result<(), 
         let mut lines = vec![
             format!("user      {}", view.user),
             format!("address   {}", view.address),
+            format!("ipv4      {}", view.ipv4.map_or_else(|| "-".into(), |address| address.to_string())),
             format!("host      {}", view.host),
             format!("term      {}", view.term.0),
             format!("state     {}", view.state.name()),

@@ -2,7 +2,7 @@
 
 use std::{
     fs,
-    net::{SocketAddr, SocketAddrV6, UdpSocket},
+    net::{Ipv4Addr, SocketAddr, SocketAddrV6, UdpSocket},
     thread,
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
@@ -14,7 +14,7 @@ use super::{
     TestbedError,
     layout::{DeviceLayout, HostLayout, Layout, RADIUS_PORT},
     namespace,
-    network::ip,
+    network::{ip, run},
     site,
     state::{Attachment, Lock, State},
 };
@@ -68,7 +68,7 @@ pub fn attach_all(layout: &Layout, state: &mut State, report: bool) -> Result<()
         attach(layout, state, device, host)?;
         if report {
             let session = next_session(layout, state)?;
-            account(layout, device, host, session, Status::InterimUpdate)?;
+            account(layout, device, host, session, Status::InterimUpdate, state.ipv4)?;
         }
     }
     Ok(())
@@ -78,14 +78,15 @@ pub fn attach_all(layout: &Layout, state: &mut State, report: bool) -> Result<()
 pub fn move_device(layout: &Layout, device: &str, ap: &str, silent: bool) -> Result<Moved, TestbedError> {
     let (device, host) = (layout.device(device)?, layout.host_of_ap(ap)?);
     let start = Instant::now();
-    let (old, session) = {
+    let (old, session, ipv4) = {
         let _lock = Lock::wait(&layout.dir)?;
         let mut state = current(layout)?;
         let old = attach(layout, &mut state, device, host)?;
-        (old, next_session(layout, &mut state)?)
+        (old, next_session(layout, &mut state)?, state.ipv4)
     };
     let link_ms = milliseconds(start.elapsed());
-    let accounting = if silent { None } else { Some(account(layout, device, host, session, Status::Start)?) };
+    let accounting =
+        if silent { None } else { Some(account(layout, device, host, session, Status::Start, ipv4)?) };
     let (frames_by_old_link, old_link_ms) = match &old {
         Some(old) => leave(device, old)?,
         None => (0, 0.0),
@@ -105,13 +106,13 @@ pub fn move_device(layout: &Layout, device: &str, ap: &str, silent: bool) -> Res
 /// Reports on a device where it is.
 pub fn account_now(layout: &Layout, device: &str, status: Status) -> Result<Accounted, TestbedError> {
     let device = layout.device(device)?;
-    let (ap, session) = {
+    let (ap, session, ipv4) = {
         let _lock = Lock::wait(&layout.dir)?;
         let mut state = current(layout)?;
         let ap = state.devices.get(&device.name).map(|at| at.ap.clone()).unwrap_or_default();
-        (ap, next_session(layout, &mut state)?)
+        (ap, next_session(layout, &mut state)?, state.ipv4)
     };
-    account(layout, device, layout.host_of_ap(&ap)?, session, status)
+    account(layout, device, layout.host_of_ap(&ap)?, session, status, ipv4)
 }
 
 fn current(layout: &Layout) -> Result<State, TestbedError> {
@@ -157,6 +158,18 @@ fn attach(
             &format!("route replace default via fe80::1 dev {inside}"),
         ],
     )?;
+    if state.ipv4 {
+        let (ipv4, gateway) = (device.ipv4, Ipv4Addr::from(kage_abi::GATEWAY_V4));
+        let words = |line: String| line.split(' ').map(ToOwned::to_owned).collect::<Vec<_>>();
+        for line in [
+            format!("-n {netns} addr add {ipv4}/32 dev {inside}"),
+            format!("-n {netns} neigh replace {gateway} lladdr {gateway_mac} nud reachable dev {inside}"),
+            format!("-n {netns} route replace default via {gateway} dev {inside} onlink"),
+        ] {
+            let words = words(line);
+            run("ip", &words.iter().map(String::as_str).collect::<Vec<_>>())?;
+        }
+    }
     state.devices.insert(device.name.clone(), Attachment { ap: host.ap.to_string(), link });
     state.write(&layout.dir)?;
     Ok(old)
@@ -196,6 +209,7 @@ fn account(
     host: &HostLayout,
     session: u32,
     status: Status,
+    ipv4: bool,
 ) -> Result<Accounted, TestbedError> {
     let secret = site::secret(layout)?;
     let station = mac_text(device.mac, '-').to_uppercase();
@@ -209,6 +223,7 @@ fn account(
         session_id: Some(session_id.clone()),
         event_timestamp: u32::try_from(now).ok(),
         framed_ipv6_address: Some(device.address),
+        framed_ip_address: ipv4.then_some(device.ipv4),
         ..Accounting::new(status)
     };
     let request = report.encode(session as u8, secret.as_bytes())?;

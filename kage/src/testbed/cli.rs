@@ -31,6 +31,9 @@ pub enum TestbedCommand {
         /// MTU of the links between hosts
         #[arg(long, default_value_t = 1500, value_name = "BYTES")]
         mtu: u32,
+        /// Give images and devices IPv4 addresses too: 10.77.0.0/24 and 10.78.0.0/24
+        #[arg(long)]
+        ipv4: bool,
         /// Memory of new images
         #[arg(long, value_name = "SIZE")]
         image_memory: Option<Size>,
@@ -106,7 +109,7 @@ fn parse_share(text: &str) -> Result<u32, String> {
 /// [`TestbedError`], whose [`exit_code`](TestbedError::exit_code) the command ends with.
 pub fn run(command: TestbedCommand, json: bool, quiet: bool) -> Result<(), TestbedError> {
     match command {
-        TestbedCommand::Up { hosts, devices, link, delay, loss, mtu, image_memory, place } => {
+        TestbedCommand::Up { hosts, devices, link, delay, loss, mtu, ipv4, image_memory, place } => {
             let binary = std::env::current_exe()
                 .map_err(|source| TestbedError::System { doing: "finding this program", source })?;
             let delay = delay.map_or(Duration::ZERO, Span::duration);
@@ -116,6 +119,7 @@ pub fn run(command: TestbedCommand, json: bool, quiet: bool) -> Result<(), Testb
                 devices,
                 link,
                 mtu,
+                ipv4,
                 image_memory,
                 ..TestbedSpec::new(place.dir, binary)
             };

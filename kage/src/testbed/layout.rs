@@ -1,7 +1,7 @@
 //! What a testbed consists of: names, addresses and paths. Pure, apart from finding the directory.
 
 use std::{
-    net::{Ipv6Addr, SocketAddr, SocketAddrV6},
+    net::{Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV6},
     path::{Path, PathBuf},
     time::Duration,
 };
@@ -17,6 +17,8 @@ pub const PREFIX: &str = "fd4b:6167:6500::/48";
 const UNDERLAY: [u16; 4] = [0xfd4b, 0x6167, 0x6501, 0];
 /// First half of the devices' addresses.
 const DEVICES: [u16; 4] = [0xfd4b, 0x6167, 0x65ff, 0];
+/// Where images' IPv4 addresses come from.
+pub const IPV4_POOL: &str = "10.77.0.0/24";
 /// Where daemons meet.
 pub const PEER_PORT: u16 = 7701;
 /// Where daemons take accounting.
@@ -54,6 +56,8 @@ pub struct TestbedSpec {
     pub mtu: u32,
     /// Memory of images; the daemon's default if `None`.
     pub image_memory: Option<Size>,
+    /// Whether images and devices have IPv4 addresses.
+    pub ipv4: bool,
     /// The program that is the daemon (`kage`).
     pub binary: PathBuf,
     /// Whether to start daemons: without, it is a network only.
@@ -71,6 +75,7 @@ impl TestbedSpec {
             link: LinkShape::default(),
             mtu: 1500,
             image_memory: None,
+            ipv4: false,
             binary: binary.into(),
             daemons: true,
         }
@@ -103,6 +108,8 @@ pub struct DeviceLayout {
     pub netns: String,
     /// Its address, the same everywhere.
     pub address: Ipv6Addr,
+    /// Its IPv4 address, in a testbed that has them.
+    pub ipv4: Ipv4Addr,
     /// Whose it is.
     pub user: UserName,
     /// Its MAC address, the same everywhere.
@@ -178,6 +185,7 @@ impl Layout {
                     number,
                     netns: format!("kage-{id}-d{number}"),
                     address: address(DEVICES, number),
+                    ipv4: Ipv4Addr::new(10, 78, 0, number as u8),
                     user: user.parse().map_err(named)?,
                     mac: [0x02, 0x6b, 0x61, 0x64, high, low],
                 })

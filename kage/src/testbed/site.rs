@@ -6,7 +6,7 @@ use kage_host::{config::Config, init};
 
 use super::{
     TestbedError, TestbedSpec,
-    layout::{HostLayout, Layout, PREFIX, RADIUS_PORT},
+    layout::{HostLayout, IPV4_POOL, Layout, PREFIX, RADIUS_PORT},
 };
 
 /// Writes everything daemons read at start.
@@ -42,6 +42,7 @@ fn config(layout: &Layout, spec: &TestbedSpec, host: &HostLayout) -> Result<Stri
     let first = layout.hosts.first().ok_or(TestbedError::NoHosts)?;
     let (name, site, dir) = (&host.name, layout.site(), layout.host_dir(&host.name));
     let memory = spec.image_memory.map(|size| format!("memory = \"{size}\"\n")).unwrap_or_default();
+    let ipv4 = if spec.ipv4 { format!("ipv4 = \"{IPV4_POOL}\"\n") } else { String::new() };
     let mut text = format!(
         r#"[host]
 name = "{name}"
@@ -60,7 +61,7 @@ endpoints = ["{first}"]
 [network]
 prefix = "{PREFIX}"
 underlay = "eth0"
-
+{ipv4}
 [image]
 {memory}operator_key_file = "{site}/operator.pub"
 

@@ -4,7 +4,7 @@ use std::{
     collections::BTreeMap,
     fs::{self, File},
     io,
-    net::Ipv6Addr,
+    net::{Ipv4Addr, Ipv6Addr},
     path::{Path, PathBuf},
 };
 
@@ -39,6 +39,9 @@ pub struct State {
     device_count: u16,
     /// MTU of devices and access points.
     pub access_mtu: u32,
+    /// Whether images and devices have IPv4 addresses.
+    #[serde(default)]
+    pub ipv4: bool,
 }
 
 /// Where a device is.
@@ -63,6 +66,7 @@ impl State {
             sessions: 0,
             device_count: layout.devices.len() as u16,
             access_mtu: spec.mtu.saturating_sub(kage_fabric::TUNNEL_BYTES),
+            ipv4: spec.ipv4,
         }
     }
 
@@ -204,6 +208,9 @@ pub struct DeviceStatus {
     pub netns: String,
     /// Its address.
     pub address: Ipv6Addr,
+    /// Its IPv4 address, if it has one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ipv4: Option<Ipv4Addr>,
     /// The access point where it is.
     pub ap: String,
 }
@@ -230,6 +237,7 @@ impl Status {
             name: device.name.clone(),
             netns: device.netns.clone(),
             address: device.address,
+            ipv4: state.ipv4.then_some(device.ipv4),
             ap: state.devices.get(&device.name).map(|at| at.ap.clone()).unwrap_or_default(),
         });
         Self {

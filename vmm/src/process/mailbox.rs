@@ -99,6 +99,7 @@ impl Machine {
         put(std::mem::offset_of!(Config, user), user);
         put(std::mem::offset_of!(Config, host_key_seed), &identity.host_key_seed);
         put(std::mem::offset_of!(Config, authorized_keys), keys);
+        put(std::mem::offset_of!(Config, ipv4), &identity.ipv4.unwrap_or_default());
         self.memory
             .write_slice(&bytes, GuestAddress(abi::MEMORY + offset::CONFIG))
             .map_err(|error| format!("config: {error}"))?;

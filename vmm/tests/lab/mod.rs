@@ -65,6 +65,8 @@ impl Lab {
             underlay_address: "fd00:6b::1".parse().unwrap(),
             vxlan_id: 7,
             vxlan_port: 4789,
+            ipv4: true,
+            ipv4_pool: None,
         })
         .unwrap();
         fabric.setup().unwrap();
@@ -110,6 +112,7 @@ impl Lab {
             user: "alice".into(),
             address: self.vid.address().octets(),
             prefix_length: Vid::IMAGE_PREFIX_LENGTH,
+            ipv4: None,
             mtu: self.fabric.guest_mtu() as u16,
             host_key_seed,
             authorized_keys,

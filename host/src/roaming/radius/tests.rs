@@ -19,6 +19,7 @@ fn report() -> Accounting {
         event_timestamp: Some(1_700_000_000),
         delay_seconds: Some(0),
         framed_ipv6_address: Some("fd4b:6167:65ff::1".parse().unwrap()),
+        framed_ip_address: Some("10.78.0.1".parse().unwrap()),
         ..Accounting::new(Status::Start)
     }
 }
