@@ -35,7 +35,8 @@ const KEPT: usize = 4;
 const MAGIC: &[u8; 4] = b"\0asm";
 /// Where a command starts.
 const START: &str = "_start";
-/// Kernel's heap that loading must leave.
+/// Kernel's heap that loading must leave. What the engine keeps of a module is less than its code, as a rule, and
+/// at most about twice that.
 const LEFT: usize = heap::RESERVE / 2;
 
 /// Why a program cannot be run.
@@ -77,7 +78,7 @@ pub struct Program {
 
 impl Program {
     fn new(code: NonNull<[u8]>, held: Option<Compiled>) -> Result<Self, LoadError> {
-        if memory::heap_free_bytes() < LEFT + code.len() / 4 {
+        if memory::heap_free_bytes() < LEFT + code.len() {
             return Err(LoadError::NoMemory);
         }
         // SAFETY: the bytes come from the compiler that belongs to this engine, by the image or by the host, and

@@ -12,8 +12,8 @@ use wasmtime::{Error, LinearMemory, MemoryCreator, MemoryType, ResourceLimiter};
 
 use super::fiber;
 use crate::{
-    executor,
-    memory::{Access, Kind, OutOfMemory, PAGE, Window},
+    executor, heap,
+    memory::{self, Access, Kind, OutOfMemory, PAGE, Window},
 };
 
 /// Pages mapped in one go.
@@ -22,6 +22,8 @@ const PIECE: usize = 128;
 const PAGE_COST: u64 = 400;
 /// Elements of all tables of a process, a word each in the kernel's heap.
 const TABLE_ELEMENTS: usize = 256 << 10;
+/// Kernel's heap that tables leave.
+const LEFT: usize = heap::RESERVE / 2;
 /// Tables of a process.
 const TABLES: usize = 16;
 
@@ -87,6 +89,7 @@ impl ResourceLimiter for Limits {
     fn table_growing(&mut self, current: usize, desired: usize, _: Option<usize>) -> Result<bool, Error> {
         let more = desired.saturating_sub(current);
         let fits = self.elements.checked_add(more).is_some_and(|total| total <= TABLE_ELEMENTS)
+            && memory::heap_free_bytes() >= LEFT + more.saturating_mul(size_of::<usize>()) * 2
             && self.take(more.saturating_mul(size_of::<usize>()));
         if fits {
             self.elements += more;
@@ -143,7 +146,7 @@ impl Memory {
         while self.window.mapped_pages() < pages {
             let first = self.window.mapped_pages();
             let piece = PIECE.min(pages - first);
-            if crate::memory::free_frames() < pages - first {
+            if memory::free_frames() < pages - first {
                 return Err(OutOfMemory);
             }
             self.window.map(first, piece, Access::ReadWrite)?;

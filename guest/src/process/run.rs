@@ -19,10 +19,13 @@ use super::{
     fiber::{self, Pause},
     table, wasi,
 };
-use crate::{executor, memory, shell::stdio::Output, time, vid};
+use crate::{executor, heap, memory, shell::stdio::Output, time, vid};
 
 /// Memory that a new process leaves to others: connections, files, the shell that ends it.
 const LEFT_PAGES: usize = (1 << 20) / memory::PAGE;
+
+/// Kernel's heap that it leaves.
+const LEFT_HEAP: usize = heap::RESERVE / 2;
 
 /// What task and fiber share. The task owns it, and the fiber's code only ever runs while the task resumes it.
 struct Job {
@@ -100,7 +103,7 @@ pub fn spawn(program: Rc<Program>, spec: Spec) -> Result<Rc<Process>, SpawnError
     if memory::free_frames() < wanted {
         code::forget_unused();
     }
-    if memory::free_frames() < wanted {
+    if memory::free_frames() < wanted || memory::heap_free_bytes() < LEFT_HEAP {
         return Err(SpawnError::NoMemory);
     }
     let pid = table::next_pid()?;
