@@ -432,7 +432,7 @@ fn doors_stay_close_under_every_load() {
                 "{name}: {took:?} ({:.1} MB/s), {beats} beats, longest {longest:?}, stall {stall:?}",
                 megabytes / took.as_secs_f64()
             );
-            assert!(beats > 100, "{name}: {beats} beats");
+            assert!(beats > 50, "{name}: {beats} beats");
             // A loaded host takes the processor away for several milliseconds; the guest itself keeps to one.
             assert!(longest < Duration::from_millis(100), "{name}: {longest:?}");
         };
