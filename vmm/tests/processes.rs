@@ -109,6 +109,25 @@ const WORK: &str = r#"(module
       (local.set $x (i64.add (local.get $x) (i64.load (local.get $at))))
       (i64.store (local.get $at) (local.get $x))
       (br_if $step (local.tee $n (i32.sub (local.get $n) (i32.const 1)))))
+    DIGITS))"#;
+
+/// Steps of the logistic map in both lanes of a vector; prints them mixed.
+const FLOAT: &str = r#"(module
+  (import "wasi_snapshot_preview1" "fd_write" (func $write (param i32 i32 i32 i32) (result i32)))
+  (memory (export "memory") 1)
+  (data (i32.const 0) "\10\00\00\00\11\00\00\00")
+  (func (export "_start") (local $v v128) (local $x i64) (local $n i32) (local $at i32)
+    (local.set $v (v128.const f64x2 0.25 0.375))
+    (local.set $n (i32.const STEPS))
+    (loop $step
+      (local.set $v (f64x2.mul (f64x2.mul (local.get $v) (v128.const f64x2 3.75 3.875))
+        (f64x2.sub (v128.const f64x2 1 1) (local.get $v))))
+      (br_if $step (local.tee $n (i32.sub (local.get $n) (i32.const 1)))))
+    (local.set $x (i64.xor (i64x2.extract_lane 0 (local.get $v)) (i64x2.extract_lane 1 (local.get $v))))
+    DIGITS))"#;
+
+/// Prints `$x`.
+const DIGITS: &str = r#"
     (local.set $n (i32.const 15))
     (loop $digit
       (local.set $at (i32.wrap_i64 (i64.and (local.get $x) (i64.const 15))))
@@ -117,7 +136,23 @@ const WORK: &str = r#"(module
       (local.set $x (i64.shr_u (local.get $x) (i64.const 4)))
       (br_if $digit (i32.ge_s (local.tee $n (i32.sub (local.get $n) (i32.const 1))) (i32.const 0))))
     (i32.store8 (i32.const 32) (i32.const 10))
-    (drop (call $write (i32.const 1) (i32.const 0) (i32.const 1) (i32.const 8)))))"#;
+    (drop (call $write (i32.const 1) (i32.const 0) (i32.const 1) (i32.const 8)))"#;
+
+/// A program of so many steps.
+fn steps(text: &str, steps: u32) -> String {
+    text.replace("DIGITS", DIGITS).replace("STEPS", &steps.to_string())
+}
+
+/// What [`FLOAT`] prints.
+fn float(steps: u32) -> String {
+    let mut lanes = [(0.25_f64, 3.75_f64), (0.375, 3.875)];
+    for _ in 0..steps {
+        for (x, r) in &mut lanes {
+            *x = *x * *r * (1.0 - *x);
+        }
+    }
+    format!("{:016x}\n", lanes[0].0.to_bits() ^ lanes[1].0.to_bits())
+}
 
 /// What [`WORK`] prints.
 fn work(steps: u32) -> String {
@@ -199,7 +234,7 @@ fn a_trap_ends_its_process_alone_and_says_why() {
             ("(call $start) (i32.store (i32.const 0) (i32.const 1))", "call stack exhausted"),
             ("(drop (i32.trunc_f32_s (f32.const nan)))", "invalid conversion to integer"),
         ];
-        put(&desk, "work", &WORK.replace("STEPS", "60000000"));
+        put(&desk, "work", &steps(WORK, 60_000_000));
         let mut worker = desk.ssh(&[]).args(["--", "./work"]).stdout(Stdio::piped()).spawn().unwrap();
         for (index, (text, reason)) in traps.iter().enumerate() {
             let name = format!("t{index}.wasm");
@@ -325,7 +360,7 @@ fn programs_run_at_the_machines_speed() {
     Lab::run(|lab| {
         serve_compiles();
         let desk = Desk::new(lab);
-        put(&desk, "work", &WORK.replace("STEPS", "100000000"));
+        put(&desk, "work", &steps(WORK, 100_000_000));
         let started = Instant::now();
         let expected = work(100_000_000);
         let native = started.elapsed();
@@ -351,7 +386,9 @@ fn a_process_does_not_notice_a_move() {
     Lab::run(|lab| {
         serve_compiles();
         let mut desk = Desk::new(lab);
-        put(&desk, "work", &WORK.replace("STEPS", "400000000"));
+        put(&desk, "work", &steps(WORK, 400_000_000));
+        put(&desk, "float", &steps(FLOAT, 300_000_000));
+        let mut other = desk.ssh(&[]).args(["--", "./float"]).stdout(Stdio::piped()).spawn().unwrap();
         let mut worker = desk.ssh(&[]).args(["--", "./work"]).stdout(Stdio::piped()).spawn().unwrap();
         std::thread::sleep(Duration::from_millis(300));
         for _ in 0..5 {
@@ -365,6 +402,9 @@ fn a_process_does_not_notice_a_move() {
         worker.stdout.take().unwrap().read_to_string(&mut text).unwrap();
         assert_eq!(text, work(400_000_000));
         assert!(worker.wait().unwrap().success());
+        text.clear();
+        other.stdout.take().unwrap().read_to_string(&mut text).unwrap();
+        assert_eq!(text, float(300_000_000));
         // And one that is started where the machine is now.
         put(&desk, "hello", HELLO);
         assert_eq!(desk.exec("hello").stdout, b"hello\n");
@@ -502,6 +542,42 @@ fn one_that_waits_is_killed_too_and_time_has_a_limit() {
         let said = String::from_utf8_lossy(&output.stderr);
         assert_eq!((output.status.code(), &*said), (Some(152), "./loop: has run for as long as it may\n"));
         assert_eq!(desk.say("./read < /etc/hostname"), "kage\n");
+        assert_eq!(desk.say("ps").lines().count(), 1);
+    });
+}
+
+#[test]
+fn nothing_is_left_of_processes_that_ended() {
+    Lab::run(|lab| {
+        serve_compiles();
+        let desk = Desk::new(lab);
+        put(&desk, "hello", HELLO);
+        put(&desk, "loop", LOOP);
+        put(&desk, "read", READ);
+        put(&desk, "trap", &body("(i32.store (i32.const 65536) (i32.const 1))"));
+        let lines = "hello; ./trap; ./loop & ./loop & sleep 0.003; kill -9 %1; kill %2; wait; ./read | ./loop & sleep 0.002; kill %1; wait\n";
+        let script = |count: usize| {
+            let mut child = desk
+                .ssh(&["-T"])
+                .stdin(Stdio::piped())
+                .stdout(Stdio::null())
+                .stderr(Stdio::null())
+                .spawn()
+                .unwrap();
+            child.stdin.take().unwrap().write_all(lines.repeat(count).as_bytes()).unwrap();
+            child.wait().unwrap();
+            // What the session itself held goes with its connection.
+            std::thread::sleep(Duration::from_millis(300));
+            let text = desk.say("free");
+            let used = text.lines().find_map(|line| line.strip_prefix("used ")).unwrap();
+            used.trim().parse::<i64>().unwrap()
+        };
+        // The first rounds fill what is kept for reuse.
+        script(20);
+        let before = script(20);
+        let after = script(150);
+        eprintln!("used after 240 processes {before}, after 1,300 {after}");
+        assert!((after - before).abs() < 256 << 10, "{before}, then {after}");
         assert_eq!(desk.say("ps").lines().count(), 1);
     });
 }
