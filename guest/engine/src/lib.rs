@@ -12,7 +12,7 @@
 //! memories (a machine has one vCPU), 64-bit and several memories (they need bounds checks, or more address space).
 #![no_std]
 
-use wasmtime::{Config, Error, ModuleVersionStrategy};
+use wasmtime::{Config, Error, ModuleVersionStrategy, WasmFeatures};
 
 /// What compiled code is made for; goes into it, and code that names another is refused. Changes with every setting
 /// in this crate and with wasmtime.
@@ -73,33 +73,25 @@ pub fn configure(config: &mut Config) -> Result<(), Error> {
         .relaxed_simd_deterministic(true)
         .max_wasm_stack(WASM_STACK);
     // Whatever the crate's features in this build would have made of them.
-    use wasmtime::WasmFeatures as Wasm;
-    for (feature, enabled) in [
-        (Wasm::BULK_MEMORY, true),
-        (Wasm::EXTENDED_CONST, true),
-        (Wasm::MULTI_VALUE, true),
-        (Wasm::REFERENCE_TYPES, true),
-        (Wasm::RELAXED_SIMD, true),
-        (Wasm::SATURATING_FLOAT_TO_INT, true),
-        (Wasm::SIGN_EXTENSION, true),
-        (Wasm::SIMD, true),
-        (Wasm::TAIL_CALL, true),
-        (Wasm::CUSTOM_PAGE_SIZES, false),
-        (Wasm::EXCEPTIONS, false),
-        (Wasm::FUNCTION_REFERENCES, false),
-        (Wasm::GC, false),
-        (Wasm::GC_TYPES, false),
-        (Wasm::LEGACY_EXCEPTIONS, false),
-        (Wasm::MEMORY64, false),
-        (Wasm::MULTI_MEMORY, false),
-        (Wasm::SHARED_EVERYTHING_THREADS, false),
-        (Wasm::STACK_SWITCHING, false),
-        (Wasm::THREADS, false),
-        (Wasm::WIDE_ARITHMETIC, false),
-    ] {
-        config.wasm_features(feature, enabled);
-    }
+    config.wasm_features(WasmFeatures::all(), false);
+    config.wasm_features(features(), true);
     Ok(())
+}
+
+/// What modules may use; the compiler names by it what a module asks beyond.
+#[must_use]
+pub const fn features() -> WasmFeatures {
+    WasmFeatures::MUTABLE_GLOBAL
+        .union(WasmFeatures::FLOATS)
+        .union(WasmFeatures::BULK_MEMORY)
+        .union(WasmFeatures::EXTENDED_CONST)
+        .union(WasmFeatures::MULTI_VALUE)
+        .union(WasmFeatures::REFERENCE_TYPES)
+        .union(WasmFeatures::RELAXED_SIMD)
+        .union(WasmFeatures::SATURATING_FLOAT_TO_INT)
+        .union(WasmFeatures::SIGN_EXTENSION)
+        .union(WasmFeatures::SIMD)
+        .union(WasmFeatures::TAIL_CALL)
 }
 
 /// Fixes the instructions that compiled code may use, whatever the compiler itself runs on.

@@ -1,0 +1,79 @@
+//! Compiles WebAssembly for a machine, on the host, ahead of time.
+//!
+//! `module → check → split bulk operations → compile → code`. A pure function of the module and of the engine's
+//! settings (crate `kage-engine`, which the machine has too): the same module gives the same bytes on every host.
+//!
+//! Modules may come from anyone. What is refused is refused with its reason; what the code generator cannot bear
+//! (a panic, time or memory without end) is the caller's to contain, by running this in a process with limits.
+//! Imports are not looked at: only the machine knows what it offers.
+
+mod bulk;
+
+use kage_engine as engine;
+use wasmparser::{BinaryReaderError, Encoding, Parser, Payload, Validator};
+
+pub use bulk::{PIECE, split};
+
+/// Largest module compiled.
+pub const MAX_BYTES: usize = 32 << 20;
+
+/// Why a module is not compiled.
+#[derive(Debug)]
+pub enum CompileError {
+    /// More bytes than [`MAX_BYTES`].
+    TooLarge,
+    /// Other bytes altogether.
+    NotWasm,
+    /// A component instead of a module.
+    Component,
+    /// Cut short, malformed, or using what the engine does not offer.
+    Invalid(BinaryReaderError),
+    /// The code generator refuses it.
+    Engine(wasmtime::Error),
+}
+
+impl std::error::Error for CompileError {}
+
+impl std::fmt::Display for CompileError {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::TooLarge => write!(f, "too large: more than {} MiB", MAX_BYTES >> 20),
+            Self::NotWasm => f.write_str("not a WebAssembly module"),
+            Self::Component => f.write_str("a WebAssembly component; build a module, for wasm32-wasip1"),
+            Self::Invalid(cause) => {
+                write!(f, "not a valid module: {} (at byte {:#x})", cause.message(), cause.offset())
+            }
+            Self::Engine(cause) => write!(f, "cannot be compiled: {cause:#}"),
+        }
+    }
+}
+
+/// Compiles a module.
+///
+/// # Errors
+/// [`CompileError`].
+pub fn compile(wasm: &[u8]) -> Result<Vec<u8>, CompileError> {
+    check(wasm)?;
+    let split = split(wasm).map_err(CompileError::Invalid)?;
+    let mut config = wasmtime::Config::new();
+    engine::configure(&mut config).map_err(CompileError::Engine)?;
+    engine::compile_for_machine(&mut config);
+    let engine = wasmtime::Engine::new(&config).map_err(CompileError::Engine)?;
+    engine.precompile_module(&split).map_err(CompileError::Engine)
+}
+
+fn check(wasm: &[u8]) -> Result<(), CompileError> {
+    if wasm.len() > MAX_BYTES {
+        return Err(CompileError::TooLarge);
+    }
+    if !wasm.starts_with(b"\0asm") {
+        return Err(CompileError::NotWasm);
+    }
+    if let Some(Ok(Payload::Version { encoding: Encoding::Component, .. })) =
+        Parser::new(0).parse_all(wasm).next()
+    {
+        return Err(CompileError::Component);
+    }
+    Validator::new_with_features(engine::features()).validate_all(wasm).map_err(CompileError::Invalid)?;
+    Ok(())
+}
