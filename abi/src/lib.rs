@@ -9,7 +9,9 @@
 //!    +0x0000      GDT            (supervisor)
 //!    +0x1000      IDT            (supervisor)
 //!    +0x2000      TSS with I/O bitmap (supervisor)
+//!    +0x3000      index of what follows the kernel (r--), see [`index`]
 //!    +0x4000      kernel: fault stubs, park stub, code (r-x), constants (r--)
+//!    …            programs of the image (r-x), its files and their index (r--)
 //!    …            page tables    (not mapped in the guest)
 //!  0x1000_0000  read-write slot: the machine's memory
 //!    +0x0_0000    boot page      +0x0_1000  config (4 pages)   +0x0_5000 fault record
@@ -27,6 +29,7 @@
 #![no_std]
 
 pub mod content;
+pub mod index;
 pub mod resources;
 pub mod stream;
 

@@ -16,6 +16,13 @@ pub fn tap(image: ImageNumber) -> String {
     format!("kt{:x}", image.0)
 }
 
+/// Whether a name is that of an image's tap.
+#[must_use]
+pub fn is_tap(name: &str) -> bool {
+    let digits = name.strip_prefix("kt").unwrap_or_default();
+    !digits.is_empty() && digits.chars().all(|digit| matches!(digit, '0'..='9' | 'a'..='f'))
+}
+
 /// Name of an access point's bridge: `kb-` and its name if that fits and is plain, else `kb` and a hash of it.
 #[must_use]
 pub fn ap_bridge(ap: &ApName) -> String {

@@ -8,7 +8,7 @@ use crate::{
     arch::{self, Mail},
     executor,
     local::Local,
-    log, net, process, random, resources, service, vid,
+    log, net, process, programs, random, resources, service, vid,
     virtio::{block, entropy::Entropy, net::Net},
 };
 
@@ -29,6 +29,7 @@ pub fn run() -> ! {
     arch::upcall::start();
     executor::start();
     process::start();
+    arch::upcall::set_code_ranges(&[programs::code_range()]);
     PULSE.set(None);
     let device = Net::start();
     block::start();

@@ -208,6 +208,23 @@ pub struct Image {
     pub disk_replicas: u8,
     /// Public key that may enter every machine.
     pub operator_key_file: Option<PathBuf>,
+    /// Keys whose images are taken; the default image is part of the program.
+    pub trusted_keys: Vec<TrustedKey>,
+    /// Most bytes of code kept of modules that users brought.
+    pub code_cache: Size,
+}
+
+/// A key that signs images.
+#[derive(Clone, Copy, Debug, Deserialize)]
+#[serde(try_from = "String")]
+pub struct TrustedKey(pub kage_images::PublicKey);
+
+impl TryFrom<String> for TrustedKey {
+    type Error = kage_images::KeyError;
+
+    fn try_from(text: String) -> Result<Self, Self::Error> {
+        text.parse().map(Self)
+    }
 }
 
 /// An x86-64 microarchitecture level.
@@ -229,11 +246,19 @@ impl Default for Image {
             failover: Failover::default(),
             disk_replicas: 0,
             operator_key_file: None,
+            trusted_keys: Vec::new(),
+            code_cache: Size(512 << 20),
         }
     }
 }
 
 impl Image {
+    /// Whose images are taken.
+    #[must_use]
+    pub fn trust(&self) -> kage_images::Trust {
+        kage_images::Trust::Keys(self.trusted_keys.iter().map(|key| key.0).collect())
+    }
+
     /// The page space of a new image.
     ///
     /// # Errors

@@ -10,6 +10,7 @@ use std::{
 };
 
 use kage_directory::Directory;
+use kage_images::compiler::service::PORT;
 use tokio::{
     net::TcpListener,
     signal::unix::{SignalKind, signal},
@@ -17,6 +18,7 @@ use tokio::{
 
 use crate::{
     api::error::ErrorBody,
+    compile::{self, Cache, Compiler},
     config::Config,
     lifecycle::{AGAIN, Daemon, Parts, blocking},
     links,
@@ -62,11 +64,18 @@ async fn serve(config: Config) -> Result<(), ErrorBody> {
     let embedded = config.serves_directory();
     let directory = links::open_directory(&config, &identity).map_err(ErrorBody::failed)?;
     let net: Arc<dyn Net> = Arc::new(FabricNet::open(&config).map_err(ErrorBody::failed)?);
-    let machines = Arc::new(VmmMachines::new(&config.host.run_dir).map_err(ErrorBody::failed)?);
+    let code = compile::directory(&config.host.state_dir);
+    let cache =
+        Cache::open(code.clone(), config.image.code_cache.0).map_err(failed(code.display().to_string()))?;
+    let compiler = Arc::new(Compiler::new(cache).map_err(failed("the compiler".to_owned()))?);
+    let machines = Arc::new(VmmMachines::new(&config, compiler.clone()).map_err(ErrorBody::failed)?);
     let served: Option<Arc<dyn Directory>> = embedded.then(|| directory.clone());
     let parts = Parts { config, directory, machines: machines.clone(), net, peers: Peers::new(identity) };
     let daemon = Daemon::new(parts)?;
 
+    if let Err(error) = compile::serve(compiler) {
+        tracing::error!(%error, port = PORT, "machines here cannot have modules compiled");
+    }
     let adopting = daemon.clone();
     blocking(move || {
         adopting.adopt();

@@ -18,7 +18,7 @@ use kage_machine::{
 };
 use kage_migrate::{recover::Found, report::Drained};
 
-use crate::machines::{Addresses, Adopted, Hosted, Label, MachineSpec, Machines, Net, OnEnd, Via};
+use crate::machines::{Addresses, Adopted, Hosted, Label, MachineSpec, Machines, Needs, Net, OnEnd, Via};
 
 /// A profile.
 pub fn profile() -> Profile {
@@ -219,8 +219,8 @@ impl Machines for FakeMachines {
         (0, 0)
     }
 
-    fn check(&self, image: &str) -> Result<(), String> {
-        if image == "default" { Ok(()) } else { Err(format!("there is no image {image:?}")) }
+    fn check(&self, image: &str) -> Result<Needs, String> {
+        if image == "default" { Ok(Needs::default()) } else { Err(format!("there is no image {image:?}")) }
     }
 }
 

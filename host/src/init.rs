@@ -3,6 +3,7 @@
 //! ```text
 //! DIR/ca.pem  ca.key                      the site's certificate authority
 //! DIR/operator  operator.pub              OpenSSH key that may enter every machine
+//! DIR/image.key  image.pub               signs images that hosts of the site take
 //! DIR/radius.secret                       shared with access points
 //! DIR/<host>/tls/{ca.pem,host.pem,host.key}
 //! DIR/<host>/host.toml                    a complete sample, when the host's address is known
@@ -20,11 +21,15 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use kage_images::{PublicKey, SigningKey};
 use kage_machine::HostName;
 use rcgen::{
     BasicConstraints, CertificateParams, DistinguishedName, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer,
     KeyPair, KeyUsagePurpose,
 };
+
+/// Name of the file with the key that signs images; its public half ends in `.pub`.
+pub const IMAGE_KEY: &str = "image.key";
 
 /// Why a site could not be made.
 #[derive(Debug, thiserror::Error)]
@@ -90,6 +95,18 @@ impl Site {
         self.dir.join("operator.pub")
     }
 
+    /// The key that signs images.
+    #[must_use]
+    pub fn image_key(&self) -> PathBuf {
+        self.dir.join(IMAGE_KEY)
+    }
+
+    /// Its public half.
+    #[must_use]
+    pub fn image_public(&self) -> PathBuf {
+        self.image_key().with_extension("pub")
+    }
+
     /// The secret shared with access points.
     #[must_use]
     pub fn radius_secret(&self) -> PathBuf {
@@ -141,6 +158,7 @@ pub fn site(dir: &Path, hosts: &[HostSpec]) -> Result<Site, InitError> {
         let _ = fs::remove_file(site.operator_public());
         site.put(&site.operator_public(), 0o644, public.as_bytes())?;
     }
+    let image_key = image_key(&mut site)?;
     if !site.radius_secret().exists() {
         let mut bytes = [0u8; 16];
         random(&mut bytes);
@@ -150,7 +168,7 @@ pub fn site(dir: &Path, hosts: &[HostSpec]) -> Result<Site, InitError> {
     let first = hosts.first().and_then(|host| host.advertise);
     for host in hosts {
         if let (Some(advertise), Some(first)) = (host.advertise, first) {
-            let text = sample(&site, host, advertise, first);
+            let text = sample(&site, host, advertise, first, &image_key);
             site.put(&site.config(&host.name), 0o644, text.as_bytes())?;
         }
     }
@@ -158,7 +176,7 @@ pub fn site(dir: &Path, hosts: &[HostSpec]) -> Result<Site, InitError> {
 }
 
 /// Fills `bytes` from the kernel's generator.
-pub(crate) fn random(bytes: &mut [u8]) {
+pub fn random(bytes: &mut [u8]) {
     let mut filled = 0;
     while filled < bytes.len() {
         // Without GRND_NONBLOCK getrandom fails only by EINTR.
@@ -233,7 +251,29 @@ fn common_name(name: &str) -> DistinguishedName {
     distinguished
 }
 
-fn sample(site: &Site, host: &HostSpec, advertise: SocketAddr, first: SocketAddr) -> String {
+/// The key that signs images, made unless it is there; returns its public half.
+fn image_key(site: &mut Site) -> Result<PublicKey, InitError> {
+    let (path, public) = (site.image_key(), site.image_public());
+    if !path.exists() {
+        let mut seed = [0; 32];
+        random(&mut seed);
+        site.put(&path, 0o600, SigningKey::from_seed(&seed).to_text().as_bytes())?;
+        let _ = fs::remove_file(&public);
+    }
+    let key = SigningKey::read(&path)
+        .map_err(|error| InitError::Damaged { path, cause: error.to_string() })?
+        .public();
+    site.put(&public, 0o644, format!("{key}\n").as_bytes())?;
+    Ok(key)
+}
+
+fn sample(
+    site: &Site,
+    host: &HostSpec,
+    advertise: SocketAddr,
+    first: SocketAddr,
+    image_key: &PublicKey,
+) -> String {
     let name = &host.name;
     format!(
         r#"# Configuration of edge host {name}. What is commented out shows the default.
@@ -259,6 +299,7 @@ underlay = "eth0"         # the interface towards the other hosts
 [image]
 memory = "64MiB"
 operator_key_file = "{operator}"
+trusted_keys = ["{image_key}"]   # whose images are taken; files lie in <state_dir>/images
 
 # [[user]]                # an identity of the access network, and its user here
 # identity = "alice@example.org"

@@ -12,6 +12,7 @@
 //! Deliberately not here: KVM, netlink, page streams, the rules of a handover.
 
 pub mod api;
+pub mod compile;
 pub mod config;
 pub mod daemon;
 pub mod events;

@@ -206,6 +206,15 @@ pub enum Adopted {
     Unreachable(String),
 }
 
+/// What machines of an image need at least.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Needs {
+    /// Bytes of memory.
+    pub memory_bytes: u64,
+    /// Bytes of disk.
+    pub disk_bytes: u64,
+}
+
 /// Makes machines.
 pub trait Machines: Send + Sync {
     /// Starts a machine from its template with identity, keys and a new generation; its output leaves.
@@ -222,11 +231,11 @@ pub trait Machines: Send + Sync {
     fn adopt(&self) -> Vec<(UserName, Adopted)>;
     /// What there is of one user's machine that could not be reached; `None` once its process is gone.
     fn adopt_one(&self, user: &UserName) -> Option<Adopted>;
-    /// Whether it is able to make machines at all, and if not, why.
+    /// Whether it is able to make machines of an image at all, and if not, why; returns what the image needs.
     ///
     /// # Errors
     /// In words, with the cure.
-    fn check(&self, image: &str) -> Result<(), String>;
+    fn check(&self, image: &str) -> Result<Needs, String>;
     /// Machines that wait for a login, and shells that wait for an arrival.
     fn ready(&self) -> (usize, usize);
 }

@@ -11,7 +11,7 @@ use std::{
 };
 
 use kage_fabric::{Fabric, FabricSpec, drain_until_quiet, names};
-use kage_images::{ImageFile, Symbols};
+use kage_images::{ImageError, ImageFile, Symbols, Trust};
 use kage_machine::{
     BaseHash, Geometry, HostInstant, HostName, ImageNumber, Machine, MachineError, Memory, PageSet,
     PauseCause, Paused, SavedState, Started, UserName, Vid,
@@ -30,9 +30,15 @@ use rustix::{
 };
 
 use crate::{
+    compile::Compiler,
     config::Config,
-    machines::{Addresses, Adopted, Hosted, Inspect, Label, MachineSpec, Machines, Net, NoTable, OnEnd, Via},
+    machines::{
+        Addresses, Adopted, Hosted, Inspect, Label, MachineSpec, Machines, Needs, Net, NoTable, OnEnd, Via,
+    },
 };
+
+/// Name of the image that is part of this program.
+const BUILT_IN: &str = "default";
 
 /// Clones of a template kept waiting.
 const LOGINS: usize = 2;
@@ -60,9 +66,14 @@ const KNOCK: Timespec = Timespec { tv_sec: 0, tv_nsec: 500_000 };
 /// Machines on KVM, out of pools.
 pub struct VmmMachines {
     sockets: PathBuf,
+    images: PathBuf,
+    trust: Trust,
+    compiler: Arc<Compiler>,
     spawn: Spawn,
     /// By image name and page space. Held for a look only: a template boots under its place's own lock.
     pools: Mutex<BTreeMap<(String, u32, u32), Arc<PoolPlace>>>,
+    /// Of images that have a pool.
+    needs: Mutex<BTreeMap<String, Needs>>,
 }
 
 /// Where the pool of one image and page space is, once its template has booted.
@@ -78,17 +89,21 @@ struct PoolEntry {
 }
 
 impl VmmMachines {
-    /// Machines whose control sockets lie under `run_dir`.
+    /// Machines of a host; `compiler` learns the engines of their images.
     ///
     /// # Errors
-    /// When this program or the directory cannot be found.
-    pub fn new(run_dir: &Path) -> Result<Self, String> {
+    /// When this program or a directory cannot be found.
+    pub fn new(config: &Config, compiler: Arc<Compiler>) -> Result<Self, String> {
         let program =
             std::env::current_exe().map_err(|error| format!("cannot find this program: {error}"))?;
-        let sockets = run_dir.join("vmm");
-        std::fs::create_dir_all(&sockets).map_err(|error| format!("{}: {error}", sockets.display()))?;
+        let sockets = config.host.run_dir.join("vmm");
+        let images = images_dir(&config.host.state_dir);
+        for dir in [&sockets, &images] {
+            std::fs::create_dir_all(dir).map_err(|error| format!("{}: {error}", dir.display()))?;
+        }
         let spawn = Spawn { program, arguments: vec!["vmm".into(), "--fd".into()], jail: Some(JAIL) };
-        Ok(Self { sockets, spawn, pools: Mutex::default() })
+        let trust = config.image.trust();
+        Ok(Self { sockets, images, trust, compiler, spawn, pools: Mutex::default(), needs: Mutex::default() })
     }
 
     /// Fills the pool of an image, so that the first login finds it warm.
@@ -109,7 +124,7 @@ impl VmmMachines {
         if let Some(entry) = place.entry.get() {
             return Ok(entry.clone());
         }
-        let file = load(image)?;
+        let file = self.load(image)?;
         let spec = PoolSpec {
             spawn: self.spawn.clone(),
             socket_dir: self.sockets.clone(),
@@ -119,11 +134,35 @@ impl VmmMachines {
         };
         let pool = Pool::start(spec, &file).map_err(|error| error.to_string())?;
         let entry = Arc::new(PoolEntry { pool, symbols: Arc::new(Symbols::of(file.kernel())) });
+        self.needs.lock().unwrap_or_else(PoisonError::into_inner).insert(image.to_owned(), needs(&file));
         Ok(place.entry.get_or_init(|| entry).clone())
     }
 
     fn places(&self) -> MutexGuard<'_, BTreeMap<(String, u32, u32), Arc<PoolPlace>>> {
         self.pools.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// An image by its name: `default` is built in, others are files.
+    fn load(&self, image: &str) -> Result<ImageFile, String> {
+        if image == BUILT_IN {
+            return Ok(ImageFile::embedded());
+        }
+        // A name is no path: it comes from users.
+        if image.is_empty() || image.contains(['/', '\0']) || image.starts_with('.') {
+            return Err(format!("{image:?} is no image's name"));
+        }
+        let path = self.images.join(format!("{image}.kage"));
+        let file = ImageFile::read(&path, &self.trust).map_err(|error| match error {
+            ImageError::Io { source, .. } if source.kind() == io::ErrorKind::NotFound => format!(
+                "this host has no image {image:?}; copy its file to {} (`kage image ls` shows what is there)",
+                path.display()
+            ),
+            error => format!("image {image}: {error}"),
+        })?;
+        self.compiler
+            .add(file.engine(), file.compiler())
+            .map_err(|error| format!("image {image}: {error}"))?;
+        Ok(file)
     }
 
     fn socket(&self, user: &UserName) -> PathBuf {
@@ -177,19 +216,14 @@ fn user_of(socket: &Path) -> Option<UserName> {
     socket.file_name()?.to_str()?.strip_prefix("user-")?.strip_suffix(".sock")?.parse().ok()
 }
 
-/// An image by its name: `default` is built in, others are files.
-fn load(image: &str) -> Result<ImageFile, String> {
-    if image == "default" {
-        return Ok(ImageFile::embedded());
-    }
-    let dir =
-        std::env::var_os("KAGE_IMAGES").map_or_else(|| PathBuf::from("/usr/lib/kage/images"), PathBuf::from);
-    // A name is no path: it comes from users.
-    if image.is_empty() || image.contains(['/', '\0']) || image.starts_with('.') {
-        return Err(format!("{image:?} is no image's name"));
-    }
-    let path = dir.join(format!("{image}.kage"));
-    ImageFile::read(&path).map_err(|error| format!("image {image}: {error}"))
+/// Where a host keeps the files of its images.
+#[must_use]
+pub fn images_dir(state_dir: &Path) -> PathBuf {
+    state_dir.join("images")
+}
+
+fn needs(image: &ImageFile) -> Needs {
+    Needs { memory_bytes: image.manifest().memory, disk_bytes: image.manifest().disk }
 }
 
 /// Opens an image's disk. A machine that comes from another host brings all of it: what an earlier stay has left
@@ -281,17 +315,17 @@ impl Machines for VmmMachines {
         }
     }
 
-    fn check(&self, image: &str) -> Result<(), String> {
+    fn check(&self, image: &str) -> Result<Needs, String> {
         // An image with a pool has been read, and has run on this machine's KVM: opening that takes milliseconds.
-        if self.places().iter().any(|((name, ..), place)| name == image && place.entry.get().is_some()) {
-            return Ok(());
+        if let Some(needs) = self.needs.lock().unwrap_or_else(PoisonError::into_inner).get(image) {
+            return Ok(*needs);
         }
-        load(image)?;
+        let file = self.load(image)?;
         std::fs::File::options()
             .read(true)
             .write(true)
             .open("/dev/kvm")
-            .map(|_| ())
+            .map(|_| needs(&file))
             .map_err(|error| format!("/dev/kvm: {error}; `kage doctor` says how to get it"))
     }
 

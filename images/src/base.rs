@@ -1,12 +1,14 @@
-//! The read-only base slot: descriptor tables, kernel, page tables.
+//! The read-only base slot: descriptor tables, kernel, programs and files, page tables.
 //!
-//! A pure function of kernel, memory size and ABI version, so that every host builds the same bytes
+//! A pure function of image, memory size and ABI version, so that every host builds the same bytes
 //! and none of it is ever sent. Page tables have accessed and dirty bits preset: a processor that
 //! sets them would write to a read-only slot. The root's entries for windows point to tables that each VMM keeps.
 
 use kage_abi as abi;
 use kage_machine::{BaseHash, Geometry};
 use object::{Object, ObjectSegment, SegmentFlags, elf};
+
+use crate::{ImageFile, content::lay};
 
 const PAGE: u64 = abi::PAGE;
 const LARGE: u64 = 2 << 20;
@@ -27,6 +29,12 @@ pub enum BaseError {
     /// Not an ELF executable.
     #[error("the kernel is no ELF executable: {0}")]
     Elf(#[from] object::Error),
+    /// Programs and files take more than the slot.
+    #[error("the image's programs and files take {bytes} bytes, {} too many; leave some out", bytes - abi::BASE_MAX)]
+    TooLarge {
+        /// Bytes of the slot there would be.
+        bytes: u64,
+    },
     /// A segment lies where the memory map has no place for it.
     #[error("the kernel's segment at {address:#x} of {bytes} bytes does not fit the memory map")]
     Segment {
@@ -46,7 +54,7 @@ pub struct DataSegment {
     pub bytes: Vec<u8>,
 }
 
-/// What all machines of one kernel and memory size share.
+/// What all machines of one image and memory size share.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Base {
     /// The slot's content from [`abi::BASE`] on, whole pages.
@@ -68,12 +76,12 @@ struct Segment {
 }
 
 impl Base {
-    /// Builds the base for machines of `geometry` from an ELF kernel.
+    /// Builds the base for machines of `geometry` from an image.
     ///
     /// # Errors
-    /// [`BaseError`] for a kernel that does not fit.
-    pub fn build(kernel: &[u8], geometry: Geometry) -> Result<Self, BaseError> {
-        let file = object::File::parse(kernel)?;
+    /// [`BaseError`] for a kernel, programs or files that do not fit.
+    pub fn build(image: &ImageFile, geometry: Geometry) -> Result<Self, BaseError> {
+        let file = object::File::parse(image.kernel())?;
         let segments = segments(&file)?;
         let memory_end = abi::MEMORY + geometry.memory_bytes();
         let mut read_only_end = abi::KERNEL;
@@ -98,9 +106,20 @@ impl Base {
             }
         }
 
-        let mut tables = PageTables::new(read_only_end.next_multiple_of(PAGE));
+        let content_start = read_only_end.next_multiple_of(PAGE);
+        let content = lay(image, content_start);
+        let content_end = content_start + content.bytes.len() as u64;
+        if content_end - abi::BASE > abi::BASE_MAX {
+            return Err(BaseError::TooLarge { bytes: content_end - abi::BASE });
+        }
+        let mut tables = PageTables::new(content_end);
         for page in [abi::GDT, abi::IDT, abi::TSS] {
             tables.map(page, NO_EXECUTE);
+        }
+        tables.map(abi::index::ADDRESS, USER | NO_EXECUTE);
+        let executable = content_start..content_start + content.executable as u64;
+        for page in (content_start..content_end).step_by(PAGE as usize) {
+            tables.map(page, USER | if executable.contains(&page) { 0 } else { NO_EXECUTE });
         }
         for segment in segments.iter().filter(|segment| !segment.writable) {
             let flags = USER | if segment.executable { 0 } else { NO_EXECUTE };
@@ -127,6 +146,8 @@ impl Base {
         put(&mut bytes, abi::GDT, &descriptors());
         put(&mut bytes, abi::IDT, &interrupt_gates());
         put(&mut bytes, abi::TSS, &task_state());
+        put(&mut bytes, abi::index::ADDRESS, &content.index);
+        put(&mut bytes, content_start, &content.bytes);
         for segment in segments.iter().filter(|segment| !segment.writable) {
             put(&mut bytes, segment.address, &segment.bytes);
         }
@@ -293,7 +314,7 @@ mod tests {
     use super::*;
 
     fn base(memory: u64) -> Base {
-        Base::build(crate::ImageFile::embedded().kernel(), Geometry::from_bytes(memory, 0).unwrap()).unwrap()
+        Base::build(&crate::ImageFile::embedded(), Geometry::from_bytes(memory, 0).unwrap()).unwrap()
     }
 
     /// Walks the tables in `base.bytes` as a processor would.

@@ -1,6 +1,6 @@
 //! The tree of commands.
 
-use std::{net::Ipv6Addr, path::PathBuf};
+use std::{ffi::OsString, net::Ipv6Addr, path::PathBuf};
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use kage_host::{
@@ -172,6 +172,19 @@ pub enum Command {
     /// Print the description of the HTTP API (OpenAPI 3)
     #[command(after_help = "Example: kage openapi > openapi.json")]
     Openapi,
+    /// Make images and look at them
+    #[command(subcommand, after_help = "Example: kage image build my-image -o my-image.kage")]
+    Image(ImageCommand),
+    /// Be the compiler for user programs, confined; started by the daemon
+    #[command(hide = true)]
+    CompileModule {
+        /// The compiler
+        #[arg(long, value_name = "PATH")]
+        executable: PathBuf,
+        /// User to become
+        #[arg(long, value_name = "UID")]
+        user: Option<u32>,
+    },
     /// Hold one machine; started by the daemon
     #[command(hide = true)]
     Vmm {
@@ -191,6 +204,23 @@ pub enum Command {
 pub struct User {
     /// The user
     pub user: UserName,
+}
+
+/// The command line with what `-o` means made plain: of `image build` it names a file, unless it is a form of results.
+pub fn arguments(given: impl IntoIterator<Item = OsString>) -> Vec<OsString> {
+    let mut words: Vec<OsString> = given.into_iter().collect();
+    let build = words.windows(2).any(|pair| pair[0] == "image" && pair[1] == "build");
+    let form = |word: &OsString| {
+        Format::value_variants()
+            .iter()
+            .any(|form| form.to_possible_value().is_some_and(|value| *word == value.get_name()))
+    };
+    for at in 1..words.len() {
+        if build && words[at - 1] == "-o" && !form(&words[at]) {
+            words[at - 1] = "--to".into();
+        }
+    }
+    words
 }
 
 /// `kage demo`.
@@ -303,6 +333,66 @@ impl From<ModeArg> for Mode {
     }
 }
 
+/// `kage image`.
+#[derive(Clone, Debug, Subcommand)]
+pub enum ImageCommand {
+    /// Make an image of a directory with an image.toml, signed
+    #[command(after_help = "Without --key, the first of these signs: $KAGE_IMAGE_KEY, /etc/kage/image.key, \
+        kage-site/image.key, ~/.config/kage/image.key; the last is made if there is none.\n\
+        Example: kage image build my-image -o my-image.kage")]
+    Build {
+        /// The directory
+        dir: PathBuf,
+        /// The image file, also `-o FILE` [default: the image's name and .kage]
+        #[arg(long, value_name = "FILE")]
+        to: Option<PathBuf>,
+        /// Key that signs it, as `kage init` makes one
+        #[arg(long, value_name = "FILE")]
+        key: Option<PathBuf>,
+    },
+    /// Show what is in an image file
+    #[command(after_help = "Example: kage image inspect my-image.kage -o json")]
+    Inspect {
+        /// The image file
+        file: PathBuf,
+        /// Who is trusted
+        #[command(flatten)]
+        trust: TrustArgs,
+    },
+    /// Say whether an image file is whole, and signed by somebody trusted
+    #[command(
+        after_help = "Exit code 1: it is not, and why.\nExample: kage image verify my-image.kage --trust kage-site/image.pub"
+    )]
+    Verify {
+        /// The image file
+        file: PathBuf,
+        /// Who is trusted
+        #[command(flatten)]
+        trust: TrustArgs,
+    },
+    /// List the images that a host here can start machines from
+    #[command(after_help = "Example: kage image ls --config /etc/kage/host.toml")]
+    Ls {
+        /// Where image files lie [default: the host's, else /var/lib/kage/images]
+        #[arg(long, value_name = "DIR")]
+        dir: Option<PathBuf>,
+        /// Who is trusted
+        #[command(flatten)]
+        trust: TrustArgs,
+    },
+}
+
+/// Whose images are taken.
+#[derive(Clone, Debug, Args)]
+pub struct TrustArgs {
+    /// A public key (ed25519:…) or a file of one; may be repeated [default: those beside the signing keys]
+    #[arg(long, value_name = "KEY|FILE")]
+    pub trust: Vec<String>,
+    /// A host's configuration: its trusted keys
+    #[arg(short, long, value_name = "FILE")]
+    pub config: Option<PathBuf>,
+}
+
 /// `kage bench`.
 #[derive(Clone, Debug, Subcommand)]
 pub enum BenchCommand {
@@ -345,6 +435,19 @@ mod tests {
     }
 
     #[test]
+    fn an_image_is_built_to_a_file_and_results_have_a_form() {
+        let read = |line: &str| {
+            let words = arguments(line.split(' ').map(OsString::from));
+            Cli::try_parse_from(words).unwrap_or_else(|error| panic!("{line}: {error}"))
+        };
+        let cli = read("kage image build dir -o x.kage -o json");
+        assert_eq!(cli.common.output, Format::Json);
+        let Command::Image(ImageCommand::Build { to, .. }) = cli.command else { panic!("another command") };
+        assert_eq!(to, Some(PathBuf::from("x.kage")));
+        assert_eq!(read("kage image inspect x.kage -o json").common.output, Format::Json);
+    }
+
+    #[test]
     fn the_documented_command_lines_are_read() {
         for line in [
             "doctor",
@@ -369,6 +472,10 @@ mod tests {
             "stop alice",
             "start alice",
             "bench start --runs 5 --quick",
+            "image inspect x.kage -o json",
+            "image verify x.kage --trust ed25519:00 --config host.toml",
+            "image ls",
+            "compile-module --executable /proc/1/fd/3 --user 1",
             "vmm --fd 3",
         ] {
             let words = std::iter::once("kage").chain(line.split(' '));

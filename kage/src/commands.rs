@@ -1,6 +1,7 @@
 //! What each command does.
 
 mod doctor;
+mod image;
 mod images;
 mod migrate;
 mod resources;
@@ -19,6 +20,9 @@ use crate::{
     output::{Output, print},
     testbed,
 };
+
+/// Exit code when the compiler for user programs cannot be confined: none of its own.
+const CANNOT_CONFINE: u8 = 5;
 
 /// Runs a command.
 ///
@@ -55,6 +59,10 @@ pub fn run(cli: Cli) -> Result<(), Failure> {
         Command::Testbed(command) => testbed::cli::run(command, output.is_json(), output.is_quiet())
             .map_err(|error| Failure { exit: error.exit_code(), message: error.to_string() }),
         Command::TestbedDelay(args) => testbed::delay::run(&args).map_err(Failure::new),
+        Command::Image(command) => image::run(command, output),
+        Command::CompileModule { executable, user } => match kage_vmm::confine::run(&executable, user) {
+            Err(error) => Err(Failure { exit: CANNOT_CONFINE, message: error }),
+        },
         Command::Vmm { fd, number } => {
             let number = fd.last().copied().or(number).ok_or_else(|| Failure::usage("--fd is missing"))?;
             kage_vmm::process::main(number).map_err(Failure::new)

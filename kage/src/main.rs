@@ -3,10 +3,10 @@
 use std::process::ExitCode;
 
 use clap::Parser;
-use kage::cli::Cli;
+use kage::cli::{Cli, arguments};
 
 fn main() -> ExitCode {
-    let cli = Cli::parse();
+    let cli = Cli::parse_from(arguments(std::env::args_os()));
     match kage::run(cli) {
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) => {

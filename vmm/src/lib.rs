@@ -2,6 +2,7 @@
 //!
 //! - [`process`]: what `kage vmm` runs: `KVM_RUN`, serve the door, repeat.
 //! - [`remote`]: the daemon's handle on such a process, an implementation of [`kage_machine::Machine`].
+//! - [`confine`]: what `kage compile-module` runs: the compiler for user programs, where it can do no harm.
 //! - [`inspect`]: the guest's table of resources.
 //! - [`pool`]: shells and logins made ready before they are wanted.
 //!
@@ -9,6 +10,7 @@
 //! everything arrives as a descriptor.
 
 mod clock;
+pub mod confine;
 mod cpu;
 mod dirty;
 pub mod inspect;

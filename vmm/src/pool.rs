@@ -132,8 +132,7 @@ impl Pool {
         let kvm = File::options().read(true).write(true).open("/dev/kvm").map_err(PoolError::Kvm)?;
         let io = |what: String| move |source| PoolError::Io { what, source };
         std::fs::create_dir_all(&spec.socket_dir).map_err(io(spec.socket_dir.display().to_string()))?;
-        let base =
-            BaseFile::new(Base::build(image.kernel(), spec.geometry)?).map_err(io("base slot".into()))?;
+        let base = BaseFile::new(Base::build(image, spec.geometry)?).map_err(io("base slot".into()))?;
         let path = next_socket(&spec);
         let mut machine = RemoteMachine::spawn(&spec.spawn, &path, kvm.as_fd(), &base, spec.geometry)?;
         let template = boot_template(&mut machine, image);

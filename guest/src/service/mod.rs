@@ -24,7 +24,7 @@ pub static MACHINE: Local<Machine> = Local::new();
 /// Starts all services.
 pub fn start(config: &'static Config, now: Duration) {
     MACHINE.set(Machine { started: now });
-    crate::fs::start(&user(config), arch::memory_bytes(), core::iter::empty());
+    crate::fs::start(&user(config), arch::memory_bytes(), crate::programs::files());
     measure::start();
     http::start();
     ssh::start();

@@ -153,13 +153,13 @@ impl Daemon {
         key: Option<String>,
     ) -> Result<ImageRecord, ErrorBody> {
         let image = request.image.clone().unwrap_or_else(|| self.config.image.default.clone());
-        self.machines.check(&image).map_err(ErrorBody::failed)?;
+        let needs = self.machines.check(&image).map_err(ErrorBody::failed)?;
         let mut seed = [0; 32];
         crate::init::random(&mut seed);
         let profile = Profile {
             image,
-            memory_bytes: self.config.image.memory.0,
-            disk_bytes: self.config.image.disk.0,
+            memory_bytes: self.config.image.memory.0.max(needs.memory_bytes),
+            disk_bytes: self.config.image.disk.0.max(needs.disk_bytes),
             host_key_seed: seed,
             authorized_keys: self.operator_keys.iter().cloned().chain(key).collect(),
         };

@@ -13,10 +13,12 @@ use super::{
 pub fn write(layout: &Layout, spec: &TestbedSpec) -> Result<(), TestbedError> {
     let hosts: Vec<_> =
         layout.hosts.iter().map(|host| init::HostSpec { name: host.name.clone(), advertise: None }).collect();
-    init::site(&layout.site(), &hosts)?;
+    let site = init::site(&layout.site(), &hosts)?;
+    let image_key = fs::read_to_string(site.image_public())
+        .map_err(|source| TestbedError::File { path: site.image_public(), source })?;
     for host in &layout.hosts {
         let path = layout.config(&host.name);
-        let text = config(layout, spec, host)?;
+        let text = config(layout, spec, host, image_key.trim())?;
         Config::parse(&path, &text)?;
         for dir in [
             layout.host_dir(&host.name),
@@ -38,7 +40,12 @@ pub fn secret(layout: &Layout) -> Result<String, TestbedError> {
         .map_err(|source| TestbedError::File { path, source })
 }
 
-fn config(layout: &Layout, spec: &TestbedSpec, host: &HostLayout) -> Result<String, TestbedError> {
+fn config(
+    layout: &Layout,
+    spec: &TestbedSpec,
+    host: &HostLayout,
+    image_key: &str,
+) -> Result<String, TestbedError> {
     let first = layout.hosts.first().ok_or(TestbedError::NoHosts)?;
     let (name, site, dir) = (&host.name, layout.site(), layout.host_dir(&host.name));
     let memory = spec.image_memory.map(|size| format!("memory = \"{size}\"\n")).unwrap_or_default();
@@ -64,6 +71,7 @@ underlay = "eth0"
 {ipv4}
 [image]
 {memory}operator_key_file = "{site}/operator.pub"
+trusted_keys = ["{image_key}"]
 
 [roam.radius]
 listen = "[::]:{RADIUS_PORT}"

@@ -27,9 +27,9 @@ pub struct Bare {
 impl Bare {
     /// For machines of 64 MiB that boot `code`, which may stand anywhere.
     pub fn new(code: &[u8]) -> Self {
-        let product = Base::build(ImageFile::embedded().kernel(), geometry()).unwrap();
+        let product = Base::build(&ImageFile::embedded(), geometry()).unwrap();
         let stubs = &product.bytes[(abi::KERNEL - abi::BASE) as usize..(CODE - abi::BASE) as usize];
-        let base = Base::build(&executable(&[stubs, code].concat()), geometry()).unwrap();
+        let base = Base::build(&ImageFile::bare(executable(&[stubs, code].concat())), geometry()).unwrap();
         let number = NEXT.fetch_add(1, Ordering::Relaxed);
         let dir = std::env::temp_dir().join(format!("kage-bare-{}-{number}", std::process::id()));
         fs::create_dir_all(&dir).unwrap();
