@@ -6,7 +6,7 @@
 use alloc::{collections::VecDeque, vec::Vec};
 use core::net::Ipv6Addr;
 
-use kage_abi::device;
+use kage_abi::{GUEST_MAC, device};
 use smoltcp::{
     phy::{
         Checksum, ChecksumCapabilities, Device as PhyDevice, DeviceCapabilities, Medium, RxToken, TxToken,
@@ -256,6 +256,8 @@ impl TxToken for Sending<'_> {
         if is_loopback(&bytes[HEADER..]) {
             // Where too many wait one is lost, as it may be anywhere.
             if net.looped.len() < LOOPED {
+                // It was meant for the gateway, as everything is that is not on the link.
+                bytes[HEADER..HEADER + 6].copy_from_slice(&GUEST_MAC);
                 net.looped.push_back(bytes[HEADER..].to_vec());
             }
             net.free.push(index);

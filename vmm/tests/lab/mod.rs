@@ -1,5 +1,6 @@
 //! A namespace with a fabric, a pool, and one user's machine.
 
+pub mod compile;
 pub mod desk;
 
 use std::{

@@ -177,9 +177,7 @@ pub fn path_open(
     let handle = place.start()?.open(&place.path, options)?;
     let (_, inherited) = place.descriptor.rights();
     let object = match handle.stat()?.kind {
-        Kind::Directory if base & rights::FD_WRITE != 0 && !options.directory => {
-            return Err(Errno::IsDir.into());
-        }
+        Kind::Directory if base & rights::FD_WRITE != 0 => return Err(Errno::IsDir.into()),
         Kind::Directory => Object::Directory(Directory { handle, preopen: None, working: false }),
         Kind::File | Kind::Link => Object::File(Rc::new(OpenFile::new(handle, false))),
     };
@@ -237,6 +235,9 @@ pub fn path_symlink(
 ) -> Outcome {
     let place = Place::new(call, rights::PATH_SYMLINK, fd, (path, length), Last::Make)?;
     let target = parts(call)?.0.text(target, target_length, MAX_PATH)?;
+    if target.starts_with('/') {
+        return Err(Errno::Perm.into());
+    }
     Ok(place.start()?.make_link(&target, &place.path)?)
 }
 
