@@ -76,7 +76,7 @@ impl Handle {
     /// # Errors
     /// [`FileError`].
     pub fn open(&self, path: &str, options: OpenOptions) -> Result<Self, FileError> {
-        let follow = !options.no_follow && !(options.create && options.exclusive);
+        let follow = !(options.no_follow || options.create && options.exclusive);
         found(self, path, follow, |tree, found| {
             let number = match found.number {
                 Some(_) if options.create && options.exclusive => return Err(FileError::Exists),

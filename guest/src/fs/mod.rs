@@ -17,7 +17,7 @@ mod tree;
 mod walk;
 
 pub use handle::{Handle, OpenFile, OpenOptions};
-pub use tree::{Entry, Facts, Kind, Row, Times};
+pub use tree::{Facts, Kind, Row};
 pub use walk::resolve;
 
 use alloc::{format, string::String, vec::Vec};

@@ -65,8 +65,6 @@ pub struct Row {
     pub facts: Facts,
     /// One of its paths; none for a file that only programs still hold.
     pub path: Option<String>,
-    /// Handles on it.
-    pub opens: u32,
 }
 
 /// An entry of a directory.
@@ -485,9 +483,9 @@ impl Tree {
     pub fn rows(&self, from: u64, most: usize) -> Vec<Row> {
         let nodes = self.nodes.range(from..).take(most);
         nodes
-            .filter_map(|(&number, node)| {
+            .filter_map(|(&number, _)| {
                 let facts = self.facts(number).ok()?;
-                Some(Row { facts, path: self.path(number), opens: node.opens })
+                Some(Row { facts, path: self.path(number) })
             })
             .collect()
     }

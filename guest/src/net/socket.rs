@@ -15,7 +15,7 @@ use core::{
 
 use smoltcp::{
     socket::udp::UdpMetadata,
-    wire::{IpAddress, IpEndpoint, IpListenEndpoint},
+    wire::{IpEndpoint, IpListenEndpoint},
 };
 
 use super::{
@@ -42,9 +42,6 @@ pub enum SocketError {
     /// Not an address of this machine, or none that can be reached.
     #[error("address not available")]
     NotAvailable,
-    /// A connection is being made.
-    #[error("already connecting")]
-    Connecting,
     /// It is connected.
     #[error("already connected")]
     Connected,
@@ -423,9 +420,4 @@ impl Socket {
         }
         .ok_or(SocketError::NotConnected)
     }
-}
-
-/// An address, for who does not know the stack's types.
-pub const fn v6(octets: [u8; 16]) -> IpAddress {
-    IpAddress::Ipv6(smoltcp::wire::Ipv6Address::from_octets(octets))
 }

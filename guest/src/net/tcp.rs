@@ -439,33 +439,3 @@ impl Drop for Stream {
         });
     }
 }
-
-/// One row of what `sockets` shows.
-pub struct Connection {
-    /// `listen`, `established`, …
-    pub state: State,
-    /// This end.
-    pub local: Option<IpEndpoint>,
-    /// The other end.
-    pub remote: Option<IpEndpoint>,
-    /// Port listened at, when there is no other end.
-    pub port: u16,
-}
-
-/// All TCP sockets.
-pub fn connections() -> Vec<Connection> {
-    let stack = STACK.get();
-    stack
-        .sockets
-        .iter()
-        .filter_map(|(_, socket)| match socket {
-            smoltcp::socket::Socket::Tcp(socket) => Some(Connection {
-                state: socket.state(),
-                local: socket.local_endpoint(),
-                remote: socket.remote_endpoint(),
-                port: socket.listen_endpoint().port,
-            }),
-            _ => None,
-        })
-        .collect()
-}

@@ -140,19 +140,6 @@ impl Reader {
         let state = self.0.borrow();
         state.len() == 0 && (state.writers == 0 || state.ended)
     }
-
-    /// Reads; 0 at the end.
-    pub async fn read(&self, into: &mut [u8]) -> usize {
-        poll_fn(|context| {
-            self.poll_take(context, |bytes| {
-                let count = bytes.len().min(into.len());
-                into[..count].copy_from_slice(&bytes[..count]);
-                (count, count)
-            })
-        })
-        .await
-        .unwrap_or(0)
-    }
 }
 
 impl Writer {

@@ -309,9 +309,4 @@ impl Table {
         let moved = self.remove(from)?;
         Ok(self.0.insert(to, moved))
     }
-
-    /// How many sockets there are.
-    pub fn sockets(&self) -> usize {
-        self.0.values().filter(|descriptor| matches!(descriptor.object, Object::Socket(_))).count()
-    }
 }

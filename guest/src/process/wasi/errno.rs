@@ -6,8 +6,6 @@ use crate::{fs::FileError, shell::Failure};
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u16)]
 pub enum Errno {
-    /// Too many arguments at once.
-    TooBig = 1,
     /// The address or port is used by another socket.
     AddrInUse = 3,
     /// Not an address of this machine.
@@ -16,8 +14,6 @@ pub enum Errno {
     AfNoSupport = 5,
     /// It would have to wait.
     Again = 6,
-    /// A connection is being made already.
-    Already = 7,
     /// Not an open descriptor, or not open for this.
     BadF = 8,
     /// Nobody listens there.
@@ -60,8 +56,6 @@ pub enum Errno {
     NoProtoOpt = 50,
     /// No space left.
     NoSpc = 51,
-    /// No such function.
-    NoSys = 52,
     /// Not connected.
     NotConn = 53,
     /// Not a directory.
@@ -72,8 +66,6 @@ pub enum Errno {
     NotSock = 57,
     /// Not supported.
     NotSup = 58,
-    /// A number that does not fit.
-    Overflow = 61,
     /// Not permitted.
     Perm = 63,
     /// Nobody reads.
@@ -82,8 +74,6 @@ pub enum Errno {
     ProtoNoSupport = 66,
     /// A pipe or a socket, which has no position.
     SPipe = 70,
-    /// It took too long.
-    TimedOut = 73,
     /// The descriptor does not have that right, or the path leads out of it.
     NotCapable = 76,
 }

@@ -42,7 +42,6 @@ impl From<SocketError> for Errno {
         match error {
             SocketError::InUse => Self::AddrInUse,
             SocketError::NotAvailable => Self::AddrNotAvail,
-            SocketError::Connecting => Self::Already,
             SocketError::Connected => Self::IsConn,
             SocketError::NotConnected => Self::NotConn,
             SocketError::Refused => Self::ConnRefused,
@@ -66,17 +65,17 @@ impl From<SocketError> for super::call::Stop {
 /// Names the functions that have one form.
 pub fn add_to_linker(linker: &mut Linker<State>) -> Result<(), Error> {
     functions! { linker:
-        sock::sock_recv(fd: u32, vectors: u32, count: u32, flags: u32, into: u32, flags_into: u32);
-        sock::sock_send(fd: u32, vectors: u32, count: u32, flags: u32, into: u32);
-        sock::sock_shutdown(fd: u32, how: u32);
-        sock::sock_open(family: u32, kind: u32, into: u32);
-        sock::sock_bind(fd: u32, address: u32, port: u32);
-        sock::sock_listen(fd: u32, backlog: u32);
-        sock::sock_connect(fd: u32, address: u32, port: u32);
-        sock::sock_send_to(fd: u32, vectors: u32, count: u32, address: u32, port: u32, flags: u32, into: u32);
-        sock::sock_getsockopt(fd: u32, level: u32, name: u32, value: u32, size: u32);
-        sock::sock_setsockopt(fd: u32, level: u32, name: u32, value: u32, size: u32);
-        sock::sock_getaddrinfo(
+        own::sock_recv(fd: u32, vectors: u32, count: u32, flags: u32, into: u32, flags_into: u32);
+        own::sock_send(fd: u32, vectors: u32, count: u32, flags: u32, into: u32);
+        own::sock_shutdown(fd: u32, how: u32);
+        own::sock_open(family: u32, kind: u32, into: u32);
+        own::sock_bind(fd: u32, address: u32, port: u32);
+        own::sock_listen(fd: u32, backlog: u32);
+        own::sock_connect(fd: u32, address: u32, port: u32);
+        own::sock_send_to(fd: u32, vectors: u32, count: u32, address: u32, port: u32, flags: u32, into: u32);
+        own::sock_getsockopt(fd: u32, level: u32, name: u32, value: u32, size: u32);
+        own::sock_setsockopt(fd: u32, level: u32, name: u32, value: u32, size: u32);
+        own::sock_getaddrinfo(
             node: u32, node_length: u32, service: u32, service_length: u32, hint: u32, list: u32, most: u32, count: u32
         );
     }
@@ -84,7 +83,7 @@ pub fn add_to_linker(linker: &mut Linker<State>) -> Result<(), Error> {
 }
 
 /// This module, as [`functions`] names it.
-mod sock {
+mod own {
     pub use super::*;
 }
 
