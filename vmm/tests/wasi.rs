@@ -7,7 +7,7 @@ use std::{
     net::{SocketAddr, TcpListener, TcpStream},
     path::PathBuf,
     process::{Command, Stdio},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use lab::{Lab, compile, desk::Desk};
@@ -115,5 +115,36 @@ fn a_server_in_c_moves_with_its_connections() {
         assert_eq!(child.wait().unwrap().code(), Some(0));
         let mut rest = Vec::new();
         assert_eq!(clients[1].read_to_end(&mut rest).unwrap(), 0, "closed in order");
+    });
+}
+
+/// Whatever a program passes, and wherever that has the kernel write in it: the program may come to a bad end, the
+/// machine goes on.
+#[test]
+fn no_call_harms_the_machine() {
+    Lab::run(|lab| {
+        compile::serve();
+        let desk = Desk::new(lab);
+        put(&desk, "calls");
+        let (mut ended, mut well) = (0, 0);
+        for seed in 1..=12 {
+            let line = format!("cd /tmp; ~/calls.wasm {seed} 30000 < /etc/motd");
+            let mut child = desk.ssh(&[]).args(["--", &line]).stdout(Stdio::piped()).spawn().unwrap();
+            let started = Instant::now();
+            while child.try_wait().unwrap().is_none() && started.elapsed() < Duration::from_secs(10) {
+                std::thread::sleep(Duration::from_millis(20));
+            }
+            // One that waits is ended with its session.
+            let _ = child.kill();
+            let output = child.wait_with_output().unwrap();
+            ended += u32::from(output.status.code().is_some());
+            well += u32::from(output.status.code() == Some(0));
+            assert_ne!(output.status.code(), Some(9), "an errno that there is not");
+            assert_eq!(desk.say("echo $?"), "0\n");
+        }
+        println!("{well} of 12 programs made every call, {ended} ended by themselves");
+        assert!(well >= 3, "too few calls were made");
+        let sockets = desk.say("sockets");
+        assert!(sockets.lines().filter(|line| !line.contains(" listen ")).count() < 6, "{sockets}");
     });
 }
