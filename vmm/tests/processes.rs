@@ -4,46 +4,16 @@ mod lab;
 
 use std::{
     io::{Read, Write},
-    net::{TcpListener, TcpStream},
-    process::{Command, Stdio},
-    sync::{
-        Arc,
-        atomic::{AtomicUsize, Ordering},
-    },
+    net::TcpStream,
+    process::Stdio,
+    sync::atomic::Ordering,
     time::{Duration, Instant},
 };
 
-use kage_images::compiler::{
-    self,
-    service::{Refusal, Request, reply},
-};
 use lab::{
-    Lab,
+    Lab, compile,
     desk::{Desk, Terminal},
 };
-
-/// Compiles as a host does for a machine; connections are served one after the other. Returns how many there were.
-fn serve_compiles() -> Arc<AtomicUsize> {
-    let listener = TcpListener::bind("[::]:7702").unwrap();
-    let count = Arc::new(AtomicUsize::new(0));
-    let counted = Arc::clone(&count);
-    std::thread::spawn(move || {
-        for stream in listener.incoming() {
-            counted.fetch_add(1, Ordering::Relaxed);
-            // A machine that moved hangs up in the middle.
-            let _ = serve(stream.unwrap());
-        }
-    });
-    count
-}
-
-fn serve(mut stream: TcpStream) -> std::io::Result<()> {
-    let outcome = Request::read(&mut stream)?.and_then(|request| {
-        assert_eq!(request.engine, compiler::ENGINE);
-        compiler::compile(&request.wasm).map_err(|error| Refusal::Module(error.to_string()))
-    });
-    reply(&mut stream, &outcome)
-}
 
 /// Puts a program into the machine.
 fn put(desk: &Desk<'_>, name: &str, text: &str) {
@@ -170,7 +140,7 @@ fn body(text: &str) -> String {
 #[test]
 fn a_program_runs_and_its_code_is_kept() {
     Lab::run(|lab| {
-        let compiles = serve_compiles();
+        let compiles = compile::serve();
         let desk = Desk::new(lab);
         put(&desk, "hello.wasm", HELLO);
         for command in ["./hello.wasm", "/home/alice/hello.wasm", "hello.wasm", "hello"] {
@@ -203,7 +173,7 @@ fn a_program_runs_and_its_code_is_kept() {
 #[test]
 fn a_trap_ends_its_process_alone_and_says_why() {
     Lab::run(|lab| {
-        serve_compiles();
+        compile::serve();
         let desk = Desk::new(lab);
         let traps = [
             ("unreachable", "reached `unreachable`"),
@@ -235,7 +205,7 @@ fn a_trap_ends_its_process_alone_and_says_why() {
 #[test]
 fn what_is_no_program_is_refused_by_name() {
     Lab::run(|lab| {
-        serve_compiles();
+        compile::serve();
         let desk = Desk::new(lab);
         put_bytes(&desk, "text", b"just text\n");
         put_bytes(&desk, "broken.wasm", b"\0asm\x01\0\0\0garbage");
@@ -263,7 +233,7 @@ fn what_is_no_program_is_refused_by_name() {
 #[test]
 fn memory_has_a_limit() {
     Lab::run(|lab| {
-        serve_compiles();
+        compile::serve();
         let desk = Desk::new(lab);
         // Grows by 1 MiB until refused, touches all of it, then says how many it got.
         let grow = "(local $n i32) (local $at i32)
@@ -289,7 +259,7 @@ fn memory_has_a_limit() {
 #[test]
 fn too_many_processes_are_refused_and_go_by_a_word() {
     Lab::run(|lab| {
-        serve_compiles();
+        compile::serve();
         let desk = Desk::new(lab);
         put(&desk, "loop", &LOOP.replace("(func", "(memory 16) (func"));
         let mut child = desk
@@ -338,7 +308,7 @@ fn too_many_processes_are_refused_and_go_by_a_word() {
 #[test]
 fn programs_run_at_the_machines_speed() {
     Lab::run(|lab| {
-        serve_compiles();
+        compile::serve();
         let desk = Desk::new(lab);
         put(&desk, "work", &steps(WORK, 100_000_000));
         let started = Instant::now();
@@ -364,7 +334,7 @@ fn programs_run_at_the_machines_speed() {
 #[test]
 fn a_process_does_not_notice_a_move() {
     Lab::run(|lab| {
-        serve_compiles();
+        compile::serve();
         let mut desk = Desk::new(lab);
         put(&desk, "work", &steps(WORK, 400_000_000));
         put(&desk, "float", &steps(FLOAT, 300_000_000));
@@ -412,7 +382,7 @@ fn echoes(lab: &Lab, count: usize) -> Vec<Duration> {
 #[test]
 fn an_endless_loop_delays_no_echo() {
     Lab::run(|lab| {
-        serve_compiles();
+        compile::serve();
         let desk = Desk::new(lab);
         put(&desk, "loop", LOOP);
         let quiet = echoes(lab, 500);
@@ -458,7 +428,7 @@ fn an_endless_loop_delays_no_echo() {
 #[test]
 fn a_terminal_interrupts_and_jobs_live_on() {
     Lab::run(|lab| {
-        serve_compiles();
+        compile::serve();
         let desk = Desk::new(lab);
         put(&desk, "loop", LOOP);
         let mut terminal = Terminal::open(&desk);
@@ -495,7 +465,7 @@ fn a_terminal_interrupts_and_jobs_live_on() {
 #[test]
 fn one_that_waits_is_killed_too_and_time_has_a_limit() {
     Lab::run(|lab| {
-        serve_compiles();
+        compile::serve();
         let mut desk = Desk::new(lab);
         put(&desk, "read", READ);
         put(&desk, "loop", LOOP);
@@ -529,7 +499,7 @@ fn one_that_waits_is_killed_too_and_time_has_a_limit() {
 #[test]
 fn nothing_is_left_of_processes_that_ended() {
     Lab::run(|lab| {
-        serve_compiles();
+        compile::serve();
         let desk = Desk::new(lab);
         put(&desk, "hello", HELLO);
         put(&desk, "loop", LOOP);
