@@ -113,8 +113,11 @@ impl Daemon {
             let mine = |record: &ImageRecord| record.owner == daemon.me && record.intent.is_some();
             for (user, _) in seen.images.iter().filter(|(_, record)| mine(record)) {
                 let image = daemon.image(user);
-                // Whoever is at work on it settles it.
+                // Whoever is at work on it settles it; one that cannot be reached is looked at again already.
                 let Ok(slot) = image.slot.clone().try_lock_owned() else { continue };
+                if slot.unreachable.is_some() {
+                    continue;
+                }
                 let (reader, name) = (daemon.clone(), user.clone());
                 // Nobody has the slot, so that no move of this host has an intent of its own in there.
                 let found = blocking(move || Ok((reader.record(&name)?, slot))).await;
