@@ -306,7 +306,8 @@ pub struct CodeRange {
 
 /// Kinds of an [`Upcall`].
 pub mod upcall {
-    /// The process has run for [`preempt_us`](super::BootPage::preempt_us).
+    /// The process has run for [`preempt_us`](super::BootPage::preempt_us). As at a door, what was queued has left,
+    /// what arrived is delivered, and the time is told.
     pub const PREEMPT: u32 = 1;
     /// An instruction of the process faulted.
     pub const FAULT: u32 = 2;

@@ -90,6 +90,9 @@ pub fn main(listener: i32) -> Result<(), String> {
                 Ok(Entered::Alarm) => {
                     machine.news |= machine.inspecting.hear(&machine.memory);
                     process.serve_control(false)?;
+                    if let Some(machine) = process.machine.as_mut().filter(|machine| machine.runs()) {
+                        machine.preempt();
+                    }
                 }
                 Ok(Entered::Again) => {}
                 Err(failure) => return process.fail(&failure),
@@ -133,8 +136,6 @@ struct Machine {
     exit_pending: bool,
     /// Period of the alarm; zero while it is off.
     alarm: Duration,
-    /// The alarm rang since the last entry.
-    rang: bool,
     /// The mailbox has news for the guest.
     news: bool,
     inspecting: Answering,
@@ -387,7 +388,6 @@ impl Machine {
             doors: 0,
             exit_pending: false,
             alarm: Duration::ZERO,
-            rang: false,
             news: false,
             inspecting: Answering::default(),
         })
@@ -424,15 +424,21 @@ impl Machine {
         }
     }
 
-    /// Enters the guest until it knocks, faults, or the alarm rings.
-    fn enter(&mut self) -> Result<Entered, String> {
-        self.set_alarm(self.alarm_period());
-        if std::mem::take(&mut self.rang)
-            && !self.vcpu.takes_exception()
+    /// Interrupts process code: what a door would deliver is delivered, and the vCPU goes on in the kernel.
+    fn preempt(&mut self) {
+        if !self.vcpu.takes_exception()
             && let Some(rip) = upcall::preempt(&self.memory, self.vcpu.instruction_pointer())
         {
             self.vcpu.continue_at(rip);
+            self.serve_devices();
+            self.tell_time();
+            self.knocked_at = self.stopped_at;
         }
+    }
+
+    /// Enters the guest until it knocks, faults, or the alarm rings.
+    fn enter(&mut self) -> Result<Entered, String> {
+        self.set_alarm(self.alarm_period());
         self.exit_pending = false;
         let mut mmio = None;
         let outcome = match self.vcpu.fd.run() {
@@ -500,7 +506,6 @@ impl Machine {
             Ok(Entered::Door) => self.knocked_at = now,
             Ok(Entered::Alarm) => {
                 self.vcpu.fd.set_kvm_immediate_exit(0);
-                self.rang = true;
                 if now.since(self.knocked_at) > HANG {
                     let rip = self.vcpu.instruction_pointer();
                     return Err(format!(
@@ -705,7 +710,6 @@ impl Machine {
         }
         self.vcpu.restore(&state.vcpu).map_err(|error| error.to_string())?;
         self.tables.map_all(&self.memory).map_err(|error| error.to_string())?;
-        self.rang = false;
         self.clock = GuestClock::resume(state.clock, paused_at);
         self.generation = state.clock.generation;
         if moved {

@@ -46,7 +46,7 @@ mod arch {
     pub fn entry(number: u32) -> u64 {
         let at = TABLE.load(Ordering::Relaxed) as *const u64;
         // SAFETY: the guest has said that its table lies there, and the test keeps it mapped.
-        unsafe { at.add(number as usize).read_volatile() }
+        unsafe { at.wrapping_add(number as usize).read_volatile() }
     }
 
     fn add(host: &mut Host, number: u32) -> bool {

@@ -3,7 +3,10 @@
 
 pub mod upcall;
 
-use core::arch::{asm, global_asm};
+use core::{
+    arch::{asm, global_asm},
+    sync::atomic::{AtomicBool, Ordering},
+};
 
 use kage_abi::{
     BootPage, Config, DOOR_INTERVAL_NS, FaultRecord, HEARTBEAT_INTERVAL_NS, LogRing, MAP_RANGES, MEMORY,
@@ -116,9 +119,24 @@ pub struct Mail {
     pub heartbeat_round: u32,
 }
 
+/// An upcall has served the machine since it last knocked.
+static SERVED: AtomicBool = AtomicBool::new(false);
+/// Something was left for the host since then.
+static QUEUED: AtomicBool = AtomicBool::new(false);
+
+/// Notes that something waits for the host: the next door is a real one.
+pub fn note_queued() {
+    QUEUED.store(true, Ordering::Relaxed);
+}
+
 /// Knocks: everything queued leaves, everything that arrived is delivered, `deadline_ns` is how long the host
 /// may wait for something to arrive (0: not at all).
 pub fn door(deadline_ns: u64) -> Mail {
+    let served = SERVED.swap(false, Ordering::Relaxed);
+    let queued = QUEUED.swap(false, Ordering::Relaxed);
+    if deadline_ns == 0 && served && !queued {
+        return mail();
+    }
     // SAFETY: the boot page is mapped read-write for the machine's whole life and the host touches it only
     // while the vCPU is out of guest mode, which is exactly during the `out`.
     unsafe {
@@ -230,6 +248,7 @@ pub fn set_next_index(index: u64) {
 
 /// Tells the host where the table that answers request `round` lies. It is to stay there until it is taken.
 pub fn publish_resources(round: u32, table: &[u8]) {
+    note_queued();
     // SAFETY: as in `resources`.
     unsafe {
         (&raw mut (*RESOURCES).address).write_volatile(table.as_ptr() as u64);

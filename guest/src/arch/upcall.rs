@@ -14,7 +14,7 @@ use core::{arch::naked_asm, mem::offset_of, ops::Range};
 
 use kage_abi::{BootPage, CODE_RANGES, CodeRange, MEMORY, offset, upcall, window};
 
-use super::BOOT;
+use super::{BOOT, Ordering, SERVED};
 use crate::local::Local;
 
 /// Bytes of the process's stack that the registers take: a red zone, general registers, the XSAVE area and its
@@ -189,7 +189,10 @@ extern "C" fn handle(frame: &mut SavedRegisters) {
         upcall::FAULT => {
             Kind::Fault { vector: record.vector, error: record.error_code, address: record.address }
         }
-        _ => Kind::Preempt,
+        _ => {
+            SERVED.store(true, Ordering::Relaxed);
+            Kind::Preempt
+        }
     };
     let handler = *HANDLER.get();
     handler(&mut Upcall { kind, frame });

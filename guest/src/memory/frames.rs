@@ -83,7 +83,7 @@ impl Pool {
     fn set_entry(&mut self, frame: u32, entry: u64) {
         assert!(frame < self.frames, "frame {frame:#x} is not there");
         // SAFETY: the table has an entry for each frame below `frames`.
-        unsafe { self.table.add(frame as usize).write_volatile(entry) }
+        unsafe { self.table.wrapping_add(frame as usize).write_volatile(entry) }
     }
 
     /// At most `most` frames in a row: those given back first, since they are in use anyway.
@@ -157,7 +157,7 @@ impl Pool {
 pub(super) fn note_mapped(run: Run, address: u64, flags: u64) {
     let mut pool = POOL.get();
     for at in 0..run.count {
-        pool.set_entry(run.first + at, address + u64::from(at) * PAGE as u64 | flags);
+        pool.set_entry(run.first + at, (address + u64::from(at) * PAGE as u64) | flags);
     }
 }
 

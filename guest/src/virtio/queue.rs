@@ -102,6 +102,7 @@ impl Queue {
         // SAFETY: the slot lies in the available ring.
         unsafe { self.avail().add(slot).write_volatile(next) };
         fence(Ordering::Release);
+        crate::arch::note_queued();
         self.next_avail = self.next_avail.wrapping_add(1);
         // SAFETY: the ring's index is its second word.
         unsafe { self.avail().add(1).write_volatile(self.next_avail) };
