@@ -425,19 +425,19 @@ impl Fabric {
             sysctl::set(name, key, value)?;
         }
         if self.spec.ipv4 {
-            // Packets from a machine that has just left, written back into its tap, come from where no route leads.
+            // While a machine moves its packets come from where its route does not lead yet. The kernel then asks for
+            // some route to them, and for an address of the interface.
             sysctl::set_v4(name, "rp_filter", "2")?;
         }
-        // The tunnel's own address is its host's; gateways have the same one everywhere.
-        let ipv4 = self.spec.ipv4 && address == Ipv6Addr::from(GATEWAY);
         let mut socket = self.control();
         link::configure(&mut socket, index, settings)
             .and_then(|()| link::up(&mut socket, index))
             .and_then(|()| link::ensure_link_local(&mut socket, index, address))
-            .and_then(|()| {
-                if ipv4 { link::ensure_ipv4(&mut socket, index, Ipv4Addr::from(GATEWAY_V4)) } else { Ok(()) }
-            })
             .map_err(netlink(format!("bringing up {name}")))?;
+        if self.spec.ipv4 {
+            link::ensure_ipv4(&mut socket, index, Ipv4Addr::from(GATEWAY_V4))
+                .map_err(netlink(format!("giving {name} its IPv4 address")))?;
+        }
         lock(&self.indices).insert(name.into(), index);
         Ok(())
     }

@@ -294,6 +294,7 @@ endpoints = ["{first}"]   # the host that advertises the first endpoint serves t
 
 [network]
 prefix = "fd4b:6167:6500::/48"
+# ipv4 = "10.77.0.0/24"      # IPv4 addresses for images
 underlay = "eth0"         # the interface towards the other hosts
 
 [image]

@@ -23,8 +23,15 @@ fn at(path: &str) -> impl Fn(FileError) -> Failure {
 pub async fn ls(session: &Session, arguments: &[String], stdio: &Stdio) -> Result<u32, Failure> {
     let mut text = String::new();
     let here = [String::from(".")];
-    for path in if arguments.is_empty() { &here[..] } else { arguments } {
+    let (long, paths) = match arguments.split_first() {
+        Some((first, rest)) if first == "-l" => (true, rest),
+        _ => (false, arguments),
+    };
+    for path in if paths.is_empty() { &here[..] } else { paths } {
         for (name, facts) in fs::list(&session.path(path)).map_err(at(path))? {
+            if long {
+                text.push_str(&format!("{} {:10} ", facts.vid, facts.size));
+            }
             text.push_str(&name);
             text.push_str(if facts.kind == Kind::Directory { "/\n" } else { "\n" });
         }

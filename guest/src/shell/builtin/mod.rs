@@ -17,7 +17,7 @@ const UNKNOWN: u32 = 127;
 /// Name, arguments, what it does.
 const HELP: &[(&str, &str, &str)] = &[
     ("help", "", "this list"),
-    ("ls", "[PATH]", "names in a directory"),
+    ("ls", "[-l] [PATH…]", "names in a directory; -l: with VID and size"),
     ("cd", "[PATH]", "change directory"),
     ("pwd", "", "the directory"),
     ("cat", "[PATH…]", "copy files, or input, to output"),
