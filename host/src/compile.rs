@@ -41,7 +41,7 @@ const USERS: u32 = 0x6b62_0000;
 /// Connections at a time, in all …
 const CONNECTIONS: usize = 16;
 /// … and from one machine.
-const CONNECTIONS_EACH: usize = 2;
+const CONNECTIONS_EACH: usize = 4;
 /// Compilers that run at a time.
 const COMPILERS: usize = 2;
 /// Longest time a request takes to arrive, and a reply to leave.

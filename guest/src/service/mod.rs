@@ -1,7 +1,8 @@
-//! What listens: measuring services, HTTP, SSH with SFTP.
+//! What listens: measuring services, HTTP, SSH with SFTP, and the services of the image.
 
 mod http;
 mod measure;
+mod programs;
 pub mod sftp;
 mod ssh;
 
@@ -28,6 +29,7 @@ pub fn start(config: &'static Config, now: Duration) {
     measure::start();
     http::start();
     ssh::start();
+    programs::start(&user(config));
 }
 
 /// The user's name as it may stand in paths and prompts.

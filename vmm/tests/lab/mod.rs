@@ -26,6 +26,7 @@ static NEXT: AtomicU32 = AtomicU32::new(0);
 pub struct Lab {
     fabric: Fabric,
     pub pool: Pool,
+    image: ImageFile,
     vid: Vid,
     tap: OwnedFd,
     dir: PathBuf,
@@ -34,9 +35,14 @@ pub struct Lab {
 impl Lab {
     /// Runs a test in a namespace of its own.
     pub fn run(test: impl FnOnce(&Lab) + Send + 'static) {
+        Self::run_with(ImageFile::embedded(), test);
+    }
+
+    /// The same with machines of another image.
+    pub fn run_with(image: ImageFile, test: impl FnOnce(&Lab) + Send + 'static) {
         let body = move || {
             enter_namespace();
-            let lab = Lab::new();
+            let lab = Lab::new(image);
             test(&lab);
         };
         let result = std::thread::spawn(body).join();
@@ -45,7 +51,7 @@ impl Lab {
         }
     }
 
-    fn new() -> Self {
+    fn new(image: ImageFile) -> Self {
         for line in [
             "link set lo up",
             "link add under type veth peer name far",
@@ -81,13 +87,13 @@ impl Lab {
             NEXT.fetch_add(1, Ordering::Relaxed)
         ));
         fs::create_dir_all(&dir).unwrap();
-        let pool = start_pool(&dir);
-        Self { fabric, pool, vid, tap, dir }
+        let pool = start_pool(&dir, &image);
+        Self { fabric, pool, image, vid, tap, dir }
     }
 
     /// A second pool, as a daemon has one for each image and size.
     pub fn another_pool(&self) -> Pool {
-        start_pool(&self.dir)
+        start_pool(&self.dir, &self.image)
     }
 
     pub fn address(&self) -> Ipv6Addr {
@@ -171,7 +177,7 @@ impl Lab {
     }
 }
 
-fn start_pool(dir: &Path) -> Pool {
+fn start_pool(dir: &Path, image: &ImageFile) -> Pool {
     let spec = PoolSpec {
         spawn: Spawn {
             program: env!("CARGO_BIN_EXE_kage-vmm").into(),
@@ -183,7 +189,7 @@ fn start_pool(dir: &Path) -> Pool {
         logins: 1,
         shells: 1,
     };
-    Pool::start(spec, &ImageFile::embedded()).unwrap_or_else(|error| panic!("{error}"))
+    Pool::start(spec, image).unwrap_or_else(|error| panic!("{error}"))
 }
 
 impl Drop for Lab {
