@@ -31,12 +31,12 @@ fn session_survives(ap: &str, fault: impl FnOnce(&Site) + Send) {
     });
     let login = site.login("alice", ap);
     let address = text(&login, "address").to_owned();
-    let mut count = site.start("d1", site.ssh("alice", &address).arg("count 8000"));
+    let mut count = site.start("d1", site.ssh("alice", &address).arg("count 12000"));
     let counted = lines(&mut count);
     let counting = thread::spawn(move || counted.collect::<Vec<_>>());
     fault(&site);
     assert!(count.wait().unwrap().success(), "the session broke{}", site.daemon_logs());
-    let expected: Vec<_> = (1..=8_000).map(|number| number.to_string()).collect();
+    let expected: Vec<_> = (1..=12_000).map(|number| number.to_string()).collect();
     assert!(counting.join().unwrap() == expected, "lines were lost or doubled");
     assert!(answers(&site, &address));
     assert_one_machine(&site);
@@ -118,8 +118,8 @@ fn a_source_and_directory_daemon_killed_in_any_phase_of_a_move_costs_nothing() {
 }
 
 #[test]
-fn a_directory_daemon_killed_during_a_move_between_others_costs_nothing() {
-    for phase in ["copy", "switch", "settle"] {
+fn a_directory_daemon_killed_in_any_phase_of_a_move_between_others_costs_nothing() {
+    for phase in PHASES {
         session_survives("ap-2", |site| {
             let _ = strike(site, "h2", "h3", phase, || {
                 site.kill_daemon("h1").unwrap();
@@ -149,6 +149,8 @@ fn a_restarted_daemon_adopts_its_machines() {
         site.start_daemon("h1", &Cancel::new().unwrap()).unwrap();
         let report = site.migrate("alice", "h2");
         assert_eq!(text(&report, "outcome"), "handed_over");
+        // The tap came to the new daemon with the machine, or what waited in it would be lost and not counted.
+        assert_eq!(report["lost_frames"], 0, "{report}");
     });
 }
 

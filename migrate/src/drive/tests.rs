@@ -528,21 +528,30 @@ impl Bench {
                 label: None,
                 record: Ok(Some(&record)),
             };
-            match recover(&scene) {
-                Recovery::Source(ticket, decider, actions) => {
-                    let spec = SourceSpec { ticket, ..self.spec.clone() };
-                    let mut side = self.side(Cuts::default());
-                    let directory = &*self.world.directory;
-                    source::resume(&spec, decider, actions, &mut side, directory, &Control::default());
-                }
-                Recovery::Target(ticket, decider, actions) => {
-                    let machine = host.vmm().unwrap().handle();
-                    let side = AsTarget { host: host.clone(), machine };
-                    self.targets.resume(ticket, decider, actions, Box::new(side));
-                }
-                Recovery::Nothing | Recovery::Keep => {}
-                other => panic!("{} {other:?}", host.name),
+            match self.go_on(host, recover(&scene)) {
+                Ok(()) | Err(Recovery::Nothing | Recovery::Keep) => {}
+                Err(other) => panic!("{} {other:?}", host.name),
             }
+        }
+    }
+
+    /// Goes on with an open handover; gives any other verdict back.
+    fn go_on(&self, host: &Arc<Host>, verdict: Recovery) -> Result<(), Recovery> {
+        match verdict {
+            Recovery::Source(ticket, decider, actions) => {
+                let spec = SourceSpec { ticket, ..self.spec.clone() };
+                let mut side = self.side(Cuts::default());
+                let directory = &*self.world.directory;
+                source::resume(&spec, decider, actions, &mut side, directory, &Control::default());
+                Ok(())
+            }
+            Recovery::Target(ticket, decider, actions) => {
+                let machine = host.vmm().unwrap().handle();
+                let side = AsTarget { host: host.clone(), machine };
+                self.targets.resume(ticket, decider, actions, Box::new(side));
+                Ok(())
+            }
+            other => Err(other),
         }
     }
 }

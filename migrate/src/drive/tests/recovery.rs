@@ -27,20 +27,12 @@ impl Bench {
         let found = host.found();
         let scene =
             Scene { me: &host.name, user: &self.spec.ticket.user, found, label, record: Ok(Some(&record)) };
-        match recover(&scene) {
-            Recovery::Source(ticket, decider, actions) => {
-                let spec = SourceSpec { ticket, ..self.spec.clone() };
-                let mut side = self.side(Cuts::default());
-                let directory = &*self.world.directory;
-                source::resume(&spec, decider, actions, &mut side, directory, &Control::default());
-                false
-            }
-            Recovery::Target(ticket, decider, actions) => {
-                let machine = host.vmm().unwrap().handle();
-                let side = AsTarget { host: host.clone(), machine };
-                self.targets.resume(ticket, decider, actions, Box::new(side));
-                false
-            }
+        let verdict = match self.go_on(host, recover(&scene)) {
+            Ok(()) => return false,
+            Err(verdict) => verdict,
+        };
+        match verdict {
+            Recovery::Source(..) | Recovery::Target(..) => unreachable!("gone on with above"),
             Recovery::Nothing | Recovery::Keep => record.intent.is_none(),
             Recovery::End => {
                 host.vmm().unwrap().kill();
