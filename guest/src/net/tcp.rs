@@ -129,8 +129,8 @@ impl Listener {
     /// Ready with the next connection.
     pub fn poll_accept(&mut self, context: &mut Context<'_>) -> Poll<Stream> {
         let index = ready!(self.poll_waiting(context));
-        let stream =
-            Stream { handle: self.waiting.remove(index), record: Record::new(true, self.record.pid()) };
+        let record = Record::new(true, self.record.pid());
+        let stream = Stream { handle: self.waiting.remove(index), record, abrupt: false };
         stream.record.open(stream.handle);
         stream.with(|socket| {
             socket.set_timeout(Some(SILENCE));
@@ -167,10 +167,13 @@ impl Listener {
     }
 }
 
-/// One connection. Dropping it closes it in order: what was written still leaves.
+/// One connection. Dropping it closes it in order, and what was written still leaves, unless it is [abrupt].
+///
+/// [abrupt]: Stream::set_abrupt
 pub struct Stream {
     handle: SocketHandle,
     record: Rc<Record>,
+    abrupt: bool,
 }
 
 /// A port of its own for a socket that asked for none.
@@ -230,7 +233,12 @@ impl Stream {
             .map_err(|_| ConnectError::Unreachable)?;
         let handle = stack.sockets.add(socket);
         record.open(handle);
-        Ok(Self { handle, record })
+        Ok(Self { handle, record, abrupt: false })
+    }
+
+    /// Whether dropping it resets it: the other end is to stop at once what it does for this one.
+    pub fn set_abrupt(&mut self, abrupt: bool) {
+        self.abrupt = abrupt;
     }
 
     /// Ready once the connection is there, or never will be.
@@ -416,15 +424,19 @@ impl Drop for Stream {
         let handle = self.handle;
         // Listed until it is closed at the other end, too.
         let record = Rc::clone(&self.record);
-        STACK.get().sockets.get_mut::<tcp::Socket>(handle).close();
+        let abrupt = self.abrupt;
+        self.with(|socket| if abrupt { socket.abort() } else { socket.close() });
         // The socket must outlive the closing handshake, but not for ever.
         crate::executor::spawn("close", async move {
             let mut limit = crate::time::sleep(LINGER);
             poll_fn(|context| {
                 let mut stack = STACK.get();
                 let socket = stack.sockets.get_mut::<tcp::Socket>(handle);
-                if matches!(socket.state(), State::Closed | State::TimeWait) {
-                    return Poll::Ready(());
+                // A reset has left once the socket no longer knows the other end.
+                match socket.state() {
+                    State::TimeWait => return Poll::Ready(()),
+                    State::Closed if socket.remote_endpoint().is_none() => return Poll::Ready(()),
+                    _ => {}
                 }
                 // What still arrives has no reader; room for it lets the peer come to its own end.
                 let _ = socket.recv(|bytes| (bytes.len(), ()));
