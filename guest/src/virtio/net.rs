@@ -101,6 +101,11 @@ impl Net {
         self.queues.iter_mut().for_each(Queue::spoil);
     }
 
+    /// Whether a frame could be sent now.
+    pub fn has_room(&self) -> bool {
+        !self.free.is_empty()
+    }
+
     /// Whether frames wait to be sent at the next door, or to be received here.
     pub fn is_sending(&self) -> bool {
         self.free.len() < usize::from(TRANSMIT) || !self.looped.is_empty()
