@@ -409,6 +409,16 @@ pub enum BenchCommand {
         #[arg(long, default_value = "64MiB", value_name = "SIZE")]
         memory: Size,
     },
+    /// Programs in a machine beside the same on its host, and what a busy one does to an SSH session
+    #[command(after_help = "Example: kage bench processes --runs 5")]
+    Processes {
+        /// Runs of each kind of work
+        #[arg(long, default_value_t = 5, value_name = "N")]
+        runs: u32,
+        /// Fewer runs
+        #[arg(long)]
+        quick: bool,
+    },
 }
 
 #[cfg(test)]
@@ -472,6 +482,7 @@ mod tests {
             "stop alice",
             "start alice",
             "bench start --runs 5 --quick",
+            "bench processes --runs 3",
             "image inspect x.kage -o json",
             "image verify x.kage --trust ed25519:00 --config host.toml",
             "image ls",
