@@ -10,6 +10,8 @@
 //! `address + length` wraps round, the whole operation is carried out as it stands. Copies go downward where the
 //! destination lies above the source.
 //!
+//! Operations on tables are left as they are: a table has few elements, by the machine's bound on it.
+//!
 //! The rewrite is on bytes: what it does not replace is copied as it was, and functions, types and segments keep their
 //! indices, since what is added comes last. Custom sections (names, debugging) are left out. The input must be valid.
 
@@ -143,7 +145,7 @@ impl<'a> Survey<'a> {
         Ok(())
     }
 
-    /// Whether active segments are copied by a start function.
+    /// Whether active segments are copied by a start function. There is a body to add one to in every program.
     fn starts_with_data(&self) -> bool {
         self.active_bytes > ACTIVE && !self.bodies.is_empty()
     }
