@@ -33,7 +33,7 @@ fn main() {
     for path in ["guest/src", "guest/ssh/src", "guest/engine", "abi/src"] {
         rerun_if_changed(&paths.root.join(path));
     }
-    for path in ["Cargo.toml", "Cargo.lock", "link.ld", "build.rs"] {
+    for path in ["Cargo.toml", "Cargo.lock", "link.ld", "build.rs", ".cargo", "ssh/Cargo.toml"] {
         rerun_if_changed(&paths.root.join("guest").join(path));
     }
     for path in [
@@ -42,6 +42,7 @@ fn main() {
         "compiler/src",
         "compiler/Cargo.toml",
         "compiler/Cargo.lock",
+        "compiler/.cargo",
         "programs",
         "default",
     ] {
