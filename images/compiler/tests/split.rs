@@ -8,8 +8,10 @@ use proptest::prelude::*;
 use wasmtime::{Config, Engine, Instance, Memory, Module, Store, Trap};
 
 const PIECE_BYTES: u32 = PIECE.cast_unsigned();
-/// Longest data segment of the modules here.
-const SEGMENT: usize = 3 * PIECE_BYTES as usize + 17;
+/// Where else something may happen: pages.
+const PAGE: u32 = 64 << 10;
+/// Longest data segment of the modules here: two are more than is copied in one go.
+const SEGMENT: usize = 3 * PAGE as usize + 17;
 
 /// A module with every operation as an export.
 #[derive(Clone, Debug)]
@@ -51,7 +53,7 @@ fn wat(shape: &Shape) -> String {
                     (memory.fill (i32.const 3) (i32.const 9) (i32.const 5))))
             (func (export "init") (param i32 i32 i32) local.get 0 local.get 1 local.get 2 memory.init $passive)
             (func (export "constant") (param i32 i32 i32) local.get 0 local.get 1 i32.const 70000 memory.copy)
-            (func (export "small") (param i32 i32 i32) local.get 0 local.get 1 i32.const 65536 memory.copy)
+            (func (export "small") (param i32 i32 i32) local.get 0 local.get 1 i32.const 1024 memory.copy)
             (func (export "active") (param i32 i32 i32) {first})
             (func (export "drop") (param i32 i32 i32) data.drop $passive)
             (func (export "grow") (param i32 i32 i32)
@@ -107,8 +109,10 @@ impl Run {
 fn operand() -> impl Strategy<Value = u32> {
     let near = |to: u32| (0..9_u32).prop_map(move |by| to.wrapping_add(by).wrapping_sub(4));
     prop_oneof![
-        4 => 0..12 * PIECE_BYTES,
-        2 => (0..13_u32).prop_flat_map(move |pieces| near(pieces * PIECE_BYTES)),
+        4 => 0..12 * PAGE,
+        2 => 0..4 * PIECE_BYTES,
+        2 => (0..13_u32).prop_flat_map(move |pages| near(pages * PAGE)),
+        2 => (0..4_u32).prop_flat_map(move |pieces| near(pieces * PIECE_BYTES)),
         1 => near(SEGMENT as u32),
         1 => near(0),
         1 => any::<u32>(),
@@ -119,7 +123,7 @@ fn shape() -> impl Strategy<Value = Shape> {
     (
         1..12_u32,
         prop_oneof![0..40_usize, SEGMENT - 3..=SEGMENT],
-        prop::collection::vec((0..9 * PIECE_BYTES, prop_oneof![0..100_usize, SEGMENT - 9..=SEGMENT]), 0..4),
+        prop::collection::vec((0..9 * PAGE, prop_oneof![0..100_usize, SEGMENT - 9..=SEGMENT]), 0..4),
         any::<bool>(),
         0..300_u32,
     )
