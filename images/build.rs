@@ -40,6 +40,8 @@ fn main() {
         "build.rs",
         "build",
         "compiler/src",
+        "split/src",
+        "split/Cargo.toml",
         "compiler/Cargo.toml",
         "compiler/Cargo.lock",
         "compiler/.cargo",

@@ -7,14 +7,11 @@
 //! (a panic, time or memory without end) is the caller's to contain, by running this in a process with limits.
 //! Imports are not looked at: only the machine knows what it offers.
 
-mod bulk;
-
 use kage_engine as engine;
+use kage_split::split;
 use wasmparser::{
     BinaryReaderError, CompositeInnerType, Encoding, ExternalKind, Parser, Payload, TypeRef, Validator,
 };
-
-pub use bulk::{PIECE, split};
 
 /// Largest module compiled.
 pub const MAX_BYTES: usize = 32 << 20;

@@ -98,7 +98,8 @@ impl<'a> Desk<'a> {
 
     fn ssh(&self, line: &str) -> Command {
         let mut command = self.key.ssh(USER, self.login.address);
-        command.arg(line);
+        // A machine that has ended says nothing more.
+        command.args(["-o", "ServerAliveInterval=5", "-o", "ServerAliveCountMax=2", line]);
         command
     }
 

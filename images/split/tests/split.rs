@@ -1,11 +1,11 @@
 //! Splitting bulk operations changes nothing that a program can see.
 //!
-//! Random modules and calls run under the engine on this host, as they are and split, and must agree after every call:
+//! Random modules and calls run in an interpreter, as they are and split, and must agree after every call:
 //! in its result or trap, and in all of memory.
 
-use kage_compile::{PIECE, split};
+use kage_split::{PIECE, split};
 use proptest::prelude::*;
-use wasmtime::{Config, Engine, Instance, Memory, Module, Store, Trap};
+use wasmi::{Engine, Global, Instance, Module, Mutability, Store, TrapCode, Val};
 
 const PIECE_BYTES: u32 = PIECE.cast_unsigned();
 /// Where else something may happen: pages.
@@ -36,10 +36,9 @@ fn wat(shape: &Shape) -> String {
         })
         .collect();
     let start = if shape.start { "(start $begin)" } else { "" };
-    let base = shape.base;
     format!(
         r#"(module
-            (global $base i32 (i32.const {base}))
+            (import "host" "base" (global $base i32))
             (memory (export "memory") {pages} 200)
             (data $passive "{passive}")
             {active}
@@ -74,18 +73,17 @@ struct Run {
 #[derive(Debug, PartialEq, Eq)]
 enum Outcome {
     Done,
-    Trap(Option<Trap>),
+    Trap(Option<TrapCode>),
 }
 
 impl Run {
-    fn new(engine: &Engine, wasm: &[u8]) -> (Self, Outcome) {
+    fn new(engine: &Engine, wasm: &[u8], base: u32) -> (Self, Outcome) {
         let module = Module::new(engine, wasm).unwrap();
         let mut store = Store::new(engine, ());
-        match Instance::new(&mut store, &module, &[]) {
+        let base = Global::new(&mut store, Val::I32(base.cast_signed()), Mutability::Const);
+        match Instance::new(&mut store, &module, &[base.into()]) {
             Ok(instance) => (Self { store, instance: Some(instance) }, Outcome::Done),
-            Err(error) => {
-                (Self { store, instance: None }, Outcome::Trap(error.downcast_ref::<Trap>().copied()))
-            }
+            Err(error) => (Self { store, instance: None }, Outcome::Trap(error.as_trap_code())),
         }
     }
 
@@ -94,13 +92,13 @@ impl Run {
         let function = instance.get_typed_func::<(u32, u32, u32), ()>(&mut self.store, name).unwrap();
         match function.call(&mut self.store, operands) {
             Ok(()) => Outcome::Done,
-            Err(error) => Outcome::Trap(Some(*error.downcast_ref::<Trap>().unwrap())),
+            Err(error) => Outcome::Trap(Some(error.as_trap_code().unwrap())),
         }
     }
 
     fn memory(&mut self) -> Vec<u8> {
         let Some(instance) = self.instance else { return Vec::new() };
-        let memory: Memory = instance.get_memory(&mut self.store, "memory").unwrap();
+        let memory = instance.get_memory(&mut self.store, "memory").unwrap();
         memory.data(&self.store).to_vec()
     }
 }
@@ -142,11 +140,11 @@ proptest! {
     #![proptest_config(ProptestConfig { cases: 150, ..ProptestConfig::default() })]
     #[test]
     fn a_split_module_does_what_it_did(shape in shape(), calls in prop::collection::vec(call(), 1..30)) {
-        let engine = Engine::new(&Config::new()).unwrap();
+        let engine = Engine::default();
         let wasm = wat::parse_str(wat(&shape)).unwrap();
         let changed = split(&wasm).unwrap();
-        let (mut before, outcome) = Run::new(&engine, &wasm);
-        let (mut after, same) = Run::new(&engine, &changed);
+        let (mut before, outcome) = Run::new(&engine, &wasm, shape.base);
+        let (mut after, same) = Run::new(&engine, &changed, shape.base);
         prop_assert_eq!(outcome, same, "instantiation");
         prop_assert!(before.memory() == after.memory(), "instantiation");
         for (name, operands) in calls {
