@@ -74,6 +74,12 @@ pub fn shown(text: &str) -> Cow<'_, str> {
     Cow::Owned(shown)
 }
 
+/// Several lines, each [`shown`].
+#[must_use]
+pub fn shown_lines(text: &str) -> String {
+    text.split('\n').map(|line| shown(line.trim_end_matches('\r'))).collect::<Vec<_>>().join("\n")
+}
+
 /// Control characters, line separators, and what turns the direction of text round.
 fn is_unseen(at: char) -> bool {
     at.is_control()
@@ -152,6 +158,7 @@ mod tests {
         assert!(!table.contains(|at: char| at != '\n' && is_unseen(at)), "{table:?}");
         assert!(table.contains("/tmp/\\u{1b}]52;c;eA==\\u{7}  a"), "{table}");
         assert_eq!(shown("Grüße 你好"), "Grüße 你好");
+        assert_eq!(shown_lines("one\r\n\x1b[2Jtwo\n"), "one\n\\u{1b}[2Jtwo\n");
     }
 
     #[test]
