@@ -339,6 +339,17 @@ impl Socket {
             State::Bound(socket) => {
                 let to = to.or(self.peer.get()).ok_or(SocketError::NoDestination)?;
                 let mut meta = UdpMetadata::from(to);
+                if to.port == 0 {
+                    return Poll::Ready(Err(SocketError::Invalid));
+                }
+                // The stack takes neither a datagram between two families nor one that is longer than a packet.
+                let bound = socket.local().addr;
+                if bound.is_some_and(|address| address.version() != to.addr.version()) {
+                    return Poll::Ready(Err(SocketError::NotAvailable));
+                }
+                if bytes.len() > super::largest_datagram(to.addr) {
+                    return Poll::Ready(Err(SocketError::TooLong));
+                }
                 // Sent from the address it is bound to, if it is bound to one.
                 meta.local_address = socket.local().addr;
                 match ready!(socket.poll_send(context, bytes, meta)) {

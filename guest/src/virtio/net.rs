@@ -94,6 +94,11 @@ impl Net {
         if let Some(index) = self.queues[0].push(&[part]) {
             self.receive[usize::from(index)] = buffer;
         }
+    /// Largest IP packet.
+    pub const fn mtu(&self) -> usize {
+        self.mtu
+    }
+
     }
 
     /// Fills both rings with nonsense.
