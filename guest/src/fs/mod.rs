@@ -27,6 +27,8 @@ use tree::Tree;
 
 /// Inodes, the image's included.
 pub const MAX_NODES: usize = 16 << 10;
+/// Names in all directories: a file may have several.
+pub const MAX_NAMES: usize = 2 * MAX_NODES;
 /// Longest name.
 pub const MAX_NAME: usize = 255;
 /// Longest path.
