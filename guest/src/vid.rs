@@ -29,11 +29,6 @@ pub struct Vid {
 }
 
 impl Vid {
-    /// What it names.
-    pub const fn kind(self) -> Kind {
-        self.kind
-    }
-
     /// Its index, one no other resource of this machine has or had, of whatever kind.
     pub const fn index(self) -> u64 {
         self.index

@@ -184,7 +184,6 @@ pub struct Process {
     pid: u32,
     vid: Vid,
     arguments: Vec<String>,
-    started: Duration,
     usage: Arc<Usage>,
     /// Door time it has run.
     time: Cell<Duration>,
@@ -217,11 +216,6 @@ impl Process {
     /// Name and arguments in a line.
     pub fn command(&self) -> String {
         self.arguments.join(" ").chars().map(|c| if c.is_control() { ' ' } else { c }).collect()
-    }
-
-    /// When it was started, guest time.
-    pub fn started(&self) -> Duration {
-        self.started
     }
 
     /// How long it has run.

@@ -114,7 +114,6 @@ pub fn spawn(program: Rc<Program>, spec: Spec) -> Result<Rc<Process>, SpawnError
         pid,
         vid: vid::next(vid::Kind::Process),
         arguments: spec.arguments,
-        started: time::now(),
         usage: Arc::clone(&usage),
         time: Cell::default(),
         allowed: spec.allowed,
