@@ -17,10 +17,10 @@ use crate::{
     process::{self, Process},
 };
 
-/// Entries written between two looks at the cost.
-const PIECE: usize = 8;
+/// Entries written between two looks at the cost; a path may be two thousand names long.
+const PIECE: usize = 4;
 /// Cost of a piece in nanoseconds, estimated.
-const PIECE_COST: u64 = 3_000;
+const PIECE_COST: u64 = 1_500;
 /// Cost of each byte of a path.
 const NAME_COST: u64 = 30;
 

@@ -20,7 +20,7 @@ pub use handle::{Handle, OpenFile, OpenOptions};
 pub use tree::{Facts, Kind, Row};
 pub use walk::resolve;
 
-use alloc::{format, string::String, vec::Vec};
+use alloc::{format, vec::Vec};
 
 use crate::local::Local;
 use tree::Tree;
@@ -174,18 +174,6 @@ pub fn remove(path: &str) -> Result<(), FileError> {
 pub fn rename(from: &str, to: &str) -> Result<(), FileError> {
     let root = Handle::root();
     root.rename(from, &root, to)
-}
-
-/// Names in a directory, in order; anything else lists itself.
-///
-/// # Errors
-/// [`FileError`].
-pub fn list(path: &str) -> Result<Vec<(String, Facts)>, FileError> {
-    let handle = open(path, OpenOptions::default())?;
-    match handle.names() {
-        Err(FileError::NotDirectory) => Ok(Vec::from([(String::from(path), handle.stat()?)])),
-        names => names,
-    }
 }
 
 /// What a path is, links followed.
