@@ -150,7 +150,12 @@ pub async fn yield_now() {
 pub fn charge(nanoseconds: u64) -> bool {
     let mut executor = EXECUTOR.get();
     executor.cost = executor.cost.saturating_add(nanoseconds);
-    executor.cost >= ROUND_COST
+    executor.cost >= ROUND_COST || arch::is_late()
+}
+
+/// What this round or slice has cost so far.
+pub fn cost() -> Duration {
+    Duration::from_nanos(EXECUTOR.get().cost)
 }
 
 /// [`charge`], and [`yield_now`] when it says so.

@@ -155,7 +155,10 @@ fn turn(process: &Rc<Process>, running: &mut Running, context: &mut Context<'_>)
     *process.waker.borrow_mut() = Some(context.waker().clone());
     table::note_run(process);
     process.waiting.set(false);
-    match running.fiber.resume(context) {
+    let before = executor::cost();
+    let pause = running.fiber.resume(context);
+    table::note_ran(executor::cost().saturating_sub(before), pause == Pause::Preempted);
+    match pause {
         Pause::Blocked => {
             process.waiting.set(true);
             Poll::Pending
