@@ -231,6 +231,12 @@ async fn compile_file(handle: &Handle, size: u64) -> Result<Compiled, LoadError>
 
 /// Frees the code of files that no process runs, so that its memory can be used.
 pub fn forget_unused() {
-    let old = core::mem::take(&mut CACHE.get().files);
+    let old = {
+        let files = &mut CACHE.get().files;
+        let (used, old): (VecDeque<_>, VecDeque<_>) =
+            core::mem::take(files).into_iter().partition(|(_, program)| Rc::strong_count(program) > 1);
+        *files = used;
+        old
+    };
     drop(old);
 }
