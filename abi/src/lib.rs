@@ -287,7 +287,8 @@ pub struct BootPage {
     pub map_status: u32,
     /// Guest: how many of `map` are used.
     pub map_count: u32,
-    /// Guest: frames to be mapped.
+    /// Guest: frames to be mapped. Set before the frame table says where: a host that makes the tables anew while
+    /// they have no room for all leaves these out.
     pub map: [MapRange; MAP_RANGES],
 }
 

@@ -168,8 +168,8 @@ pub fn set_first_frame(frame: u32) {
     unsafe { (&raw mut (*BOOT).first_frame).write_volatile(frame) }
 }
 
-/// Has the host map frames as the frame table says; false when it has no page for another page table.
-pub fn map(ranges: &[MapRange; MAP_RANGES], count: usize) -> bool {
+/// Names the frames that [`map`] is to map.
+pub fn set_map(ranges: &[MapRange; MAP_RANGES], count: usize) {
     // SAFETY: as in `door`.
     unsafe {
         (&raw mut (*BOOT).map).write_volatile(*ranges);
@@ -180,6 +180,14 @@ pub fn map(ranges: &[MapRange; MAP_RANGES], count: usize) -> bool {
 }
 
 /// Has the host forget all mappings of windows and make those that the frame table holds; false when it has not
+    }
+}
+
+/// Has the host map the frames that were named as the frame table says; false when it has no page for another page
+/// table.
+pub fn map() -> bool {
+    // SAFETY: as in `door`.
+    unsafe {
 /// enough pages for their page tables.
 pub fn rebuild() -> bool {
     // SAFETY: as in `door`.
