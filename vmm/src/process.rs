@@ -44,7 +44,7 @@ use crate::{
     jail,
     packet::{self, Packet},
     sys::{Mapping, watchdog},
-    tables::Tables,
+    tables::{MapError, Tables},
     upcall,
     vcpu::Vcpu,
     virtio::{block::Block, entropy::Entropy, net::Net},
@@ -624,6 +624,7 @@ impl Machine {
             }
             Request::Heartbeat { on } => {
                 let round =
+                self.forget_mappings()?;
                     u32::from_le_bytes(self.read_word(std::mem::offset_of!(BootPage, heartbeat_round)));
                 self.write_word(std::mem::offset_of!(BootPage, heartbeat_on), &u32::from(on).to_le_bytes());
                 let next = round.wrapping_add(1).to_le_bytes();
@@ -704,12 +705,30 @@ impl Machine {
             (&mut self.net.transport, net),
             (&mut self.block.transport, block),
             (&mut self.entropy.transport, entropy),
+    /// Empties the windows' page tables.
+    fn forget_mappings(&mut self) -> Result<(), String> {
+        if self.tables.is_empty() {
+            return Ok(());
+        }
+        self.vcpu.replace_tables(&mut self.tables, |_| ()).map_err(|error| error.to_string())
+    }
+
         ];
         for (device, saved) in pairs {
             device.restore(saved, &self.memory).map_err(|error| error.to_string())?;
         }
         self.vcpu.restore(&state.vcpu).map_err(|error| error.to_string())?;
-        self.tables.map_all(&self.memory).map_err(|error| error.to_string())?;
+        // Nothing of a machine that was here before, or of a restore that failed half way.
+        self.forget_mappings()?;
+        match self.tables.map_all(&self.memory) {
+            Err(MapError::NoTable) => {
+                // Paused between asking for more than there are tables for and hearing so: all but that fits.
+                self.forget_mappings()?;
+                self.tables.map_all_but_requested(&self.memory)
+            }
+            mapped => mapped,
+        }
+        .map_err(|error| error.to_string())?;
         self.clock = GuestClock::resume(state.clock, paused_at);
         self.generation = state.clock.generation;
         if moved {
