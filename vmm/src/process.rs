@@ -86,7 +86,7 @@ pub fn main(listener: i32) -> Result<(), String> {
             match machine.enter() {
                 Ok(Entered::Door) => process.door()?,
                 // In ring 0 a machine cannot be saved: it is out of there within microseconds.
-                Ok(Entered::Alarm) if upcall::in_fault_stub(machine.vcpu.instruction_pointer()) => {}
+                Ok(Entered::Alarm) if machine.in_fault() => {}
                 Ok(Entered::Alarm) => {
                     machine.news |= machine.inspecting.hear(&machine.memory);
                     process.serve_control(false)?;
@@ -424,7 +424,13 @@ impl Machine {
         }
     }
 
-    /// Interrupts process code: what a door would deliver is delivered, and the vCPU goes on in the kernel.
+    /// Whether the vCPU runs a stub that notes a fault. Code in ring 3 can go there too, and is like any other.
+    fn in_fault(&self) -> bool {
+        upcall::in_fault_stub(self.vcpu.instruction_pointer()) && self.vcpu.is_in_ring_0()
+    }
+
+    /// Interrupts process code: what a door would deliver is delivered, and the vCPU goes on in the kernel. The kernel
+    /// itself is only told that it has had enough.
     fn preempt(&mut self) {
         if !self.vcpu.takes_exception()
             && let Some(rip) = upcall::preempt(&self.memory, self.vcpu.instruction_pointer())
