@@ -2,7 +2,7 @@
 //!
 //! A task that has long work charges for it ([`charge`]) and yields ([`yield_now`]): between two rounds the
 //! kernel knocks, and what a round may cost is what bounds the time between two doors. There is no clock to
-//! look at between doors, so costs are estimates.
+//! look at between doors, so costs are estimates; where they are wrong, the host's alarm ends the round.
 //!
 //! Tasks of processes are a class of their own: they run a *slice* at a time ([`run_slice`]), in turn, and only when
 //! the kernel finds that nothing else wants to run.
@@ -21,7 +21,7 @@ use core::{
     time::Duration,
 };
 
-use crate::local::Local;
+use crate::{arch, local::Local};
 
 /// What a round may cost, in nanoseconds of estimated work. A heartbeat wants a door each 250 µs, and the network
 /// and the host have their share of that.
@@ -213,7 +213,7 @@ fn run(class: Class, most: usize) -> usize {
     for ran in 0..waiting {
         let (id, mut future, waker) = {
             let mut executor = EXECUTOR.get();
-            if executor.cost >= ROUND_COST {
+            if executor.cost >= ROUND_COST || ran > 0 && arch::is_late() {
                 return ran;
             }
             let Some(id) = executor.runnable[class as usize].pop_front() else { return ran };

@@ -432,13 +432,18 @@ impl Machine {
     /// Interrupts process code: what a door would deliver is delivered, and the vCPU goes on in the kernel. The kernel
     /// itself is only told that it has had enough.
     fn preempt(&mut self) {
-        if !self.vcpu.takes_exception()
-            && let Some(rip) = upcall::preempt(&self.memory, self.vcpu.instruction_pointer())
-        {
+        let entry = if self.vcpu.takes_exception() {
+            None
+        } else {
+            upcall::preempt(&self.memory, self.vcpu.instruction_pointer())
+        };
+        if let Some(rip) = entry {
             self.vcpu.continue_at(rip);
             self.serve_devices();
             self.tell_time();
             self.knocked_at = self.stopped_at;
+        } else {
+            self.write_word(std::mem::offset_of!(BootPage, late), &1_u32.to_le_bytes());
         }
     }
 
@@ -619,6 +624,7 @@ impl Machine {
                 self.start(true)
             }
             Request::Forget if self.phase == Phase::Paused && !self.is_released() => {
+                self.forget_mappings()?;
                 self.generation = 0;
                 self.phase = Phase::Shell;
                 Ok(Reply::Done)
@@ -630,7 +636,6 @@ impl Machine {
             }
             Request::Heartbeat { on } => {
                 let round =
-                self.forget_mappings()?;
                     u32::from_le_bytes(self.read_word(std::mem::offset_of!(BootPage, heartbeat_round)));
                 self.write_word(std::mem::offset_of!(BootPage, heartbeat_on), &u32::from(on).to_le_bytes());
                 let next = round.wrapping_add(1).to_le_bytes();
@@ -700,6 +705,14 @@ impl Machine {
         Ok(Reply::Paused { state: state.encode(), dirty, at })
     }
 
+    /// Empties the windows' page tables.
+    fn forget_mappings(&mut self) -> Result<(), String> {
+        if self.tables.is_empty() {
+            return Ok(());
+        }
+        self.vcpu.replace_tables(&mut self.tables, |_| ()).map_err(|error| error.to_string())
+    }
+
     fn restore(&mut self, state: &SavedState, paused_at: HostInstant, moved: bool) -> Result<(), String> {
         if state.cpu_baseline != cpu::BASELINE_V3 {
             return Err(format!("the image wants CPU baseline v{}, this build gives v3", state.cpu_baseline));
@@ -711,14 +724,6 @@ impl Machine {
             (&mut self.net.transport, net),
             (&mut self.block.transport, block),
             (&mut self.entropy.transport, entropy),
-    /// Empties the windows' page tables.
-    fn forget_mappings(&mut self) -> Result<(), String> {
-        if self.tables.is_empty() {
-            return Ok(());
-        }
-        self.vcpu.replace_tables(&mut self.tables, |_| ()).map_err(|error| error.to_string())
-    }
-
         ];
         for (device, saved) in pairs {
             device.restore(saved, &self.memory).map_err(|error| error.to_string())?;

@@ -156,6 +156,12 @@ pub fn set_preempt(on: bool) {
     unsafe { (&raw mut (*BOOT).preempt_us).write_volatile(micros) }
 }
 
+/// Whether an alarm has found the kernel at work since the last door or upcall.
+pub fn is_late() -> bool {
+    // SAFETY: as in `door`; the host sets it between two runs of the vCPU, whatever code is interrupted by that.
+    unsafe { (&raw const (*BOOT).late).read_volatile() != 0 }
+}
+
 /// Tells the host of the frame table.
 pub fn set_frame_table(at: usize) {
     // SAFETY: as in `door`.
@@ -174,12 +180,6 @@ pub fn set_map(ranges: &[MapRange; MAP_RANGES], count: usize) {
     unsafe {
         (&raw mut (*BOOT).map).write_volatile(*ranges);
         (&raw mut (*BOOT).map_count).write_volatile(count as u32);
-        asm!("out {door}, al", door = const kage_abi::DOOR_PORT, in("al") call::MAP, options(nostack, preserves_flags));
-        (&raw const (*BOOT).map_status).read_volatile() == kage_abi::map_status::DONE
-    }
-}
-
-/// Has the host forget all mappings of windows and make those that the frame table holds; false when it has not
     }
 }
 
@@ -188,6 +188,12 @@ pub fn set_map(ranges: &[MapRange; MAP_RANGES], count: usize) {
 pub fn map() -> bool {
     // SAFETY: as in `door`.
     unsafe {
+        asm!("out {door}, al", door = const kage_abi::DOOR_PORT, in("al") call::MAP, options(nostack, preserves_flags));
+        (&raw const (*BOOT).map_status).read_volatile() == kage_abi::map_status::DONE
+    }
+}
+
+/// Has the host forget all mappings of windows and make those that the frame table holds; false when it has not
 /// enough pages for their page tables.
 pub fn rebuild() -> bool {
     // SAFETY: as in `door`.
