@@ -166,6 +166,8 @@ pub enum SpawnError {
     TooMany,
     /// Not enough memory for a stack.
     NoMemory,
+    /// The host has given no identities for it yet.
+    NoIdentity,
 }
 
 impl fmt::Display for SpawnError {
@@ -175,6 +177,7 @@ impl fmt::Display for SpawnError {
                 write!(formatter, "{} processes run, and no more may", table::most())
             }
             Self::NoMemory => formatter.write_str("not enough memory for another process"),
+            Self::NoIdentity => formatter.write_str("no identity is left for it; try again later"),
         }
     }
 }
