@@ -10,6 +10,13 @@ use alloc::{
     format,
     rc::Rc,
     string::String,
+    vec::Vec,
+};
+use core::{
+    fmt,
+    future::poll_fn,
+    ptr::NonNull,
+    task::{Context, Poll, Waker},
 };
 use core::{fmt, ptr::NonNull};
 
@@ -30,6 +37,8 @@ use crate::{
 };
 
 /// Programs from files that are kept though no process runs them.
+/// Files compiled at a time: each takes buffers for its connection, and a host takes four of a machine.
+const AT_A_TIME: usize = 3;
 const KEPT: usize = 4;
 /// What every module starts with.
 const MAGIC: &[u8; 4] = b"\0asm";
@@ -132,6 +141,10 @@ struct Cache {
 static CACHE: Local<Cache> = Local::new();
 
 pub(super) fn start() {
+    /// Files that are being compiled.
+    compiling: Vec<Version>,
+    /// Who waits for a turn.
+    waiters: Vec<Waker>,
     CACHE.set(Cache::default());
 }
 
@@ -203,6 +216,11 @@ async fn load_file(path: &str) -> Result<Rc<Program>, LoadError> {
         NonNull::new(compiled.window.base() as *mut u8).ok_or(LoadError::NoMemory)?,
         compiled.length,
     );
+    // Others may want the same file, or have others compiled: one compiles it for all, and not too many compile.
+    let turn = match poll_fn(|context| poll_turn(context, &version)).await {
+        Turned::Compiled(program) => return Ok(program),
+        Turned::Turn(turn) => turn,
+    };
     let program = Rc::new(Program::new(code, Some(compiled))?);
     let old = {
         let mut cache = CACHE.get();
@@ -220,6 +238,41 @@ fn kept(version: &Version) -> Option<Rc<Program>> {
     let mut cache = CACHE.get();
     let at = cache.files.iter().position(|(kept, _)| kept == version)?;
     let entry = cache.files.remove(at)?;
+/// The right to have a file compiled. The next gets it when it is dropped, in whatever way that comes.
+struct Turn(Version);
+
+enum Turned {
+    Turn(Turn),
+    /// It has been compiled meanwhile.
+    Compiled(Rc<Program>),
+}
+
+impl Drop for Turn {
+    fn drop(&mut self) {
+        let waiters = {
+            let mut cache = CACHE.get();
+            cache.compiling.retain(|version| *version != self.0);
+            core::mem::take(&mut cache.waiters)
+        };
+        waiters.into_iter().for_each(Waker::wake);
+    }
+}
+
+fn poll_turn(context: &Context<'_>, version: &Version) -> Poll<Turned> {
+    if let Some(program) = kept(version) {
+        return Poll::Ready(Turned::Compiled(program));
+    }
+    let mut cache = CACHE.get();
+    if cache.compiling.len() < AT_A_TIME && !cache.compiling.contains(version) {
+        cache.compiling.push(version.clone());
+        return Poll::Ready(Turned::Turn(Turn(version.clone())));
+    }
+    if !cache.waiters.iter().any(|waker| waker.will_wake(context.waker())) {
+        cache.waiters.push(context.waker().clone());
+    }
+    Poll::Pending
+}
+
     let program = Rc::clone(&entry.1);
     cache.files.push_front(entry);
     Some(program)
