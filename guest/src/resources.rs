@@ -11,7 +11,7 @@ use kage_abi::resources::table::{
 use smoltcp::{socket::tcp::State, wire::IpAddress};
 
 use crate::{
-    arch, executor, fs, heap,
+    arch, executor, fs,
     local::Local,
     memory, net,
     process::{self, Process},
@@ -62,7 +62,7 @@ impl Table {
         write(entry, |part| {
             fits &= bytes.len() + part.len() <= MAX
                 && (bytes.capacity() - bytes.len() >= part.len()
-                    || memory::free_bytes() > 2 * bytes.capacity() + heap::RESERVE / 2
+                    || memory::kernel_room(2 * bytes.capacity() + part.len())
                         && bytes.try_reserve(part.len()).is_ok());
             if fits {
                 bytes.extend_from_slice(part);
