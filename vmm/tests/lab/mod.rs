@@ -4,6 +4,7 @@ pub mod compile;
 pub mod desk;
 
 use std::{
+    cell::Cell,
     fs,
     net::{Ipv4Addr, Ipv6Addr},
     os::fd::{AsFd, OwnedFd},
@@ -30,11 +31,11 @@ pub struct Lab {
     vid: Vid,
     tap: OwnedFd,
     dir: PathBuf,
-}
     /// IPv4 address of machines that log in from now on.
     pub ipv4: Cell<Option<Ipv4Addr>>,
     /// One past the last index that they may give out.
     pub indices: Cell<u64>,
+}
 
 impl Lab {
     /// Runs a test in a namespace of its own.
@@ -128,7 +129,7 @@ impl Lab {
             host_key_seed,
             authorized_keys,
         };
-        machine.give_generation(Some(identity), seed, 1..1 << 20).unwrap();
+        machine.give_generation(Some(identity), seed, 1..self.indices.get()).unwrap();
         machine
     }
 
