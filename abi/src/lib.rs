@@ -34,7 +34,7 @@ pub mod resources;
 pub mod stream;
 
 /// Version of everything in this crate; a kernel built for another is refused.
-pub const ABI_VERSION: u32 = 2;
+pub const ABI_VERSION: u32 = 3;
 
 /// Bytes in a page.
 pub const PAGE: u64 = 4096;
@@ -287,8 +287,14 @@ pub struct BootPage {
     pub map_status: u32,
     /// Guest: how many of `map` are used.
     pub map_count: u32,
-    /// Guest: frames to be mapped.
+    /// Guest: frames to be mapped. Set before the frame table says where: a host that makes the tables anew while
+    /// they have no room for all leaves these out.
     pub map: [MapRange; MAP_RANGES],
+    /// Host: 1 from an alarm that interrupted nothing, since the kernel ran, to the next door or upcall: others have
+    /// waited for long enough.
+    pub late: u32,
+    /// Explicit padding.
+    pub _pad: u32,
 }
 
 /// How many [`BootPage::code_ranges`] there are.
@@ -447,7 +453,7 @@ pub struct LogRing {
 
 const _: () = {
     use core::mem::{offset_of, size_of};
-    assert!(size_of::<BootPage>() == 528);
+    assert!(size_of::<BootPage>() == 536);
     assert!(size_of::<BootPage>() as u64 <= PAGE);
     assert!(offset_of!(BootPage, deadline_ns) == 24);
     assert!(offset_of!(BootPage, now_ns) == 32);
@@ -459,6 +465,7 @@ const _: () = {
     assert!(offset_of!(BootPage, frame_table) == 248);
     assert!(offset_of!(BootPage, map_status) == 264);
     assert!(offset_of!(BootPage, map) == 272);
+    assert!(offset_of!(BootPage, late) == 528);
     assert!(size_of::<Upcall>() == 32);
     assert!(offset_of!(FaultRecord, rax) == 64);
     assert!(size_of::<Config>() == 24 + USER_MAX + 32 + AUTHORIZED_KEYS_MAX + 8);

@@ -8,7 +8,7 @@ use crate::{
     arch::{self, Mail},
     executor,
     local::Local,
-    log, net, process, programs, random, resources, service, vid,
+    log, memory, net, process, programs, random, resources, service, vid,
     virtio::{block, entropy::Entropy, net::Net},
 };
 
@@ -25,7 +25,7 @@ const PATIENCE: Duration = Duration::from_millis(3);
 
 /// Boots and serves for ever.
 pub fn run() -> ! {
-    crate::memory::start();
+    memory::start();
     arch::upcall::start();
     executor::start();
     process::start();
@@ -131,6 +131,11 @@ impl Kernel {
                 net::poll(now);
             }
             resources::poll();
+            if memory::is_short() {
+                // What is only kept for speed.
+                memory::drop_spare();
+                process::code::forget_unused();
+            }
             executor::fire_timers(now);
             let ran = executor::run_round(ROUND);
             net::poll(now);

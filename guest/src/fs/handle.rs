@@ -1,6 +1,6 @@
 //! What programs hold.
 
-use alloc::{rc::Rc, string::String, vec::Vec};
+use alloc::rc::Rc;
 use core::{cell::Cell, time::Duration};
 
 use super::{
@@ -253,14 +253,6 @@ impl Handle {
     /// [`FileError`].
     pub fn set_times(&self, accessed: Option<Duration>, modified: Option<Duration>) -> Result<(), FileError> {
         FILES.get().set_times(self.number, accessed, modified)
-    }
-
-    /// Names in this directory, in order.
-    ///
-    /// # Errors
-    /// [`FileError::NotDirectory`].
-    pub fn names(&self) -> Result<Vec<(String, Facts)>, FileError> {
-        FILES.get().names(self.number)
     }
 
     /// Entries of this directory from number `from` on, until `take` has enough. It must not use files.

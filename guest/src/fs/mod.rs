@@ -20,13 +20,15 @@ pub use handle::{Handle, OpenFile, OpenOptions};
 pub use tree::{Facts, Kind, Row};
 pub use walk::resolve;
 
-use alloc::{format, string::String, vec::Vec};
+use alloc::{format, vec::Vec};
 
 use crate::local::Local;
 use tree::Tree;
 
 /// Inodes, the image's included.
 pub const MAX_NODES: usize = 16 << 10;
+/// Names in all directories: a file may have several.
+pub const MAX_NAMES: usize = 2 * MAX_NODES;
 /// Longest name.
 pub const MAX_NAME: usize = 255;
 /// Longest path.
@@ -172,18 +174,6 @@ pub fn remove(path: &str) -> Result<(), FileError> {
 pub fn rename(from: &str, to: &str) -> Result<(), FileError> {
     let root = Handle::root();
     root.rename(from, &root, to)
-}
-
-/// Names in a directory, in order; anything else lists itself.
-///
-/// # Errors
-/// [`FileError`].
-pub fn list(path: &str) -> Result<Vec<(String, Facts)>, FileError> {
-    let handle = open(path, OpenOptions::default())?;
-    match handle.names() {
-        Err(FileError::NotDirectory) => Ok(Vec::from([(String::from(path), handle.stat()?)])),
-        names => names,
-    }
 }
 
 /// What a path is, links followed.

@@ -4,20 +4,25 @@
 //! Entries of a directory carry a number that only grows, so that reading one in pieces neither misses nor repeats
 //! an entry, whatever is added and removed meanwhile.
 
-use alloc::{collections::BTreeMap, rc::Rc, string::String, vec::Vec};
+use alloc::{
+    collections::{BTreeMap, BTreeSet},
+    rc::Rc,
+    string::String,
+    vec::Vec,
+};
 use core::{ops::Bound, time::Duration};
 
 use super::{
-    FileError, MAX_NAME, MAX_NODES, MAX_PATH,
+    FileError, MAX_NAME, MAX_NAMES, MAX_NODES, MAX_PATH,
     store::{Number, Store},
 };
 use crate::{
-    heap, memory, time,
+    memory, time,
     vid::{self, Vid},
 };
 
-/// Memory that a new inode leaves to others.
-const LEFT: usize = heap::RESERVE / 2;
+/// Most that an inode and its name take of the kernel's heap.
+const NODE_BYTES: usize = 2048;
 /// First number of a directory's entries; the two before are `.` and `..`.
 pub const FIRST_ENTRY: u64 = 2;
 
@@ -63,7 +68,7 @@ pub struct Facts {
 pub struct Row {
     /// What `stat` tells.
     pub facts: Facts,
-    /// One of its paths; none for a file that only programs still hold.
+    /// One of its paths; none for a file that only programs still hold, and none longer than a path may be.
     pub path: Option<String>,
 }
 
@@ -116,22 +121,46 @@ struct Node {
     body: Body,
     /// A name that leads here: the directory and the name in it. The root is its own parent.
     at: Option<(Number, Rc<str>)>,
+    /// Its other names.
+    others: BTreeSet<(Number, Rc<str>)>,
     links: u32,
     opens: u32,
     times: Times,
+}
+
+impl Node {
+    /// Notes a name that leads here.
+    fn note(&mut self, directory: Number, name: Rc<str>) {
+        self.links += 1;
+        if let Some(before) = self.at.replace((directory, name)) {
+            self.others.insert(before);
+        }
+    }
+
+    /// Forgets a name that led here.
+    fn forget(&mut self, directory: Number, name: &str) {
+        self.links = self.links.saturating_sub(1);
+        if self.at.as_ref().is_some_and(|(at, known)| *at == directory && **known == *name) {
+            self.at = self.others.pop_first();
+        } else {
+            self.others.remove(&(directory, Rc::from(name)));
+        }
+    }
 }
 
 /// All inodes.
 pub struct Tree {
     nodes: BTreeMap<Number, Node>,
     root: Number,
+    /// Entries of all directories.
+    names: usize,
     pub(super) store: Store,
 }
 
 impl Tree {
     /// A tree with an empty root, whose files hold at most `bytes` bytes.
     pub fn new(bytes: u64) -> Self {
-        let mut tree = Self { nodes: BTreeMap::new(), root: 0, store: Store::new(bytes) };
+        let mut tree = Self { nodes: BTreeMap::new(), root: 0, names: 0, store: Store::new(bytes) };
         tree.root = tree.add(Body::Directory(Directory::default()));
         if let Some(root) = tree.nodes.get_mut(&tree.root) {
             root.links = 1;
@@ -206,7 +235,10 @@ impl Tree {
             self.store.create(vid.index(), &[]);
         }
         let times = Times { accessed: now, modified: now, changed: now };
-        self.nodes.insert(vid.index(), Node { vid, body, at: None, links: 0, opens: 0, times });
+        self.nodes.insert(
+            vid.index(),
+            Node { vid, body, at: None, others: BTreeSet::new(), links: 0, opens: 0, times },
+        );
         vid.index()
     }
 
@@ -216,15 +248,21 @@ impl Tree {
         if self.directory(directory)?.names.contains_key(name) {
             return Err(FileError::Exists);
         }
-        if self.nodes.len() >= MAX_NODES {
+        if self.nodes.len() >= MAX_NODES || !vid::has_room() {
             return Err(FileError::TooMany);
         }
-        if memory::heap_free_bytes() < LEFT {
-            return Err(FileError::Full);
-        }
+        self.has_room()?;
         let number = self.add(body);
         self.name(directory, name, number);
         Ok(number)
+    }
+
+    /// Whether there may be another name.
+    fn has_room(&self) -> Result<(), FileError> {
+        if self.names >= MAX_NAMES {
+            return Err(FileError::TooMany);
+        }
+        if memory::kernel_room(NODE_BYTES) { Ok(()) } else { Err(FileError::Full) }
     }
 
     /// Whether a name may be added to a directory: that is one, has a name itself, and the name is not too long.
@@ -239,44 +277,30 @@ impl Tree {
     fn name(&mut self, directory: Number, name: &str, number: Number) {
         let Ok(entries) = self.directory_mut(directory) else { return };
         let name = entries.insert(name, number);
+        self.names += 1;
         if let Ok(node) = self.node_mut(number) {
-            node.links += 1;
-            node.at = Some((directory, name));
+            node.note(directory, name);
         }
         self.touch(directory);
         self.change(number);
     }
 
     fn unname(&mut self, directory: Number, name: &str, number: Number) {
-        if let Ok(entries) = self.directory_mut(directory) {
-            entries.remove(name);
-        }
+        self.forget(directory, name, number);
         self.touch(directory);
         self.change(number);
-        let lost = match self.node_mut(number) {
-            Ok(node) => {
-                node.links = node.links.saturating_sub(1);
-                node.at.as_ref().is_some_and(|(at, known)| *at == directory && **known == *name)
-            }
-            Err(_) => false,
-        };
-        if lost {
-            let other =
-                if self.node(number).is_ok_and(|node| node.links > 0) { self.search(number) } else { None };
-            if let Ok(node) = self.node_mut(number) {
-                node.at = other;
-            }
-        }
         self.reap(number);
     }
 
-    /// Any name that leads to a file.
-    fn search(&self, number: Number) -> Option<(Number, Rc<str>)> {
-        self.nodes.iter().find_map(|(&at, node)| {
-            let Body::Directory(directory) = &node.body else { return None };
-            let (name, _) = directory.names.iter().find(|(_, (_, named))| *named == number)?;
-            Some((at, Rc::clone(name)))
-        })
+    /// Removes a name, and leaves the inode even if it has no other.
+    fn forget(&mut self, directory: Number, name: &str, number: Number) {
+        if let Ok(entries) = self.directory_mut(directory) {
+            entries.remove(name);
+            self.names = self.names.saturating_sub(1);
+        }
+        if let Ok(node) = self.node_mut(number) {
+            node.forget(directory, name);
+        }
     }
 
     /// Forgets an inode to which nothing leads.
@@ -310,9 +334,7 @@ impl Tree {
         if self.directory(directory)?.names.contains_key(name) {
             return Err(FileError::Exists);
         }
-        if self.node(number)?.links >= u32::MAX - 1 {
-            return Err(FileError::TooMany);
-        }
+        self.has_room()?;
         self.name(directory, name, number);
         Ok(())
     }
@@ -362,12 +384,7 @@ impl Tree {
         }
         // Named anew first, so that it never goes without.
         self.name(to, new, number);
-        if let Ok(entries) = self.directory_mut(from) {
-            entries.remove(old);
-        }
-        if let Ok(node) = self.node_mut(number) {
-            node.links -= 1;
-        }
+        self.forget(from, old, number);
         self.touch(from);
         Ok(())
     }
@@ -412,12 +429,6 @@ impl Tree {
         Ok(())
     }
 
-    /// Names in a directory, in order.
-    pub fn names(&self, directory: Number) -> Result<Vec<(String, Facts)>, FileError> {
-        let names = &self.directory(directory)?.names;
-        names.iter().map(|(name, (_, number))| Ok((String::from(&**name), self.facts(*number)?))).collect()
-    }
-
     /// What `stat` tells.
     pub fn facts(&self, number: Number) -> Result<Facts, FileError> {
         let node = self.node(number)?;
@@ -459,14 +470,15 @@ impl Tree {
         Ok(())
     }
 
-    /// A path of an inode, if names lead to it.
+    /// A path of an inode, if names lead to it and it is not too long.
     pub fn path(&self, number: Number) -> Option<String> {
         let mut parts: Vec<&str> = Vec::new();
-        let mut at = number;
+        let (mut at, mut length) = (number, 0);
         while at != self.root {
             let (parent, name) = self.node(at).ok()?.at.as_ref()?;
             parts.push(name);
-            if parts.len() > MAX_PATH {
+            length += name.len() + 1;
+            if length > MAX_PATH {
                 return None;
             }
             at = *parent;

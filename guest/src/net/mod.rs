@@ -80,6 +80,15 @@ pub fn is_own(address: IpAddress) -> bool {
         || address.is_loopback()
 }
 
+/// Most bytes of a datagram to an address: it is one packet.
+pub fn largest_datagram(to: IpAddress) -> usize {
+    let header = match to {
+        IpAddress::Ipv6(_) => 40,
+        IpAddress::Ipv4(_) => 20,
+    };
+    STACK.get().device.net.mtu() - header - 8
+}
+
 /// An IPv4 address, if the machine has one itself.
 pub fn ipv4(address: Ipv4Address) -> Option<IpAddress> {
     crate::arch::config().ipv4().map(|_| IpAddress::Ipv4(address))

@@ -202,10 +202,10 @@ impl Device for Port {
             && let Some(frame) = self.gateway.announce(now)
         {
             let received = Received::made(frame);
-            return Some((received, self.net.transmit(now)?));
+            return Some((received, self.net.answer()?));
         }
         if let Some(header) = self.again.front().copied() {
-            let sending = self.net.transmit(now)?;
+            let sending = self.net.answer()?;
             self.again.pop_front();
             return Some((Received::made(header.frame()), sending));
         }

@@ -34,7 +34,7 @@ const CONNECT: Duration = Duration::from_secs(20);
 /// Ports for sockets that ask for none (RFC 6335 §6).
 const EPHEMERAL_FIRST: u16 = 49152;
 const EPHEMERAL_COUNT: u16 = 16384;
-/// Memory a listener leaves to others.
+/// Memory that the kernel's own listeners leave to others. Those of programs leave more, so that a user still gets in.
 const LEFT: usize = 1 << 20;
 
 /// What the connections of a port may hold.
@@ -91,6 +91,14 @@ fn fresh(buffers: Buffers) -> tcp::Socket<'static> {
     socket
 }
 
+/// Whether there is memory for the buffers of a socket of the process, or of the kernel.
+fn has_room(bytes: usize, pid: Option<u32>) -> bool {
+    match pid {
+        Some(_) => memory::kernel_room(bytes),
+        None => memory::heap_free_bytes() >= bytes + LEFT,
+    }
+}
+
 impl Listener {
     /// Listens at a port of all addresses of the image.
     pub fn bind(port: u16, buffers: Buffers) -> Self {
@@ -110,7 +118,7 @@ impl Listener {
     fn fill(&mut self) -> bool {
         let Buffers { receive, send, backlog } = self.buffers;
         while self.waiting.len() < backlog {
-            if memory::heap_free_bytes() < receive + send + LEFT {
+            if !has_room(receive + send, self.record.pid()) {
                 return false;
             }
             let mut socket = fresh(self.buffers);
@@ -220,7 +228,7 @@ impl Stream {
         buffers: Buffers,
         record: Rc<Record>,
     ) -> Result<Self, ConnectError> {
-        if memory::heap_free_bytes() < buffers.receive + buffers.send + LEFT {
+        if !memory::kernel_room(buffers.receive + buffers.send) {
             return Err(ConnectError::NoRoom);
         }
         let port = if local.port == 0 { free_port(true, local.addr)? } else { local.port };

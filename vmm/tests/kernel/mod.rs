@@ -22,6 +22,10 @@ pub mod memory {
         FREE.load(Ordering::Relaxed)
     }
 
+    pub fn kernel_room(bytes: usize) -> bool {
+        heap_free_bytes() >= bytes + super::heap::RESERVE / 2
+    }
+
     pub fn set_free_bytes(bytes: usize) {
         FREE.store(bytes, Ordering::Relaxed);
     }
@@ -75,6 +79,10 @@ pub mod vid {
     }
 
     static NEXT: AtomicU64 = AtomicU64::new(1);
+
+    pub fn has_room() -> bool {
+        true
+    }
 
     pub fn next(kind: Kind) -> Vid {
         Vid(kind, NEXT.fetch_add(1, Ordering::Relaxed))

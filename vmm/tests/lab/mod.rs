@@ -4,8 +4,9 @@ pub mod compile;
 pub mod desk;
 
 use std::{
+    cell::Cell,
     fs,
-    net::Ipv6Addr,
+    net::{Ipv4Addr, Ipv6Addr},
     os::fd::{AsFd, OwnedFd},
     path::{Path, PathBuf},
     process::Command,
@@ -30,6 +31,10 @@ pub struct Lab {
     vid: Vid,
     tap: OwnedFd,
     dir: PathBuf,
+    /// IPv4 address of machines that log in from now on.
+    pub ipv4: Cell<Option<Ipv4Addr>>,
+    /// One past the last index that they may give out.
+    pub indices: Cell<u64>,
 }
 
 impl Lab {
@@ -88,7 +93,7 @@ impl Lab {
         ));
         fs::create_dir_all(&dir).unwrap();
         let pool = start_pool(&dir, &image);
-        Self { fabric, pool, image, vid, tap, dir }
+        Self { fabric, pool, image, vid, tap, dir, ipv4: Cell::new(None), indices: Cell::new(1 << 20) }
     }
 
     /// A second pool, as a daemon has one for each image and size.
@@ -119,12 +124,12 @@ impl Lab {
             user: "alice".into(),
             address: self.vid.address().octets(),
             prefix_length: Vid::IMAGE_PREFIX_LENGTH,
-            ipv4: None,
+            ipv4: self.ipv4.get().map(|address| address.octets()),
             mtu: self.fabric.guest_mtu() as u16,
             host_key_seed,
             authorized_keys,
         };
-        machine.give_generation(Some(identity), seed, 1..1 << 20).unwrap();
+        machine.give_generation(Some(identity), seed, 1..self.indices.get()).unwrap();
         machine
     }
 
