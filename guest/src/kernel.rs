@@ -47,6 +47,8 @@ pub fn run() -> ! {
     let config = arch::config();
     net::open(device, config, Duration::from_nanos(mail.now_ns));
     service::start(config, Duration::from_nanos(mail.now_ns));
+    // They listen before a packet is looked at that came in with the generation.
+    executor::run_round(ROUND);
     arch::set_status(status::RUNNING);
     log!("generation {}", mail.generation);
     let kernel = Kernel {

@@ -541,7 +541,6 @@ fn endless_calls_delay_no_echo() {
                     ),
                 ),
             ),
-            ("grow", calls(&[], 1, "", &endless("(drop (memory.grow (i32.const 0)))"))),
         ];
         for (name, text) in &programs {
             let text = match *name {
