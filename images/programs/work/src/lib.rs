@@ -4,7 +4,7 @@
 //! nothing can be left out and both sides can be compared.
 
 /// A kind of work.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug)]
 pub struct Work {
     /// What it is called.
     pub name: &'static str,
