@@ -213,7 +213,7 @@ fn run(class: Class, most: usize) -> usize {
     for ran in 0..waiting {
         let (id, mut future, waker) = {
             let mut executor = EXECUTOR.get();
-            // The kernel's own tasks are short. Each has its turn before the next door: services listen before the
+            // The kernel's own tasks are short, and a late round does not end for them: services listen before the
             // first packet comes in.
             let late = class == Class::Process && ran > 0 && arch::is_late();
             if executor.cost >= ROUND_COST || late {

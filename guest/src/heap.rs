@@ -21,8 +21,9 @@ const STEP: usize = 256 << 10;
 /// What the heap keeps when it is cut, so that it does not grow again at once.
 const SLACK: usize = 64 << 10;
 
-/// Pieces of memory from among the frames that the heap may have at a time.
-const CLAIMS: usize = 64;
+/// Pieces of memory from among the frames that the heap may have at a time: as many as the largest machine has, since
+/// what counts as free for the heap must be what it can get.
+const CLAIMS: usize = (2 << 30) / memory::CLAIM;
 
 #[derive(Debug)]
 struct Growing {

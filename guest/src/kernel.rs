@@ -135,8 +135,8 @@ impl Kernel {
             resources::poll();
             if memory::is_short() {
                 // What is only kept for speed.
-                memory::drop_spare();
                 process::code::forget_unused();
+                memory::drop_spare();
             }
             executor::fire_timers(now);
             let ran = executor::run_round(ROUND);

@@ -88,7 +88,7 @@ pub struct Daemon {
     pub targets: Targets,
     spare_number: Mutex<Option<ImageNumber>>,
     /// Questions for resources that are waited for.
-    pub asked: tokio::sync::Semaphore,
+    pub asked: Arc<tokio::sync::Semaphore>,
     images: Mutex<BTreeMap<UserName, Arc<Image>>>,
 }
 
@@ -114,7 +114,7 @@ pub struct Image {
     pub slot: Arc<tokio::sync::Mutex<Slot>>,
     status: Mutex<Status>,
     /// Held by whoever waits for its table of resources.
-    pub asking: tokio::sync::Mutex<()>,
+    pub asking: Arc<tokio::sync::Mutex<()>>,
     /// Bumped at every change of status.
     pub changed: watch::Sender<u64>,
 }
@@ -165,7 +165,7 @@ impl Image {
             user,
             slot: Arc::default(),
             status: Mutex::default(),
-            asking: tokio::sync::Mutex::default(),
+            asking: Arc::default(),
             changed: watch::Sender::new(0),
         }
     }
@@ -224,7 +224,7 @@ impl Daemon {
             seen: watch::Sender::new(Arc::default()),
             runtime: Handle::current(),
             spare_number: Mutex::default(),
-            asked: tokio::sync::Semaphore::new(crate::resources::ASKED),
+            asked: Arc::new(tokio::sync::Semaphore::new(crate::resources::ASKED)),
             images: Mutex::default(),
             targets: Targets::new(me.clone(), directory.clone(), Limits::default()),
             operator_keys,

@@ -44,6 +44,10 @@ impl Daemon {
                 Err(ErrorBody::bad_request(format!("{user}'s machine is at host {host} already")))
             }
             Some(host) if seen.hosts.contains_key(host) => Ok(host.clone()),
+            Some(_) if seen.hosts.is_empty() => Err(ErrorBody::new(
+                Code::Busy,
+                format!("host {} has not read the directory yet; try again", self.me),
+            )),
             Some(host) => Err(ErrorBody::no_host(host.as_str())),
             None => seen
                 .hosts

@@ -287,16 +287,21 @@ impl Daemon {
         // Who waits for a machine that says nothing holds a thread: one for a machine, so many in all.
         let asked = tokio::time::Instant::now();
         let turn = async {
-            let own = image.asking.lock().await;
-            (own, self.asked.acquire().await)
+            let own = image.asking.clone().lock_owned().await;
+            (own, self.asked.clone().acquire_owned().await)
         };
-        let Ok(_turn) = tokio::time::timeout(patience, turn).await else {
+        let Ok(turn) = tokio::time::timeout(patience, turn).await else {
             let message =
                 format!("the resources of {user}'s machine: others ask for them, too, without an answer");
             return Err(Missed::Final(ErrorBody::new(Code::TimedOut, message)));
         };
         let left = patience.saturating_sub(asked.elapsed());
-        let looked = tokio::task::spawn_blocking(move || inspector.table(left)).await;
+        let look = move || {
+            // Held by the thread itself, which goes on when who asked has gone.
+            let _turn = turn;
+            inspector.table(left)
+        };
+        let looked = tokio::task::spawn_blocking(look).await;
         let bytes = match looked {
             Ok(Ok(bytes)) => bytes,
             Ok(Err(NoTable::Gone)) => {

@@ -459,8 +459,13 @@ impl ImageFile {
     pub fn read(path: &Path, trust: &Trust) -> Result<Self, ImageError> {
         let name = path.display().to_string();
         let io = |source| ImageError::Io { path: name.clone(), source };
-        let file = File::open(path).map_err(io)?;
-        // A device or a pipe has no length, and no end.
+        // A device or a pipe has no length, and no end; a pipe not even a beginning, unless it is opened so.
+        let mut options = File::options();
+        std::os::unix::fs::OpenOptionsExt::custom_flags(
+            &mut options,
+            rustix::fs::OFlags::NONBLOCK.bits().cast_signed(),
+        );
+        let file = options.read(true).open(path).map_err(io)?;
         if !file.metadata().map_err(io)?.is_file() {
             return Err(ImageError::Damaged { path: name, what: "not a file" });
         }

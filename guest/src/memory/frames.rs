@@ -37,6 +37,8 @@ fn frame_at(address: usize) -> u32 {
 /// Frames of a *group*, which lies aligned. One that is free as a whole is as good as the memory between heap and
 /// frames: the heap can have it.
 const GROUP: u32 = 256;
+/// Bytes of a group: the least that the heap can claim.
+pub const CLAIM: usize = GROUP as usize * PAGE;
 /// Words of a bitmap for a group.
 const GROUP_WORDS: usize = GROUP as usize / 64;
 

@@ -16,7 +16,7 @@ mod windows;
 
 use core::sync::atomic::{AtomicUsize, Ordering};
 
-pub use frames::{Frames, OutOfMemory};
+pub use frames::{CLAIM, Frames, OutOfMemory};
 pub use windows::{Access, Kind, Window, drop_spare};
 
 use crate::heap;
@@ -101,9 +101,10 @@ pub fn kernel_room(bytes: usize) -> bool {
     heap_free_bytes() >= bytes.saturating_add(heap::RESERVE / 2)
 }
 
-/// Whether the kernel's heap has less than what is kept for it.
+/// Whether the kernel's heap has less than what [`kernel_room`] leaves it: what is kept for speed is to go. Below that
+/// programs can bring it only for a moment, so this does not come again and again.
 pub fn is_short() -> bool {
-    heap_free_bytes() < heap::RESERVE
+    heap_free_bytes() < heap::RESERVE / 2
 }
 
 /// Frames that can be had: all but what is kept for the kernel's heap.

@@ -71,7 +71,9 @@ impl Engines {
             return Some(found.clone());
         }
         let look = || -> io::Result<()> {
-            if let Ok(executable) = fs::read(self.path(engine)) {
+            if let Ok(executable) = fs::read(self.path(engine))
+                && !executable.is_empty()
+            {
                 return self.add(engine, &executable);
             }
             self.look_through_images()
@@ -120,7 +122,10 @@ impl Engines {
         let path = self.path(engine);
         if !fs::read(&path).is_ok_and(|kept| kept == executable) {
             let new = self.kept.join("new");
-            fs::write(&new, executable)?;
+            let mut file = fs::File::create(&new)?;
+            io::Write::write_all(&mut file, executable)?;
+            // Whole under its name, also after the power went.
+            file.sync_all()?;
             fs::rename(&new, &path)?;
         }
         fs::File::options().write(true).open(&path)?.set_modified(SystemTime::now())?;

@@ -36,8 +36,11 @@ impl Daemon {
         }
         let Some(pool) = self.config.network.ipv4.filter(|_| now.is_none()) else { return Ok(now) };
         let claims = self.directory.read_all::<Ipv4Record>()?.0;
-        let own =
-            claims.iter().find(|(address, claim)| claim.record.user == *user && pool.contains(*address));
+        let anothers =
+            |address: &Ipv4Addr| self.config.users.iter().any(|other| other.ipv4 == Some(*address));
+        let own = claims.iter().find(|(address, claim)| {
+            claim.record.user == *user && pool.contains(*address) && !anothers(address)
+        });
         if let Some((address, _)) = own {
             return Ok(Some(*address));
         }

@@ -187,7 +187,13 @@ impl TestSite {
             listener.is_some()
         })
         .await;
-        self.start(index, listener.unwrap(), parts).await
+        let host = self.start(index, listener.unwrap(), parts).await;
+        // It serves before it has read the directory.
+        let mut seen = host.daemon.seen.subscribe();
+        let hosts = self.addresses.len();
+        let all_seen = seen.wait_for(|seen| seen.hosts.len() == hosts);
+        tokio::time::timeout(Duration::from_secs(10), all_seen).await.unwrap().unwrap();
+        host
     }
 }
 

@@ -16,6 +16,8 @@
 //! The rewrite is on bytes: what it does not replace is copied as it was, and functions, types and segments keep their
 //! indices, since what is added comes last. Custom sections (names, debugging) are left out. The input must be valid.
 
+mod start;
+
 use std::{borrow::Cow, collections::BTreeMap, ops::Range};
 
 use wasm_encoder::{
@@ -26,6 +28,8 @@ use wasmparser::{
     BinaryReaderError, CodeSectionReader, DataKind, DataSectionReader, FunctionBody, Operator, Parser,
     Payload, TypeRef,
 };
+
+pub use start::has_start;
 
 /// Bytes left to the engine: so few that a program which does nothing else is still found in its own code by every
 /// second or third alarm. With pieces of 64 KiB it was not found for seconds.
