@@ -378,7 +378,10 @@ fn a_process_does_not_notice_a_move() {
             // Both have run here.
             let times = || -> String { desk.say("ps") };
             let before = times();
-            while times() == before {}
+            let started = Instant::now();
+            while times() == before {
+                assert!(started.elapsed() < Duration::from_secs(20), "no process runs: {before}");
+            }
         }
         let running = desk.say("ps");
         assert!(running.contains("./work"), "{running}");
@@ -440,8 +443,7 @@ fn an_endless_loop_delays_no_echo() {
             })
             .min()
             .unwrap();
-        // A host that is late by itself is no worse by a loop.
-        assert!(best < Duration::from_millis(2).max(at(&quiet, 990)), "{best:?}");
+        assert!(best < Duration::from_millis(2), "{best:?}");
         let text = desk.say("ps");
         let line = text.lines().find(|line| line.ends_with("./loop")).unwrap();
         let pid = line.split_whitespace().next().unwrap();
@@ -566,7 +568,6 @@ fn endless_calls_delay_no_echo() {
         eprintln!("{count} names, listed in {:?}", started.elapsed());
         assert!(count > 10_000, "{count}");
         for (name, _) in programs {
-            let quiet = echoes(lab, 300);
             let mut child = desk.ssh(&[]).args(["--", &format!("cd many; ../{name}")]).spawn().unwrap();
             let started = Instant::now();
             let line = loop {
@@ -587,9 +588,7 @@ fn endless_calls_delay_no_echo() {
                     break;
                 }
             }
-            // A host that is late by itself is no worse by a program.
-            let limit = Duration::from_millis(2).max(quiet[quiet.len() * 99 / 100]);
-            assert!(best < limit, "{name}: {best:?}");
+            assert!(best < Duration::from_millis(2), "{name}: {best:?}");
             desk.say(&format!("kill {}", line.split_whitespace().next().unwrap()));
             assert_eq!(child.wait().unwrap().code(), Some(143), "{name}");
         }

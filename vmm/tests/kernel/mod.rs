@@ -2,7 +2,7 @@
 //!
 //! A test crate that compiles a part of the guest makes these its own root modules.
 
-#![allow(dead_code)]
+#![allow(dead_code, reason = "some tests use all of it, others a part")]
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 

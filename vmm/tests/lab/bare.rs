@@ -1,5 +1,5 @@
 //! Machines that boot a kernel of a few instructions instead of the product's.
-#![allow(dead_code)]
+#![allow(dead_code, reason = "some tests use all of it, others a part")]
 
 use std::{
     fs::{self, File},

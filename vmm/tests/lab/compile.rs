@@ -1,5 +1,5 @@
 //! Compiles programs as a host does for its machines.
-#![allow(dead_code)]
+#![allow(dead_code, reason = "some tests use all of it, others a part")]
 
 use std::{
     net::{TcpListener, TcpStream},
