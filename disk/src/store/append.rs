@@ -162,12 +162,8 @@ impl<B: Backing> Store<B> {
     fn wrote(&mut self, bytes: usize) -> Result<(), StoreError> {
         self.stats.user_bytes += bytes as u64;
         self.tell();
-        // Someone who never flushes must not make the next opening walk the whole log.
-        if self.uncovered > self.tuning.checkpoint_bytes.saturating_mul(4) {
-            self.write_piece()
-        } else {
-            Ok(())
-        }
+        let walk = self.log.sequence.saturating_sub(self.piece.sequence);
+        if walk > self.tuning.checkpoint_records { self.write_piece() } else { Ok(()) }
     }
 
     fn append_written(

@@ -122,8 +122,11 @@ pub struct Tuning {
     pub log_percent: u32,
     /// And this many bytes.
     pub log_slack_bytes: u64,
-    /// A checkpoint is written about once in so many bytes of log; opening walks up to twice as many.
+    /// A flush writes a checkpoint once in so many bytes of log.
     pub checkpoint_bytes: u64,
+    /// So many records without a flush are synced and covered by a checkpoint all the same, so that opening
+    /// need not walk more.
+    pub checkpoint_records: u64,
     /// A flush of more than this syncs first and commits then, so that opening need not read it again.
     pub verify_bytes: u64,
 }
@@ -137,6 +140,7 @@ impl Default for Tuning {
             log_percent: 150,
             log_slack_bytes: 32 << 20,
             checkpoint_bytes: 32 << 20,
+            checkpoint_records: 1 << 16,
             verify_bytes: 8 << 20,
         }
     }

@@ -299,7 +299,13 @@ pub fn small(blocks: u64, segments: u32) -> Geometry {
 
 /// Checkpoints, double syncs and cleaning at every turn.
 pub fn eager() -> Tuning {
-    Tuning { log_percent: 130, log_slack_bytes: 64 << 10, checkpoint_bytes: 96 << 10, verify_bytes: 64 << 10 }
+    Tuning {
+        log_percent: 130,
+        log_slack_bytes: 64 << 10,
+        checkpoint_bytes: 96 << 10,
+        checkpoint_records: 40,
+        verify_bytes: 64 << 10,
+    }
 }
 
 /// An operation as a busy machine's, drawn from `random`.
