@@ -20,7 +20,7 @@ const MAX_DISK_BLOCKS: u64 = 1 << 31;
 pub struct Geometry {
     /// Blocks of 4 KiB that the disk has.
     pub blocks: u64,
-    /// Bytes of a segment, a multiple of 4 KiB.
+    /// Bytes of a segment, a power of two.
     pub segment_bytes: u32,
     /// Segments the log may ever have.
     pub segments: u32,
@@ -36,7 +36,7 @@ pub enum GeometryError {
         blocks: u64,
     },
     /// Segments of a length that cannot work.
-    #[error("segments of {bytes} bytes; 32 KiB to 64 MiB in steps of 4 KiB are possible")]
+    #[error("segments of {bytes} bytes; 32 KiB to 64 MiB in powers of two are possible")]
     SegmentBytes {
         /// Bytes asked for.
         bytes: u32,
@@ -84,7 +84,7 @@ impl Geometry {
         if blocks == 0 || blocks > MAX_DISK_BLOCKS {
             return Err(GeometryError::Blocks { blocks });
         }
-        if !(32 << 10..=64 << 20).contains(&bytes) || !bytes.is_multiple_of(BLOCK_BYTES as u32) {
+        if !(32 << 10..=64 << 20).contains(&bytes) || !bytes.is_power_of_two() {
             return Err(GeometryError::SegmentBytes { bytes });
         }
         // Positions have 40 bits of sectors.
@@ -138,7 +138,7 @@ impl Geometry {
 
     /// Which segment byte `at` lies in, if any.
     pub(crate) fn segment_of(&self, at: u64) -> Option<u32> {
-        let segment = at.checked_sub(self.log_at())? / u64::from(self.segment_bytes);
+        let segment = at.checked_sub(self.log_at())? >> self.segment_bytes.trailing_zeros();
         u32::try_from(segment).ok().filter(|segment| *segment < self.segments)
     }
 

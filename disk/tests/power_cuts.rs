@@ -32,7 +32,9 @@ fn life(seed: u64) -> (u64, u64) {
 #[test]
 fn no_power_cut_loses_a_flush_or_mixes_two() {
     let mut totals = (0, 0);
-    for seed in 0..400 {
+    // More of them, for a night: KAGE_DISK_SEEDS=20000.
+    let seeds = std::env::var("KAGE_DISK_SEEDS").ok().and_then(|seeds| seeds.parse().ok());
+    for seed in 0..seeds.unwrap_or(400) {
         match catch_unwind(AssertUnwindSafe(|| life(seed))) {
             Ok((cuts, full)) => totals = (totals.0 + cuts, totals.1 + full),
             Err(panic) => {

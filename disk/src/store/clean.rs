@@ -165,7 +165,7 @@ impl<B: Backing> Store<B> {
     }
 
     /// Writes the survivors of a closed segment anew, so that it becomes empty.
-    fn evacuate(&mut self, segment: u32) -> Result<(), StoreError> {
+    pub(super) fn evacuate(&mut self, segment: u32) -> Result<(), StoreError> {
         let blocks = self.segments.take_blocks(segment);
         let survivors = self.survivors(segment, &blocks);
         let moved = self.move_survivors(&survivors);

@@ -21,6 +21,8 @@ mod clean;
 mod marks;
 mod scrub;
 mod state;
+#[cfg(test)]
+mod tests;
 
 use marks::Marks;
 
