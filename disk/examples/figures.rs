@@ -1,7 +1,7 @@
 //! Measures the store beside a plain file on the same file system, under the same sync rule.
 //!
-//! `cargo run --release -p kage-disk --example figures [DIRECTORY]`; writes about 6 GiB in turn, takes a
-//! minute, leaves nothing. Rates are the median of five rounds in which store and file take turns.
+//! `cargo run --release -p kage-disk --example figures [DIRECTORY [files|cleaning|opening]]`; writes some
+//! 20 GiB in turn, takes two minutes, leaves nothing. Rates are the median of five rounds in which store and file take turns.
 
 use std::{
     error::Error,
@@ -179,31 +179,42 @@ fn beside_a_file(directory: &Path) -> Outcome {
     Ok(())
 }
 
-fn amplification(directory: &Path, percent: usize, sync_every: usize, hot: bool) -> Outcome {
+/// Overwriting single blocks of a disk whose blocks take a share of its log.
+struct Overwrites {
+    percent: usize,
+    /// Blocks written in one call, and so in one record.
+    batch: usize,
+    /// Nine in ten writes go to a tenth of the disk.
+    hot: bool,
+}
+
+fn amplification(directory: &Path, load: &Overwrites) -> Outcome {
     let path = directory.join("figures.log");
-    // A log of a fixed size, of which the disk's blocks take `percent`.
     let log = 512 * MIB;
-    let blocks = log * percent / 100 / BLOCK_BYTES;
+    let blocks = log * load.percent / 100 / BLOCK_BYTES;
     let geometry = Geometry::new(blocks as u64, log as u64)?;
     // Cleans only when the log is full: the cost of fullness, not of the allowance.
     let tuning = Tuning { log_slack_bytes: u64::MAX / 2, ..Tuning::default() };
     let index = Index::map(Index::memory(geometry.blocks)?, geometry.blocks, true)?;
     let mut store = Store::create(file(&path)?, index, IDENTITY, geometry, Initial::Zeros, tuning)?;
     let bytes = noise(MIB);
-    for block in 0..blocks {
-        store.write(block as u64, &bytes[..BLOCK_BYTES])?;
+    for block in (0..blocks / 256 * 256).step_by(256) {
+        store.write(block as u64, &bytes)?;
         if block % 4096 == 0 {
             store.flush()?;
         }
     }
-    store.flush()?;
     let mut random = Seeded::new(2);
+    let piece: &[u8; BLOCK_BYTES] = bytes.first_chunk().ok_or("no block")?;
     let mut overwrite = |store: &mut Store<File>, count: usize| -> Outcome {
-        for turn in 0..count {
-            // Hot: nine in ten writes go to a tenth of the disk.
-            let span = if hot && random.below(10) > 0 { blocks / 10 } else { blocks };
-            store.write(random.below(span as u64), &bytes[..BLOCK_BYTES])?;
-            if turn % sync_every == 0 {
+        for turn in 0..count / load.batch {
+            let mut draw = || {
+                let span = if load.hot && random.below(10) > 0 { blocks / 10 } else { blocks };
+                (random.below(span as u64), piece)
+            };
+            let batch = (0..load.batch).map(|_| draw()).collect::<Vec<_>>();
+            store.write_scattered(&batch)?;
+            if turn % (1024 / load.batch) == 0 {
                 store.flush()?;
             }
         }
@@ -211,19 +222,20 @@ fn amplification(directory: &Path, percent: usize, sync_every: usize, hot: bool)
     };
     overwrite(&mut store, blocks * 2)?;
     let (before, begin) = (store.stats(), Instant::now());
-    let count = blocks * 3;
-    overwrite(&mut store, count)?;
+    overwrite(&mut store, blocks * 2)?;
     let (after, taken) = (store.stats(), begin.elapsed());
     let user = (after.user_bytes - before.user_bytes) as f64;
+    let share = |before: u64, after: u64| (after - before) as f64 / user;
     println!(
-        "{percent} % full, {} 4 KiB overwrites, flush per {sync_every}: \
-         log {:.2}, of it cleaning {:.2}, checkpoints {:.3}; {:.0} MB/s, {} syncs per GB",
-        if hot { "90/10 random" } else { "random" },
-        (after.log_bytes - before.log_bytes) as f64 / user,
-        (after.cleaned_bytes - before.cleaned_bytes) as f64 / user,
-        (after.checkpoint_bytes - before.checkpoint_bytes) as f64 / user,
+        "{} % full, {} 4 KiB overwrites, {} a record, flush per 4 MiB: log {:.2} of what was written, \
+         of it cleaning {:.2}; checkpoints {:.3}; {:.0} MB/s",
+        load.percent,
+        if load.hot { "90/10 random" } else { "random" },
+        load.batch,
+        share(before.log_bytes, after.log_bytes),
+        share(before.cleaned_bytes, after.cleaned_bytes),
+        share(before.checkpoint_bytes, after.checkpoint_bytes),
         user / 1e6 / taken.as_secs_f64(),
-        ((after.syncs - before.syncs) as f64 / (user / 1e9)).round(),
     );
     drop(store);
     Ok(remove_file(&path)?)
@@ -279,10 +291,20 @@ fn opening(directory: &Path) -> Outcome {
 
 fn main() -> Outcome {
     let directory = std::env::args_os().nth(1).map_or_else(std::env::temp_dir, PathBuf::from);
-    beside_a_file(&directory)?;
-    for percent in [50, 80] {
-        amplification(&directory, percent, 1024, false)?;
-        amplification(&directory, percent, 1024, true)?;
+    let only = std::env::args().nth(2);
+    let wanted = |part: &str| only.as_ref().is_none_or(|only| only == part);
+    if wanted("files") {
+        beside_a_file(&directory)?;
     }
-    opening(&directory)
+    if wanted("cleaning") {
+        for percent in [50, 67, 80] {
+            amplification(&directory, &Overwrites { percent, batch: 1, hot: false })?;
+            amplification(&directory, &Overwrites { percent, batch: 32, hot: false })?;
+            amplification(&directory, &Overwrites { percent, batch: 32, hot: true })?;
+        }
+    }
+    if wanted("opening") {
+        opening(&directory)?;
+    }
+    Ok(())
 }
