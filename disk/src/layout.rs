@@ -50,8 +50,8 @@ pub enum GeometryError {
 }
 
 impl Geometry {
-    /// Bytes of a segment unless said otherwise. Larger ones make sequential writes a little faster (fewer
-    /// of them are split), smaller ones clean in smaller steps; 1 to 4 MiB measure alike (`figures`).
+    /// Bytes of a segment unless said otherwise: room for a record of a mebibyte, and few enough to copy
+    /// that a write which cleans three of them waits some milliseconds.
     pub const SEGMENT_BYTES: u32 = 2 << 20;
     /// Fewer segments leave no room to clean in.
     pub const MIN_SEGMENTS: u32 = 8;

@@ -147,7 +147,22 @@ impl Segments {
         }
     }
 
-    /// Counts a block at byte `at` of the file.
+    /// Counts a block that lies at `at` already, without listing it.
+    pub(crate) fn count(&mut self, segment: u32) {
+        if let Some(entry) = self.get(segment) {
+            entry.live += 1;
+            self.held += 1;
+        }
+    }
+
+    /// Lists a block that was counted.
+    pub(crate) fn list(&mut self, at: u64, block: u32) {
+        if let Some(entry) = self.geometry.segment_of(at).and_then(|segment| self.get(segment)) {
+            entry.blocks.push(block);
+        }
+    }
+
+    /// Counts and lists a block at byte `at` of the file.
     pub(crate) fn add(&mut self, at: u64, block: u32) {
         let Some(segment) = self.geometry.segment_of(at) else { return };
         if let Some(entry) = self.get(segment) {

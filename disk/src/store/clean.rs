@@ -166,6 +166,7 @@ impl<B: Backing> Store<B> {
 
     /// Writes the survivors of a closed segment anew, so that it becomes empty.
     pub(super) fn evacuate(&mut self, segment: u32) -> Result<(), StoreError> {
+        self.list_blocks();
         let blocks = self.segments.take_blocks(segment);
         let survivors = self.survivors(segment, &blocks);
         let moved = self.move_survivors(&survivors);

@@ -29,6 +29,7 @@ impl<B: Backing> Store<B> {
     /// # Errors
     /// The medium failed other than by bytes it could not read, which count as corrupt.
     pub fn scrub(&mut self, budget: u64) -> Result<Scrubbed, StoreError> {
+        self.list_blocks();
         let mut found = Scrubbed::default();
         while found.checked_bytes < budget && !found.done {
             let segment = self.scrub_next;
