@@ -58,6 +58,27 @@ pub fn start() {
     arch::set_next_index(record.next_index.max(record.first_index));
 }
 
+/// The identity that a resource was given before, when it was written to the disk.
+pub const fn again(kind: Kind, index: u64) -> Vid {
+    Vid { kind, index }
+}
+
+/// The index that is given out next.
+pub fn upcoming() -> u64 {
+    arch::resources().next_index
+}
+
+/// Has indices before `next` not be given out any more, since the disk says that they were; false when the host has
+/// not set so many aside for this machine.
+pub fn resume(next: u64) -> bool {
+    let record = arch::resources();
+    let ours = next <= record.limit_index;
+    if ours {
+        arch::set_next_index(record.next_index.max(next));
+    }
+    ours
+}
+
 /// The identity of a new resource.
 ///
 /// The host raises the limit long before it is reached. Should it be unable to, because the directory has been away

@@ -9,7 +9,10 @@ use core::{ops::Bound, time::Duration};
 
 use super::{
     FileError, MAX_NAME, MAX_NODES, MAX_PATH,
+    format::{self, Key, PathHash, ROOM, node_bytes},
     store::{Number, Store},
+    volume::Removed,
+    wait::Waiters,
 };
 use crate::{
     heap, memory, time,
@@ -54,6 +57,8 @@ pub struct Facts {
     pub size: u64,
     /// Names that lead to it.
     pub links: u32,
+    /// Mode bits, as others have them; nothing here asks for them.
+    pub mode: u16,
     /// Its times.
     pub times: Times,
 }
@@ -81,24 +86,22 @@ pub struct Entry {
 
 #[derive(Default)]
 pub(super) struct Directory {
-    names: BTreeMap<Rc<str>, (u64, Number)>,
+    pub names: BTreeMap<Rc<str>, (u64, Number)>,
     order: BTreeMap<u64, Rc<str>>,
     next: u64,
 }
 
 impl Directory {
-    fn insert(&mut self, name: &str, number: Number) -> Rc<str> {
-        let name: Rc<str> = Rc::from(name);
+    pub fn insert(&mut self, name: Rc<str>, number: Number) {
         let entry = self.next.max(FIRST_ENTRY);
         self.next = entry + 1;
         if let Some((old, _)) = self.names.insert(Rc::clone(&name), (entry, number)) {
             self.order.remove(&old);
         }
-        self.order.insert(entry, Rc::clone(&name));
-        name
+        self.order.insert(entry, name);
     }
 
-    fn remove(&mut self, name: &str) {
+    pub fn remove(&mut self, name: &str) {
         if let Some((entry, _)) = self.names.remove(name) {
             self.order.remove(&entry);
         }
@@ -111,43 +114,63 @@ pub(super) enum Body {
     Link(Rc<str>),
 }
 
-struct Node {
-    vid: Vid,
-    body: Body,
-    /// A name that leads here: the directory and the name in it. The root is its own parent.
-    at: Option<(Number, Rc<str>)>,
-    links: u32,
-    opens: u32,
-    times: Times,
+pub(super) struct Node {
+    pub vid: Vid,
+    pub body: Body,
+    /// The names that lead here: directories and the names in them. The root has none.
+    pub names: Vec<(Number, Rc<str>)>,
+    pub opens: u32,
+    pub mode: u16,
+    pub times: Times,
+    /// Where it comes from in the image.
+    pub base: Option<PathHash>,
+    /// The metadata block that holds it; 0 = none yet.
+    pub home: u32,
+}
+
+/// Mode bits of what is made.
+pub(super) const fn default_mode(body: &Body) -> u16 {
+    match body {
+        Body::Directory(_) => 0o755,
+        Body::File => 0o644,
+        Body::Link(_) => 0o777,
+    }
 }
 
 /// All inodes.
 pub struct Tree {
-    nodes: BTreeMap<Number, Node>,
+    pub(super) nodes: BTreeMap<Number, Node>,
     root: Number,
     pub(super) store: Store,
+    /// What is on the disk is not known yet.
+    pub(super) mounting: bool,
+    /// Who waits until it is.
+    pub(super) mounted: Waiters,
 }
 
 impl Tree {
-    /// A tree with an empty root, whose files hold at most `bytes` bytes.
-    pub fn new(bytes: u64) -> Self {
-        let mut tree = Self { nodes: BTreeMap::new(), root: 0, store: Store::new(bytes) };
+    /// A tree whose root is still to be made.
+    pub fn empty(store: Store) -> Self {
+        Self { nodes: BTreeMap::new(), root: 0, store, mounting: true, mounted: Waiters::new() }
+    }
+
+    /// A tree with an empty root.
+    pub fn new(store: Store) -> Self {
+        let mut tree = Self::empty(store);
+        tree.mounting = false;
         tree.root = tree.add(Body::Directory(Directory::default()));
-        if let Some(root) = tree.nodes.get_mut(&tree.root) {
-            root.links = 1;
-            root.at = Some((tree.root, Rc::from("")));
-        }
+        tree.mark(tree.root);
         tree
+    }
+
+    /// Says which inode is the root.
+    pub fn set_root(&mut self, root: Number) {
+        self.root = root;
     }
 
     /// The root's number.
     pub const fn root(&self) -> Number {
         self.root
-    }
-
-    /// Bytes held, and the most there may be.
-    pub const fn usage(&self) -> (u64, u64) {
-        self.store.usage()
     }
 
     fn node(&self, number: Number) -> Result<&Node, FileError> {
@@ -196,17 +219,28 @@ impl Tree {
 
     /// The directory that a directory lies in; a removed one lies nowhere.
     pub fn parent(&self, directory: Number) -> Result<Number, FileError> {
-        self.node(directory)?.at.as_ref().map(|(parent, _)| *parent).ok_or(FileError::NotFound)
+        if directory == self.root {
+            return Ok(directory);
+        }
+        self.node(directory)?.names.first().map(|(parent, _)| *parent).ok_or(FileError::NotFound)
     }
 
     fn add(&mut self, body: Body) -> Number {
-        let vid = vid::next(vid::Kind::File);
+        // A disk that could only be read may hold identities that this machine gives out.
+        let vid = loop {
+            let vid = vid::next(vid::Kind::File);
+            if !self.nodes.contains_key(&vid.index()) {
+                break vid;
+            }
+        };
         let now = time::wall();
         if matches!(body, Body::File) {
             self.store.create(vid.index(), &[]);
         }
         let times = Times { accessed: now, modified: now, changed: now };
-        self.nodes.insert(vid.index(), Node { vid, body, at: None, links: 0, opens: 0, times });
+        let mode = default_mode(&body);
+        let node = Node { vid, body, names: Vec::new(), opens: 0, mode, times, base: None, home: 0 };
+        self.nodes.insert(vid.index(), node);
         vid.index()
     }
 
@@ -222,29 +256,61 @@ impl Tree {
         if memory::heap_free_bytes() < LEFT {
             return Err(FileError::Full);
         }
+        let target = if let Body::Link(target) = &body { target.len() } else { 0 };
+        self.room_for(node_bytes([name].into_iter(), target))?;
         let number = self.add(body);
         self.name(directory, name, number);
         Ok(number)
     }
 
+    /// Whether the disk has room for another item of so many bytes.
+    fn room_for(&mut self, bytes: usize) -> Result<(), FileError> {
+        let Some(volume) = &mut self.store.volume else { return Ok(()) };
+        if volume.has_room_for_items(bytes) {
+            return Ok(());
+        }
+        volume.want();
+        Err(FileError::Full)
+    }
+
     /// Whether a name may be added to a directory: that is one, has a name itself, and the name is not too long.
     fn nameable(&self, directory: Number, name: &str) -> Result<(), FileError> {
+        self.store.writable()?;
         if name.len() > MAX_NAME {
             return Err(FileError::NameTooLong);
         }
         self.directory(directory)?;
-        if self.node(directory)?.links == 0 { Err(FileError::NotFound) } else { Ok(()) }
+        if self.is_named(directory) { Ok(()) } else { Err(FileError::NotFound) }
+    }
+
+    /// Whether any name leads to an inode.
+    pub fn is_named(&self, number: Number) -> bool {
+        number == self.root || self.node(number).is_ok_and(|node| !node.names.is_empty())
+    }
+
+    /// Bytes of an inode's item, with one more name perhaps.
+    pub fn item_bytes(&self, number: Number, more: Option<&str>) -> usize {
+        let Ok(node) = self.node(number) else { return 0 };
+        let target = if let Body::Link(target) = &node.body { target.len() } else { 0 };
+        node_bytes(node.names.iter().map(|(_, name)| &**name).chain(more), target)
     }
 
     fn name(&mut self, directory: Number, name: &str, number: Number) {
         let Ok(entries) = self.directory_mut(directory) else { return };
-        let name = entries.insert(name, number);
+        let name: Rc<str> = Rc::from(name);
+        entries.insert(Rc::clone(&name), number);
         if let Ok(node) = self.node_mut(number) {
-            node.links += 1;
-            node.at = Some((directory, name));
+            if node.names.is_empty() {
+                node.names.reserve_exact(1);
+            }
+            node.names.push((directory, name));
         }
         self.touch(directory);
         self.change(number);
+        let bytes = self.item_bytes(number, None);
+        if let Some(volume) = &mut self.store.volume {
+            volume.mark(number, bytes);
+        }
     }
 
     fn unname(&mut self, directory: Number, name: &str, number: Number) {
@@ -253,35 +319,51 @@ impl Tree {
         }
         self.touch(directory);
         self.change(number);
-        let lost = match self.node_mut(number) {
-            Ok(node) => {
-                node.links = node.links.saturating_sub(1);
-                node.at.as_ref().is_some_and(|(at, known)| *at == directory && **known == *name)
-            }
-            Err(_) => false,
-        };
-        if lost {
-            let other =
-                if self.node(number).is_ok_and(|node| node.links > 0) { self.search(number) } else { None };
-            if let Ok(node) = self.node_mut(number) {
-                node.at = other;
-            }
+        if let Ok(node) = self.node_mut(number) {
+            node.names.retain(|(at, known)| (*at, &**known) != (directory, name));
+        }
+        if !self.is_named(number) {
+            self.lose(number);
         }
         self.reap(number);
     }
 
-    /// Any name that leads to a file.
-    fn search(&self, number: Number) -> Option<(Number, Rc<str>)> {
-        self.nodes.iter().find_map(|(&at, node)| {
-            let Body::Directory(directory) = &node.body else { return None };
-            let (name, _) = directory.names.iter().find(|(_, (_, named))| *named == number)?;
-            Some((at, Rc::clone(name)))
-        })
+    /// Has the next commit forget an inode that has lost its last name.
+    fn lose(&mut self, number: Number) {
+        let Some(node) = self.nodes.get_mut(&number) else { return };
+        let (home, base) = (core::mem::take(&mut node.home), node.base.take());
+        let Some(volume) = &mut self.store.volume else { return };
+        match base {
+            // That it is gone is to be remembered, or the image would bring it back.
+            Some(hash) => {
+                volume.removed.insert(hash, Removed { index: number, home });
+                volume.removals.insert(hash);
+            }
+            None if home != 0 => volume.gone.push((home, Key::node(number))),
+            None => {}
+        }
+        let content = self.store.contents.get_mut(&number);
+        for group in content.into_iter().flat_map(|content| content.map.groups_mut()) {
+            if group.home != 0 {
+                volume.gone.push((core::mem::take(&mut group.home), Key::map(number, group.number)));
+            }
+        }
+        volume.changed();
+    }
+
+    /// Removes a file or a link of the image by all its names, because a new image no longer has it.
+    pub fn drop_base(&mut self, number: Number) {
+        let Ok(node) = self.node_mut(number) else { return };
+        node.base = None;
+        for (directory, name) in node.names.clone() {
+            self.unname(directory, &name, number);
+        }
     }
 
     /// Forgets an inode to which nothing leads.
     fn reap(&mut self, number: Number) {
-        if self.nodes.get(&number).is_some_and(|node| node.links == 0 && node.opens == 0) {
+        let nothing = |node: &Node| node.names.is_empty() && node.opens == 0;
+        if number != self.root && self.nodes.get(&number).is_some_and(nothing) {
             self.nodes.remove(&number);
             self.store.remove(number);
         }
@@ -310,15 +392,18 @@ impl Tree {
         if self.directory(directory)?.names.contains_key(name) {
             return Err(FileError::Exists);
         }
-        if self.node(number)?.links >= u32::MAX - 1 {
+        let bytes = self.item_bytes(number, Some(name));
+        if bytes > ROOM {
             return Err(FileError::TooMany);
         }
+        self.room_for(bytes)?;
         self.name(directory, name, number);
         Ok(())
     }
 
     /// Removes a name of a file or a link.
     pub fn unlink(&mut self, directory: Number, name: &str) -> Result<(), FileError> {
+        self.store.writable()?;
         let number = self.find(directory, name)?.ok_or(FileError::NotFound)?;
         if self.kind(number)? == Kind::Directory {
             return Err(FileError::IsDirectory);
@@ -329,6 +414,7 @@ impl Tree {
 
     /// Removes an empty directory.
     pub fn remove_directory(&mut self, directory: Number, name: &str) -> Result<(), FileError> {
+        self.store.writable()?;
         let number = self.find(directory, name)?.ok_or(FileError::NotFound)?;
         if !self.directory(number)?.names.is_empty() {
             return Err(FileError::NotEmpty);
@@ -349,6 +435,13 @@ impl Tree {
         if moves_directory && self.lies_in(to, number) {
             return Err(FileError::Invalid);
         }
+        let bytes = self.item_bytes(number, Some(new));
+        if new.len() > old.len() {
+            if bytes > ROOM {
+                return Err(FileError::TooMany);
+            }
+            self.room_for(bytes)?;
+        }
         if let Some(replaced) = self.find(to, new)? {
             if replaced == number {
                 return Ok(());
@@ -366,7 +459,7 @@ impl Tree {
             entries.remove(old);
         }
         if let Ok(node) = self.node_mut(number) {
-            node.links -= 1;
+            node.names.retain(|(at, known)| (*at, &**known) != (from, old));
         }
         self.touch(from);
         Ok(())
@@ -426,7 +519,8 @@ impl Tree {
             Body::File => (Kind::File, self.store.length(number)),
             Body::Link(target) => (Kind::Link, target.len() as u64),
         };
-        Ok(Facts { vid: node.vid, kind, size, links: node.links, times: node.times })
+        let links = node.names.len() as u32 + u32::from(number == self.root);
+        Ok(Facts { vid: node.vid, kind, size, links, mode: node.mode, times: node.times })
     }
 
     /// Notes a change of content.
@@ -436,6 +530,14 @@ impl Tree {
             node.times.modified = now;
             node.times.changed = now;
         }
+        self.mark(number);
+    }
+
+    /// Has the next commit write an inode.
+    pub fn mark(&mut self, number: Number) {
+        if let Some(volume) = &mut self.store.volume {
+            volume.mark(number, 0);
+        }
     }
 
     fn change(&mut self, number: Number) {
@@ -443,6 +545,7 @@ impl Tree {
         if let Ok(node) = self.node_mut(number) {
             node.times.changed = now;
         }
+        self.mark(number);
     }
 
     /// Sets the times that are given.
@@ -452,11 +555,53 @@ impl Tree {
         accessed: Option<Duration>,
         modified: Option<Duration>,
     ) -> Result<(), FileError> {
+        self.store.writable()?;
         let times = &mut self.node_mut(number)?.times;
         times.accessed = accessed.unwrap_or(times.accessed);
         times.modified = modified.unwrap_or(times.modified);
         times.changed = time::wall();
+        self.mark(number);
         Ok(())
+    }
+
+    /// Sets the mode bits.
+    pub fn set_mode(&mut self, number: Number, mode: u16) -> Result<(), FileError> {
+        self.store.writable()?;
+        self.node_mut(number)?.mode = mode & 0o7777;
+        self.change(number);
+        Ok(())
+    }
+
+    /// An inode as it is to be on the disk, and where it is; `None` for one without a name.
+    pub fn record(&self, number: Number) -> Option<(format::Node, u32)> {
+        let node = self.nodes.get(&number).filter(|_| self.is_named(number))?;
+        let nanoseconds = |time: Duration| u64::try_from(time.as_nanos()).unwrap_or(u64::MAX);
+        let content = self.store.contents.get(&number);
+        let (what, target) = match &node.body {
+            Body::Directory(_) => (format::What::Directory, None),
+            Body::File => (format::What::File, None),
+            Body::Link(target) => (format::What::Link, Some(Rc::clone(target))),
+        };
+        let record = format::Node {
+            index: number,
+            what,
+            root: number == self.root,
+            mode: node.mode,
+            size: content.map_or(0, |content| content.length),
+            times: [node.times.accessed, node.times.modified, node.times.changed].map(nanoseconds),
+            base: node.base,
+            lower: node.base.is_some() && content.is_some_and(|content| !content.own),
+            names: node.names.clone(),
+            target,
+        };
+        Some((record, node.home))
+    }
+
+    /// Notes where an inode lies on the disk.
+    pub fn set_home(&mut self, number: Number, home: u32) {
+        if let Ok(node) = self.node_mut(number) {
+            node.home = home;
+        }
     }
 
     /// A path of an inode, if names lead to it.
@@ -464,7 +609,7 @@ impl Tree {
         let mut parts: Vec<&str> = Vec::new();
         let mut at = number;
         while at != self.root {
-            let (parent, name) = self.node(at).ok()?.at.as_ref()?;
+            let (parent, name) = self.node(at).ok()?.names.first()?;
             parts.push(name);
             if parts.len() > MAX_PATH {
                 return None;
