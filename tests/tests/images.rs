@@ -72,7 +72,8 @@ fn images_that_are_not_there_or_not_trusted_start_nothing() {
     let refused = site.kage("h1", &["login", "alice", "--at", "ap-1", "--image", "strange"]);
     assert!(!refused.status.success());
     assert!(said(&refused).contains("not trusted here"), "{}", said(&refused));
-    let listed = site.json("h1", &["image", "ls", "--dir", site.dir().join("h1/state/images").to_str().unwrap()]);
+    let listed =
+        site.json("h1", &["image", "ls", "--dir", site.dir().join("h1/state/images").to_str().unwrap()]);
     assert_eq!(listed[0]["usable"], true, "{listed}");
     assert_eq!(listed[1]["usable"], false, "{listed}");
 }

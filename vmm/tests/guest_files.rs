@@ -55,7 +55,8 @@ const READ: OpenOptions =
 const CREATE: OpenOptions = OpenOptions { create: true, ..READ };
 
 fn append(path: &str, bytes: &[u8]) -> Result<(), FileError> {
-    block_on(fs::append(path, bytes))
+    let file = fs::open(path, CREATE)?;
+    block_on(file.append(bytes)).map(drop)
 }
 
 fn content(handle: &Handle) -> Vec<u8> {

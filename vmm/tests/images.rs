@@ -79,7 +79,9 @@ fn sql_is_right_before_during_and_after_moves() {
             desk.walk();
             let output = running.wait_with_output().unwrap();
             assert_eq!(String::from_utf8_lossy(&output.stdout), "797601\n", "move {round}: {output:?}");
-            let line = format!("sqlite3 data.db 'update t set s = s || {round} where n = 7; select s from t where n = 7'");
+            let line = format!(
+                "sqlite3 data.db 'update t set s = s || {round} where n = 7; select s from t where n = 7'"
+            );
             let marks: String = (1..=round).map(|round| round.to_string()).collect();
             assert_eq!(desk.say(&line), format!("row 7{marks}\n"));
         }
@@ -139,7 +141,8 @@ fn file_tools_do_what_their_names_say() {
 fn a_key_value_service_keeps_its_connections_over_moves() {
     Lab::run(|lab| {
         let mut desk = Desk::new(lab);
-        let mut session = desk.ssh(&["-tt"]).args(["--", "kv --log kv.log"]).stdin(Stdio::piped()).spawn().unwrap();
+        let mut session =
+            desk.ssh(&["-tt"]).args(["--", "kv --log kv.log"]).stdin(Stdio::piped()).spawn().unwrap();
         let mut kv = Kv::open(&desk, 6379);
         assert_eq!(kv.ask("SET a 1"), "+OK");
         for round in 2..=4 {
@@ -159,11 +162,13 @@ fn a_directory_is_served() {
         let desk = Desk::new(lab);
         desk.say("mkdir site");
         feed(&desk, "cat > site/index.html", "<p>hello\n");
-        let mut session = desk.ssh(&["-tt"]).args(["--", "httpd site"]).stdin(Stdio::piped()).spawn().unwrap();
+        let mut session =
+            desk.ssh(&["-tt"]).args(["--", "httpd site"]).stdin(Stdio::piped()).spawn().unwrap();
         drop(connect(&desk, 8080));
         let get = |path: &str| {
             let url = format!("http://[{}]:8080{path}", desk.lab.address());
-            let output = std::process::Command::new("curl").args(["-sSg", "-m", "20", "-r", "0-5", &url]).output();
+            let output =
+                std::process::Command::new("curl").args(["-sSg", "-m", "20", "-r", "0-5", &url]).output();
             String::from_utf8(output.unwrap().stdout).unwrap()
         };
         assert_eq!(get("/"), "<p>hel");

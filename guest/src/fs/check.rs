@@ -34,6 +34,11 @@ pub async fn check(deep: bool) -> Vec<String> {
             wrong.push(format!("read-only: {reason}"));
         }
         if let Some(volume) = &tree.store.volume {
+            let torn = tree.store.contents.iter().filter(|(_, content)| content.torn);
+            wrong.extend(torn.map(|(&number, _)| {
+                let path = tree.path(number).unwrap_or_else(|| format!("inode {number:x}"));
+                format!("{path}: some of it is lost")
+            }));
             wrong.extend(volume.lost.iter().map(|block| format!("metadata block {block} is damaged")));
         }
         wrong
@@ -172,7 +177,10 @@ impl Tree {
                     wrong.push(format!("{key:?} is in metadata block {at}, not in {home}"));
                 }
                 Some((_, content)) => {
-                    if item.get(item.len().saturating_sub(content.len())..).is_some_and(|item| !item.is_empty() && item != content) {
+                    if item
+                        .get(item.len().saturating_sub(content.len())..)
+                        .is_some_and(|item| !item.is_empty() && item != content)
+                    {
                         wrong.push(format!("{key:?} is not as it was written"));
                     }
                 }
@@ -205,6 +213,7 @@ impl Tree {
         }
         fresh.growth = fresh.removed.len() * super::format::node_bytes([].into_iter(), 0);
         for (&number, content) in &mut self.store.contents {
+            content.torn = false;
             fresh.reserved += content.copy_blocks;
             if content.copy_blocks > 0 {
                 fresh.copies.insert(number);
@@ -222,7 +231,8 @@ impl Tree {
                 fresh.dirty += own.dirty.count_ones();
                 fresh.chunks.insert((number, chunk));
                 let first = chunk * CHUNK_BLOCKS as u64;
-                fresh.reserved += blocks(own.dirty).filter(|&at| map.get(first + at as u64).is_none()).count() as u32;
+                fresh.reserved +=
+                    blocks(own.dirty).filter(|&at| map.get(first + at as u64).is_none()).count() as u32;
             }
         }
         *volume = fresh;
@@ -297,7 +307,9 @@ async fn check_data(wrong: &mut Vec<String>) {
                         let path = FILES.get().path(number);
                         let path = path.unwrap_or_else(|| format!("inode {number:x}"));
                         let offset = (at + index as u64) * BLOCK as u64;
-                        wrong.push(format!("{path}: offset {offset} cannot be read, block {block} of the disk"));
+                        wrong.push(format!(
+                            "{path}: offset {offset} cannot be read, block {block} of the disk"
+                        ));
                     }
                 }
             }

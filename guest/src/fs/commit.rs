@@ -214,39 +214,58 @@ impl Tree {
                 mode: 0,
                 size: 0,
                 times: [0; 3],
+                blocks: 0,
                 base: Some(hash),
                 lower: false,
                 names: Vec::new(),
                 target: None,
             };
             node.encode(&mut item);
-            removed.home = volume.records.put(removed.home, Key::node(removed.index), &item).ok_or(NoRoom)?;
+            removed.home = volume.records.put(removed.home, 0, Key::node(removed.index), &item).ok_or(NoRoom)?;
         }
         let nodes = core::mem::take(&mut volume.nodes);
         let groups = core::mem::take(&mut volume.groups);
+        let mut groups = groups;
         for number in nodes {
             let Some((node, home)) = self.record(number) else { continue };
             node.encode(&mut item);
             let Some(volume) = &mut self.store.volume else { return Ok(()) };
-            let home = volume.records.put(home, Key::node(number), &item).ok_or(NoRoom)?;
+            let home = volume.records.put(home, 0, Key::node(number), &item).ok_or(NoRoom)?;
             self.set_home(number, home);
+            // An inode and where its blocks lie are lost together or not at all, as far as there is room.
+            let own = groups.range((number, 0)..=(number, u32::MAX));
+            for group in own.copied().collect::<Vec<_>>() {
+                groups.remove(&group);
+                self.freeze_group(group, home, &mut item)?;
+            }
         }
-        for (number, part) in groups {
-            // What has no name any more is kept in memory alone.
-            if !self.is_named(number) {
-                continue;
-            }
-            let Some(volume) = &mut self.store.volume else { return Ok(()) };
-            let Some(content) = self.store.contents.get_mut(&number) else { continue };
-            let Some(group) = content.map.group_mut(part) else { continue };
-            let key = Key::map(number, part);
-            if group.runs.is_empty() {
-                volume.records.remove(group.home, key);
-                content.map.forget(part);
-            } else {
-                encode_runs(&mut item, key, &group.runs);
-                group.home = volume.records.put(group.home, key, &item).ok_or(NoRoom)?;
-            }
+        for group in groups {
+            self.freeze_group(group, 0, &mut item)?;
+        }
+        Ok(())
+    }
+
+    /// Writes a group of a file to its metadata block, which is `near` if it has none yet.
+    fn freeze_group(
+        &mut self,
+        (number, part): (Number, u32),
+        near: u32,
+        item: &mut Vec<u8>,
+    ) -> Result<(), NoRoom> {
+        // What has no name any more is kept in memory alone.
+        if !self.is_named(number) {
+            return Ok(());
+        }
+        let Some(volume) = &mut self.store.volume else { return Ok(()) };
+        let Some(content) = self.store.contents.get_mut(&number) else { return Ok(()) };
+        let Some(group) = content.map.group_mut(part) else { return Ok(()) };
+        let key = Key::map(number, part);
+        if group.runs.is_empty() {
+            volume.records.remove(group.home, key);
+            content.map.forget(part);
+        } else {
+            encode_runs(item, key, &group.runs);
+            group.home = volume.records.put(group.home, near, key, item).ok_or(NoRoom)?;
         }
         Ok(())
     }

@@ -20,8 +20,8 @@
 //!
 //! **Item**: bytes (2), kind (1), zero (1), part (4), index of the inode's VID (8), then
 //! - *node* (kind 1): what it is (1: 1 directory, 2 file, 3 link, 4 removed), flags (1: bit 0 of the image, bit 1 the
-//!   root), mode (2), names (2), bytes of the target (2), size (8), times of access, modification and change in
-//!   nanoseconds since 1970 (8 each); the hash of its path in the image (16) if of the image; its names: parent (8),
+//!   root, bit 2 its bytes are the image's), mode (2), names (2), bytes of the target (2), size (8), times of access,
+//!   modification and change in nanoseconds since 1970 (8 each), blocks on the disk (8); the hash of its path in the image (16) if of the image; its names: parent (8),
 //!   length (1), name; the target.
 //! - *map* (kind 2): `part` is the group of 256 blocks of the file; runs: block (4), first in the group (2), count (2).
 //!
@@ -59,7 +59,7 @@ pub const HEADER: usize = 32;
 /// Bytes before an item's content.
 const ITEM: usize = 16;
 /// Bytes of a node before its hash, names and target.
-const NODE: usize = 40;
+const NODE: usize = 48;
 const RUN: usize = 8;
 /// Where the bitmap of areas starts in the superblock, and how many areas it can hold.
 const AREAS_AT: usize = 256;
@@ -372,6 +372,8 @@ pub struct Node {
     pub size: u64,
     /// Nanoseconds since 1970: accessed, modified, changed.
     pub times: [u64; 3],
+    /// Blocks it has on the disk: says whether all its groups are there.
+    pub blocks: u64,
     /// Where it comes from in the image.
     pub base: Option<PathHash>,
     /// A file whose bytes are the image's.
@@ -403,7 +405,7 @@ impl Node {
         for word in [self.mode, self.names.len() as u16, target.len() as u16] {
             out.extend_from_slice(&word.to_le_bytes());
         }
-        for word in [self.size].iter().chain(&self.times) {
+        for word in [self.size].iter().chain(&self.times).chain(&[self.blocks]) {
             out.extend_from_slice(&word.to_le_bytes());
         }
         out.extend_from_slice(self.base.as_ref().map_or(&[][..], |hash| &hash[..]));
@@ -459,6 +461,7 @@ impl Node {
             mode: u16_at(content, 2)?,
             size: u64_at(content, 8)?,
             times: [u64_at(content, 16)?, u64_at(content, 24)?, u64_at(content, 32)?],
+            blocks: u64_at(content, 40)?,
             base,
             lower: flags & LOWER != 0,
             names,
@@ -516,9 +519,7 @@ pub fn path_hash(path: &str) -> PathHash {
 
 /// Whether a name may stand in a directory.
 pub fn is_name(name: &str) -> bool {
-    !matches!(name, "" | "." | "..")
-        && name.len() <= super::MAX_NAME
-        && !name.contains(['/', '\0'])
+    !matches!(name, "" | "." | "..") && name.len() <= super::MAX_NAME && !name.contains(['/', '\0'])
 }
 
 /// A name for what has lost its own.

@@ -302,12 +302,16 @@ impl Handle {
         let mut done = 0;
         loop {
             let rest = into.get_mut(done..).unwrap_or_default();
-            let read = poll_fn(|context| self.poll_read_at(context, offset.saturating_add(done as u64), rest));
+            let read =
+                poll_fn(|context| self.poll_read_at(context, offset.saturating_add(done as u64), rest));
             match read.await {
                 Ok(0) => break,
                 Ok(count) => done += count,
                 Err(_) if done > 0 => break,
                 Err(error) => return Err(error),
+            }
+            if done == into.len() {
+                break;
             }
         }
         Ok(done)

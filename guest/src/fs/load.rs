@@ -61,7 +61,8 @@ pub fn start(store: &mut Store, wanted: Wanted) {
         last = first;
     }
     let Some(content) = store.contents.get(&number) else { return };
-    last = last.min(content.length.div_ceil(BLOCK as u64).saturating_sub(1));
+    // Whatever the length, what is wanted first is read, or its reader would wait for ever.
+    last = last.min(content.length.div_ceil(BLOCK as u64).saturating_sub(1)).max(first);
     let mut segments: Vec<Segment> = Vec::new();
     let mut chunks = Vec::new();
     for at in first..=last {
@@ -74,7 +75,8 @@ pub fn start(store: &mut Store, wanted: Wanted) {
             chunks.push((number, chunk));
         }
         let follows = |segment: &&mut Segment| {
-            segment.block.checked_add(segment.count) == Some(block) && (segment.count as usize) < MOST_BLOCKS
+            segment.block.checked_add(segment.count) == Some(block)
+                && (segment.count as usize) < MOST_BLOCKS
                 && segment.parts.len() < MOST_PARTS
         };
         match segments.last_mut().filter(follows) {
@@ -142,7 +144,10 @@ async fn read(number: Number, segment: Segment) -> Result<(), core::convert::Inf
                     None => {
                         let path = tree.path(number);
                         let path = path.as_deref().unwrap_or("a file without a name");
-                        log!("{path}: offset {} cannot be read, block {block} of the disk", at * BLOCK as u64);
+                        log!(
+                            "{path}: offset {} cannot be read, block {block} of the disk",
+                            at * BLOCK as u64
+                        );
                         tree.store.failed.insert((number, at));
                     }
                 }

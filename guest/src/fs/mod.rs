@@ -176,20 +176,6 @@ pub fn open(path: &str, options: OpenOptions) -> Result<Handle, FileError> {
     Handle::root().open(path, options)
 }
 
-/// Appends, making the file if there is none. All of it or, when there is no room, a part.
-///
-/// # Errors
-/// [`FileError`].
-pub async fn append(path: &str, bytes: &[u8]) -> Result<(), FileError> {
-    let file = open(path, OpenOptions { create: true, ..OpenOptions::default() })?;
-    let mut rest = bytes;
-    while !rest.is_empty() {
-        let (_, count) = file.append(rest).await?;
-        rest = rest.get(count..).unwrap_or_default();
-    }
-    Ok(())
-}
-
 /// Makes a directory.
 ///
 /// # Errors

@@ -73,7 +73,13 @@ pub async fn mount(image: Image) {
     }
     let (used, limit) = tree.store.usage();
     let took = time::now().saturating_sub(began);
-    log!("files: {} inodes, {} of {} KiB, mounted in {} µs", tree.nodes.len(), used >> 10, limit >> 10, took.as_micros());
+    log!(
+        "files: {} inodes, {} of {} KiB, mounted in {} µs",
+        tree.nodes.len(),
+        used >> 10,
+        limit >> 10,
+        took.as_micros()
+    );
     super::install(tree);
 }
 
@@ -100,7 +106,8 @@ async fn try_mount(image: &Image, blocks: u64) -> Result<(Tree, Option<String>),
     }
     let mut superblock = superblock;
     superblock.grow(blocks);
-    let read_only = superblock.read_only.then(|| String::from("they use features that this kernel only reads"));
+    let read_only =
+        superblock.read_only.then(|| String::from("they use features that this kernel only reads"));
     let mut volume = Volume::new(superblock, most_dirty as u32);
     volume.both = !whole;
     let mut mount = Mount { tree: Tree::empty(Store::new(cache, None)), volume, damage: 0, found: None };
@@ -143,6 +150,16 @@ async fn superblock() -> Result<Option<(Super, bool)>, MountError> {
         Some(superblock) => Ok(Some((superblock, whole))),
         None => Err(MountError::Format(FormatError::Damaged)),
     }
+}
+
+/// A directory in place of one that is lost.
+fn stand_in(index: Number) -> tree::Node {
+    let now = time::wall();
+    let times = Times { accessed: now, modified: now, changed: now };
+    let body = Body::Directory(Directory::default());
+    let vid = vid::again(vid::Kind::File, index);
+    let mode = tree::default_mode(&body);
+    tree::Node { vid, body, names: Vec::new(), opens: 0, mode, times, base: None, home: 0 }
 }
 
 struct Mount {
@@ -199,7 +216,9 @@ impl Mount {
             }
             for number in start..start + count {
                 let alone = block::read(number.into(), Vec::from([heap::buffer(BLOCK)])).await;
-                shared.borrow_mut().take_block(number, alone.ok().and_then(|mut bytes| bytes.pop()).as_deref())?;
+                shared
+                    .borrow_mut()
+                    .take_block(number, alone.ok().and_then(|mut bytes| bytes.pop()).as_deref())?;
             }
             Ok(())
         });
@@ -260,13 +279,24 @@ impl Mount {
         for home in faults {
             self.damaged(format_args!("metadata block {home} holds what is no item"));
         }
+        let mut blocks = BTreeMap::new();
         for (home, record) in nodes {
+            if record.what == What::File && record.blocks > 0 {
+                blocks.insert(record.index, record.blocks);
+            }
             self.take_node(home, record);
             executor::work(ITEM_COST).await;
         }
         for (index, group) in groups {
             self.take_group(index, group);
             executor::work(ITEM_COST).await;
+        }
+        for (index, expected) in blocks {
+            let Some(content) = self.tree.store.contents.get_mut(&index) else { continue };
+            if content.map.blocks() != expected {
+                content.torn = true;
+                self.damaged(format_args!("inode {index:x} has lost some of its blocks"));
+            }
         }
     }
 
@@ -317,8 +347,12 @@ impl Mount {
         let number = group.number;
         let space = &mut self.volume.space;
         let mut clash = 0;
+        let end = self.tree.store.contents.get(&index).map(|content| content.length.div_ceil(BLOCK as u64));
+        let first = u64::from(number) * GROUP;
         let mut claim = |run: &Run| {
-            let free = space.claim(run.block, run.count.into());
+            // A file whose inode is lost keeps what it has.
+            let inside = end.is_none_or(|end| first + u64::from(run.start) + u64::from(run.count) <= end);
+            let free = inside && space.claim(run.block, run.count.into());
             clash += usize::from(!free);
             free
         };
@@ -329,7 +363,9 @@ impl Mount {
             None => true,
         };
         if clash > 0 {
-            self.damaged(format_args!("inode {index:x} has blocks that are not its own, in its part {number}"));
+            self.damaged(format_args!(
+                "inode {index:x} has blocks that are not its own, in its part {number}"
+            ));
         }
         if orphan {
             self.damaged(format_args!("part {number} of inode {index:x} is not part of a file"));
@@ -365,11 +401,20 @@ impl Mount {
             }
             executor::work(ITEM_COST).await;
         }
+        let numbers: Vec<Number> = self.tree.nodes.keys().copied().collect();
         self.attach(&numbers).await;
     }
 
+    /// Puts a name into a directory. One that is lost is made anew, without a name of its own, so that what lay in it
+    /// stays together.
     fn join(&mut self, parent: Number, name: &Rc<str>, number: Number) -> bool {
-        let Some(tree::Node { body: Body::Directory(directory), .. }) = self.tree.nodes.get_mut(&parent) else {
+        let sound = (1..=kage_abi::resources::INDEX_MAX).contains(&parent);
+        if sound && !self.tree.nodes.contains_key(&parent) && self.tree.nodes.len() < MAX_NODES {
+            self.tree.nodes.insert(parent, stand_in(parent));
+            self.damaged(format_args!("directory {parent:x} is lost"));
+        }
+        let Some(tree::Node { body: Body::Directory(directory), .. }) = self.tree.nodes.get_mut(&parent)
+        else {
             return false;
         };
         let free = !directory.names.contains_key(name);
@@ -386,13 +431,7 @@ impl Mount {
         match self.tree.nodes.get(&wanted).map(|node| &node.body) {
             Some(Body::Directory(_)) => return self.tree.set_root(wanted),
             None if sound => {
-                let now = time::wall();
-                let times = Times { accessed: now, modified: now, changed: now };
-                let body = Body::Directory(Directory::default());
-                let vid = vid::again(vid::Kind::File, wanted);
-                let mode = tree::default_mode(&body);
-                let node = tree::Node { vid, body, names: Vec::new(), opens: 0, mode, times, base: None, home: 0 };
-                self.tree.nodes.insert(wanted, node);
+                self.tree.nodes.insert(wanted, stand_in(wanted));
                 self.tree.set_root(wanted);
             }
             _ => {
@@ -458,7 +497,9 @@ impl Mount {
         };
         let old = self.tree.nodes.get_mut(&number).map(|node| core::mem::take(&mut node.names));
         for (parent, name) in old.unwrap_or_default() {
-            if let Some(tree::Node { body: Body::Directory(directory), .. }) = self.tree.nodes.get_mut(&parent) {
+            if let Some(tree::Node { body: Body::Directory(directory), .. }) =
+                self.tree.nodes.get_mut(&parent)
+            {
                 directory.remove(&name);
             }
         }

@@ -73,9 +73,9 @@ impl Records {
 
     /// Numbers and items of all blocks.
     pub fn items(&self) -> impl Iterator<Item = (u32, Result<format::Item<'_>, format::FormatError>)> {
-        self.blocks
-            .iter()
-            .flat_map(|(&number, record)| format::items(&record.block, record.used).map(move |item| (number, item)))
+        self.blocks.iter().flat_map(|(&number, record)| {
+            format::items(&record.block, record.used).map(move |item| (number, item))
+        })
     }
 
     /// A block as it is or will be on the disk; `None` for one that is free.
@@ -84,8 +84,8 @@ impl Records {
     }
 
     /// Puts an item in place of the one of its name, which lies in block `home` if that is not 0; returns where it
-    /// lies from now on, or `None` when there is no room.
-    pub fn put(&mut self, home: u32, key: Key, item: &[u8]) -> Option<u32> {
+    /// lies from now on, best in block `near`, or `None` when there is no room.
+    pub fn put(&mut self, home: u32, near: u32, key: Key, item: &[u8]) -> Option<u32> {
         if let Some(record) = self.blocks.get_mut(&home)
             && let Some((at, length)) = find(record, key)
             && length == item.len()
@@ -101,9 +101,10 @@ impl Records {
         }
         self.remove(home, key);
         let fits = |record: &Record| BLOCK - record.used >= item.len();
-        let number = match self.blocks.get(&home) {
-            Some(record) if fits(record) => home,
-            _ => match self.rooms.range((item.len(), 0)..).next() {
+        let wanted = [home, near].into_iter().find(|number| self.blocks.get(number).is_some_and(fits));
+        let number = match wanted {
+            Some(number) => number,
+            None => match self.rooms.range((item.len(), 0)..).next() {
                 Some(&(_, number)) => number,
                 None => self.begin()?,
             },

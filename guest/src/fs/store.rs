@@ -68,6 +68,8 @@ pub struct Content {
     pub own: bool,
     /// Blocks reserved for a copy of the image's bytes.
     pub copy_blocks: u32,
+    /// Some of its blocks are lost, and nobody knows which: what looks like a hole may be one of them.
+    pub torn: bool,
     /// Where a reader in order goes on.
     next_read: u64,
 }
@@ -116,6 +118,7 @@ enum Source<'a> {
     Memory(&'a [u8]),
     Disk,
     Hole,
+    Lost,
 }
 
 impl Content {
@@ -183,6 +186,7 @@ impl Content {
         }
         match self.lower(at) {
             [] if self.map.get(at).is_some() => Source::Disk,
+            [] if self.torn => Source::Lost,
             [] => Source::Hole,
             lower => Source::Memory(lower),
         }
@@ -264,7 +268,7 @@ impl Store {
         let count = usize::try_from(left).unwrap_or(usize::MAX).min(into.len());
         let in_order = content.next_read == offset;
         let mut done = 0;
-        let mut missing = None;
+        let (mut missing, mut lost) = (None, false);
         while done < count {
             let at = offset + done as u64;
             let (block, inside) = (at / BLOCK as u64, (at % BLOCK as u64) as usize);
@@ -278,6 +282,10 @@ impl Store {
                     empty.fill(0);
                 }
                 Source::Hole => now.fill(0),
+                Source::Lost => {
+                    lost = true;
+                    break;
+                }
                 Source::Disk => {
                     missing = Some(block);
                     break;
@@ -287,6 +295,9 @@ impl Store {
                 chunk.used = true;
             }
             done += room;
+        }
+        if lost && done == 0 {
+            return Poll::Ready(Err(FileError::Damaged));
         }
         if let Some(block) = missing {
             if self.failed.remove(&(number, block)) {
@@ -298,7 +309,7 @@ impl Store {
                 self.waiters.add(context);
                 return Poll::Pending;
             }
-        } else if in_order && self.volume.is_some() {
+        } else if in_order && done > 0 && self.volume.is_some() {
             load::ahead(self, number, (offset + done as u64).div_ceil(BLOCK as u64));
         }
         if let Some(content) = self.contents.get_mut(&number) {
@@ -359,9 +370,8 @@ impl Store {
         let Some(content) = self.contents.get(&number) else { return Poll::Ready(Err(FileError::NotFound)) };
         let first = chunk * CHUNK_BLOCKS as u64;
         // A block that is changed in part is needed whole, unless the rest of it lies behind the file's end.
-        let partly = |block: usize| {
-            block * BLOCK < start || ((block + 1) * BLOCK > end && file_end < content.length)
-        };
+        let partly =
+            |block: usize| block * BLOCK < start || ((block + 1) * BLOCK > end && file_end < content.length);
         let missing = blocks(mask).find(|&block| partly(block) && content.is_missing(first + block as u64));
         if let Some(block) = missing {
             return self.poll_load(context, number, first + block as u64).map(Err);
@@ -541,7 +551,8 @@ impl Store {
     fn enqueue(&mut self, number: Number, chunk: u64) {
         if self.order.len() >= self.order_limit {
             let contents = self.contents.iter();
-            let held = contents.flat_map(|(&number, content)| content.chunks.iter().map(move |(at, _)| (number, *at)));
+            let held = contents
+                .flat_map(|(&number, content)| content.chunks.iter().map(move |(at, _)| (number, *at)));
             self.order = held.collect();
             self.order_limit = LEAST_ORDER.max(2 * self.order.len());
         }
@@ -609,7 +620,8 @@ impl Store {
             return Poll::Ready(Ok(()));
         }
         // What is left of the image's bytes is copied.
-        let keeps = content.lower_blocks().min(u32::try_from(length.div_ceil(BLOCK as u64)).unwrap_or(u32::MAX));
+        let keeps =
+            content.lower_blocks().min(u32::try_from(length.div_ceil(BLOCK as u64)).unwrap_or(u32::MAX));
         if let Some(volume) = self.volume.as_mut().filter(|_| !content.own && keeps > 0) {
             match volume.room(keeps, copy_growth(keeps)) {
                 Room::Yes => {}
@@ -656,7 +668,10 @@ impl Store {
             own.dirty &= !gone;
             own.frozen &= !gone;
         }
-        let keeps = from + usize::from(content.chunks.get(from).is_some_and(|(number, own)| *number == chunk && own.present != 0));
+        let keeps = from
+            + usize::from(
+                content.chunks.get(from).is_some_and(|(number, own)| *number == chunk && own.present != 0),
+            );
         content.chunks.truncate(keeps);
         self.bytes -= freed as u64;
         let visible = usize::try_from(length).unwrap_or(usize::MAX).min(content.lower.len());
@@ -678,7 +693,8 @@ impl Store {
         }
         // The rest of the last block is to be zeros on the disk as well.
         let tail = at / BLOCK;
-        if let Some(own) = content.chunk_mut(chunk).filter(|own| at % BLOCK > 0 && own.present >> tail & 1 == 1)
+        if let Some(own) =
+            content.chunk_mut(chunk).filter(|own| at % BLOCK > 0 && own.present >> tail & 1 == 1)
             && own.dirty >> tail & 1 == 0
         {
             own.dirty |= 1 << tail;

@@ -589,6 +589,7 @@ impl Tree {
             mode: node.mode,
             size: content.map_or(0, |content| content.length),
             times: [node.times.accessed, node.times.modified, node.times.changed].map(nanoseconds),
+            blocks: content.map_or(0, |content| content.map.blocks()),
             base: node.base,
             lower: node.base.is_some() && content.is_some_and(|content| !content.own),
             names: node.names.clone(),

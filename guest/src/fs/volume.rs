@@ -165,7 +165,7 @@ impl Volume {
             commits.since = Some(crate::time::now());
             commits.waker.wake();
         }
-        if self.dirty >= self.most_dirty / 2 || self.nodes.len() >= MOST_NODES {
+        if self.dirty >= self.most_dirty / 2 || self.nodes.len() + self.gone.len() >= MOST_NODES {
             self.want();
         }
     }

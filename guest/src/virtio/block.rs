@@ -76,9 +76,11 @@ enum Held {
 
 enum Slot {
     Free,
-    /// `None` once nobody waits for it any more.
     Running(Held, Option<Waker>),
-    Abandoned(Held),
+    /// Nobody waits for it any more; the device may still use the buffers.
+    Abandoned {
+        _held: Held,
+    },
     Done(Held, u8),
 }
 
@@ -100,8 +102,7 @@ pub fn start() {
     let mut queue = [Queue::new(DESCRIPTORS)];
     let (device, features) = Device::start(device::BLOCK, 2, FLUSH | DISCARD, &mut queue);
     let sectors = u64::from(device.config(0)) | u64::from(device.config(4)) << 32;
-    let discard_blocks =
-        if features & DISCARD == 0 { 0 } else { u64::from(device.config(36)) / SECTORS };
+    let discard_blocks = if features & DISCARD == 0 { 0 } else { u64::from(device.config(36)) / SECTORS };
     DISK.set(Disk {
         queue,
         sectors,
@@ -139,7 +140,7 @@ pub fn poll() {
                     *slot = Slot::Done(held, status);
                     wake.extend(waker);
                 }
-                Slot::Abandoned(_) | Slot::Free => wake.append(&mut disk.waiting),
+                Slot::Abandoned { .. } | Slot::Free => wake.append(&mut disk.waiting),
                 done @ Slot::Done(..) => *slot = done,
             }
         }
@@ -228,9 +229,9 @@ async fn transfer(kind: u32, sector: u64, range: Option<u32>, held: Held) -> Res
             let mut disk = DISK.get();
             if let Some(slot) = disk.slots.get_mut(number) {
                 *slot = match core::mem::replace(slot, Slot::Free) {
-                    Slot::Running(held, _) => Slot::Abandoned(held),
+                    Slot::Running(held, _) => Slot::Abandoned { _held: held },
                     Slot::Done(..) | Slot::Free => Slot::Free,
-                    abandoned @ Slot::Abandoned(_) => abandoned,
+                    abandoned @ Slot::Abandoned { .. } => abandoned,
                 };
             }
             let waiting = core::mem::take(&mut disk.waiting);

@@ -90,7 +90,13 @@ pub fn attach(blocks: u64, discard_blocks: u64) {
 
 /// Puts in a disk with content.
 pub fn attach_with(blocks: u64, content: Content) {
-    DISK.set(Disk { blocks, discard_blocks: 1 << 20, now: content.clone(), committed: content, ..Disk::default() });
+    DISK.set(Disk {
+        blocks,
+        discard_blocks: 1 << 20,
+        now: content.clone(),
+        committed: content,
+        ..Disk::default()
+    });
 }
 
 /// Takes the power: requests are gone, and so is what no flush has committed.
@@ -169,7 +175,11 @@ impl Disk {
             }
             Work::Write(pieces) => {
                 let bytes: Vec<u8> = pieces.iter().flat_map(|piece| piece.bytes().iter().copied()).collect();
-                assert!(!bytes.is_empty() && bytes.len().is_multiple_of(BLOCK), "{} bytes written", bytes.len());
+                assert!(
+                    !bytes.is_empty() && bytes.len().is_multiple_of(BLOCK),
+                    "{} bytes written",
+                    bytes.len()
+                );
                 assert!(bytes.len() <= MOST_BLOCKS * BLOCK && pieces.len() <= MOST_PARTS);
                 self.figures.writes += 1;
                 for (block, bytes) in (request.block..).zip(bytes.chunks(BLOCK)) {

@@ -260,7 +260,9 @@ pub fn fd_read(call: &mut Call<'_>, fd: u32, vectors: u32, count: u32, into: u32
     let (mut guest, _) = parts(call)?;
     let vectors = guest.vectors(vectors, count)?;
     let read = match &descriptor.object {
-        Object::File(file) => read_file(&mut guest, &vectors, |piece| Ok(fiber::block_on(file.read(piece))??))?,
+        Object::File(file) => {
+            read_file(&mut guest, &vectors, |piece| Ok(fiber::block_on(file.read(piece))??))?
+        }
         Object::Input(_) | Object::Socket(_) if vectors.is_empty() => 0,
         Object::Input(input) => {
             let piece = guest.part_mut(&first_piece(&vectors));

@@ -36,7 +36,10 @@ pub async fn df(stdio: &Stdio) -> Result<u32, Failure> {
     );
     if state.disk {
         let (dirty, commits, records) = (state.dirty, state.commits, state.records);
-        let _ = writeln!(text, "cached {cached} of {most}\nunwritten {dirty}\ncommits {commits}\nmetadata blocks {records}");
+        let _ = writeln!(
+            text,
+            "cached {cached} of {most}\nunwritten {dirty}\ncommits {commits}\nmetadata blocks {records}"
+        );
     }
     if let Some(reason) = state.read_only {
         let _ = writeln!(text, "read-only: {reason}");
