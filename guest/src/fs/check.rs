@@ -4,10 +4,10 @@ use alloc::{collections::BTreeMap, format, string::String, vec::Vec};
 
 use super::{
     FILES,
+    content::{CHUNK_BLOCKS, blocks},
     format::{FIRST_RECORD, Key},
     map,
     space::Space,
-    store::{CHUNK_BLOCKS, blocks},
     tree::{Body, Tree},
     volume::Volume,
 };
@@ -189,6 +189,17 @@ impl Tree {
         wrong.extend(homes.keys().map(|key| format!("{key:?} belongs to nothing")));
     }
 
+    /// Whether a metadata block was read as it is known, or is known to be lost; `None` while anything is under way.
+    fn matches(&self, number: u32, read: Option<&[u8]>) -> Option<bool> {
+        let volume = self.store.volume.as_ref().filter(|volume| !volume.is_busy())?;
+        let same = match (read, volume.records.block(number)) {
+            (None, _) => false,
+            (Some(read), Some(known)) => read == known,
+            (Some(read), None) => read.iter().all(|&byte| byte == 0),
+        };
+        Some(same || volume.lost.contains(&number))
+    }
+
     /// Has everything written anew, without what is lost.
     pub fn repair(&mut self) -> bool {
         let Some(volume) = &mut self.store.volume else { return false };
@@ -264,17 +275,12 @@ async fn check_records(wrong: &mut Vec<String>) {
     for number in areas.into_iter().flat_map(|(start, count)| start.max(FIRST_RECORD)..start + count) {
         let read = block::read(number.into(), Vec::from([heap::buffer(BLOCK)])).await;
         let read = read.ok().and_then(|mut buffers| buffers.pop());
-        let tree = FILES.get();
-        let Some(volume) = tree.store.volume.as_ref().filter(|volume| !volume.is_busy()) else { return };
-        let same = match (&read, volume.records.block(number)) {
-            (None, _) => false,
-            (Some(read), Some(known)) => read == known,
-            (Some(read), None) => read.iter().all(|&byte| byte == 0),
-        };
-        if !same && !volume.lost.contains(&number) {
-            wrong.push(format!("metadata block {number} is not as it was written"));
+        let known = FILES.get().matches(number, read.as_deref());
+        match known {
+            None => return,
+            Some(true) => {}
+            Some(false) => wrong.push(format!("metadata block {number} is not as it was written")),
         }
-        drop(tree);
         executor::work(BLOCK_COST).await;
     }
 }

@@ -24,8 +24,9 @@ use core::{
 
 use super::{
     FILES, FileError,
+    content::{CHUNK_BLOCKS, blocks},
     format::{Key, Node, What, encode_runs},
-    store::{CHUNK_BLOCKS, Number, blocks},
+    store::Number,
     tree::Tree,
     wait::all,
 };
@@ -221,7 +222,8 @@ impl Tree {
                 target: None,
             };
             node.encode(&mut item);
-            removed.home = volume.records.put(removed.home, 0, Key::node(removed.index), &item).ok_or(NoRoom)?;
+            removed.home =
+                volume.records.put(removed.home, 0, Key::node(removed.index), &item).ok_or(NoRoom)?;
         }
         let nodes = core::mem::take(&mut volume.nodes);
         let groups = core::mem::take(&mut volume.groups);

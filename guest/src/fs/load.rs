@@ -7,7 +7,8 @@ use alloc::vec::Vec;
 
 use super::{
     FILES,
-    store::{CHUNK_BLOCKS, Number, Store},
+    content::CHUNK_BLOCKS,
+    store::{Number, Store},
     wait::all,
 };
 use crate::{
@@ -106,6 +107,7 @@ pub fn start(store: &mut Store, wanted: Wanted) {
         for chunk in &chunks {
             tree.store.loading.remove(chunk);
         }
+        tree.store.make_room(0);
         tree.store.waiters.wake();
     });
 }

@@ -1,10 +1,10 @@
 //! The machine's files: a tree of inodes in memory, kept on the disk if the machine has one.
 //!
 //! - [`tree`]: the namespace: inodes, directories, links, and who has what open; [`walk`]: from paths to inodes.
-//! - [`store`]: what files hold, a cache over the disk; [`map`]: where it lies there; [`load`]: reads of it.
+//! - [`store`], [`content`]: what files hold, a cache over the disk; [`map`]: where it lies there; [`load`]: reads of it.
 //! - [`handle`]: what programs hold: a [`Handle`] keeps its inode alive, whatever happens to its names.
-//! - [`format`]: what lies on the disk; [`records`], [`space`], [`volume`]: the same in memory, with what is to be
-//!   written; [`commit`]: the writing; [`mount`] and [`image`]: how the tree begins; [`check`]: whether all fits together.
+//! - [`format`]: what lies on the disk; [`items`], [`records`], [`space`], [`volume`]: the same in memory, with what is
+//!   to be written; [`commit`]: the writing; [`mount`] and [`image`]: how the tree begins; [`check`]: whether all fits together.
 //!
 //! The namespace is wholly in memory: what asks only for it is done at once. What reads or writes bytes may wait: for
 //! the disk, or because too much has yet to be written. Nobody waits for a mount but who needs files ([`ready`]).
@@ -20,9 +20,11 @@
 
 mod check;
 mod commit;
+mod content;
 mod format;
 mod handle;
 mod image;
+mod items;
 mod load;
 mod map;
 mod mount;

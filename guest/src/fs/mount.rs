@@ -15,10 +15,11 @@ use core::{cell::RefCell, time::Duration};
 
 use super::{
     MAX_LENGTH, MAX_NODES, SHARE,
+    content::Content,
     format::{self, FIRST_RECORD, FormatError, Key, Node as Record, Super, What, kind},
     image::Image,
     map::{GROUP, Group, Run},
-    store::{Content, Number, Store},
+    store::{Number, Store},
     tree::{self, Body, Directory, Kind, Times, Tree},
     volume::{Removed, Volume},
     wait::all,

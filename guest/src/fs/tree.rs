@@ -9,9 +9,8 @@ use core::{ops::Bound, time::Duration};
 
 use super::{
     FileError, MAX_NAME, MAX_NODES, MAX_PATH,
-    format::{self, Key, PathHash, ROOM, node_bytes},
+    format::{PathHash, ROOM, node_bytes},
     store::{Number, Store},
-    volume::Removed,
     wait::Waiters,
 };
 use crate::{
@@ -173,11 +172,11 @@ impl Tree {
         self.root
     }
 
-    fn node(&self, number: Number) -> Result<&Node, FileError> {
+    pub(super) fn node(&self, number: Number) -> Result<&Node, FileError> {
         self.nodes.get(&number).ok_or(FileError::NotFound)
     }
 
-    fn node_mut(&mut self, number: Number) -> Result<&mut Node, FileError> {
+    pub(super) fn node_mut(&mut self, number: Number) -> Result<&mut Node, FileError> {
         self.nodes.get_mut(&number).ok_or(FileError::NotFound)
     }
 
@@ -263,16 +262,6 @@ impl Tree {
         Ok(number)
     }
 
-    /// Whether the disk has room for another item of so many bytes.
-    fn room_for(&mut self, bytes: usize) -> Result<(), FileError> {
-        let Some(volume) = &mut self.store.volume else { return Ok(()) };
-        if volume.has_room_for_items(bytes) {
-            return Ok(());
-        }
-        volume.want();
-        Err(FileError::Full)
-    }
-
     /// Whether a name may be added to a directory: that is one, has a name itself, and the name is not too long.
     fn nameable(&self, directory: Number, name: &str) -> Result<(), FileError> {
         self.store.writable()?;
@@ -286,13 +275,6 @@ impl Tree {
     /// Whether any name leads to an inode.
     pub fn is_named(&self, number: Number) -> bool {
         number == self.root || self.node(number).is_ok_and(|node| !node.names.is_empty())
-    }
-
-    /// Bytes of an inode's item, with one more name perhaps.
-    pub fn item_bytes(&self, number: Number, more: Option<&str>) -> usize {
-        let Ok(node) = self.node(number) else { return 0 };
-        let target = if let Body::Link(target) = &node.body { target.len() } else { 0 };
-        node_bytes(node.names.iter().map(|(_, name)| &**name).chain(more), target)
     }
 
     fn name(&mut self, directory: Number, name: &str, number: Number) {
@@ -313,7 +295,7 @@ impl Tree {
         }
     }
 
-    fn unname(&mut self, directory: Number, name: &str, number: Number) {
+    pub(super) fn unname(&mut self, directory: Number, name: &str, number: Number) {
         if let Ok(entries) = self.directory_mut(directory) {
             entries.remove(name);
         }
@@ -326,38 +308,6 @@ impl Tree {
             self.lose(number);
         }
         self.reap(number);
-    }
-
-    /// Has the next commit forget an inode that has lost its last name.
-    fn lose(&mut self, number: Number) {
-        let Some(node) = self.nodes.get_mut(&number) else { return };
-        let (home, base) = (core::mem::take(&mut node.home), node.base.take());
-        let Some(volume) = &mut self.store.volume else { return };
-        match base {
-            // That it is gone is to be remembered, or the image would bring it back.
-            Some(hash) => {
-                volume.removed.insert(hash, Removed { index: number, home });
-                volume.removals.insert(hash);
-            }
-            None if home != 0 => volume.gone.push((home, Key::node(number))),
-            None => {}
-        }
-        let content = self.store.contents.get_mut(&number);
-        for group in content.into_iter().flat_map(|content| content.map.groups_mut()) {
-            if group.home != 0 {
-                volume.gone.push((core::mem::take(&mut group.home), Key::map(number, group.number)));
-            }
-        }
-        volume.changed();
-    }
-
-    /// Removes a file or a link of the image by all its names, because a new image no longer has it.
-    pub fn drop_base(&mut self, number: Number) {
-        let Ok(node) = self.node_mut(number) else { return };
-        node.base = None;
-        for (directory, name) in node.names.clone() {
-            self.unname(directory, &name, number);
-        }
     }
 
     /// Forgets an inode to which nothing leads.
@@ -533,13 +483,6 @@ impl Tree {
         self.mark(number);
     }
 
-    /// Has the next commit write an inode.
-    pub fn mark(&mut self, number: Number) {
-        if let Some(volume) = &mut self.store.volume {
-            volume.mark(number, 0);
-        }
-    }
-
     fn change(&mut self, number: Number) {
         let now = time::wall();
         if let Ok(node) = self.node_mut(number) {
@@ -570,39 +513,6 @@ impl Tree {
         self.node_mut(number)?.mode = mode & 0o7777;
         self.change(number);
         Ok(())
-    }
-
-    /// An inode as it is to be on the disk, and where it is; `None` for one without a name.
-    pub fn record(&self, number: Number) -> Option<(format::Node, u32)> {
-        let node = self.nodes.get(&number).filter(|_| self.is_named(number))?;
-        let nanoseconds = |time: Duration| u64::try_from(time.as_nanos()).unwrap_or(u64::MAX);
-        let content = self.store.contents.get(&number);
-        let (what, target) = match &node.body {
-            Body::Directory(_) => (format::What::Directory, None),
-            Body::File => (format::What::File, None),
-            Body::Link(target) => (format::What::Link, Some(Rc::clone(target))),
-        };
-        let record = format::Node {
-            index: number,
-            what,
-            root: number == self.root,
-            mode: node.mode,
-            size: content.map_or(0, |content| content.length),
-            times: [node.times.accessed, node.times.modified, node.times.changed].map(nanoseconds),
-            blocks: content.map_or(0, |content| content.map.blocks()),
-            base: node.base,
-            lower: node.base.is_some() && content.is_some_and(|content| !content.own),
-            names: node.names.clone(),
-            target,
-        };
-        Some((record, node.home))
-    }
-
-    /// Notes where an inode lies on the disk.
-    pub fn set_home(&mut self, number: Number, home: u32) {
-        if let Ok(node) = self.node_mut(number) {
-            node.home = home;
-        }
     }
 
     /// A path of an inode, if names lead to it.
