@@ -866,13 +866,15 @@ fn what_it_costs() {
     let _alone = machine(262_144);
     let timed = |what: &str, act: &mut dyn FnMut()| {
         let before = disk::figures();
+        let _ = executor::longest();
         let began = std::time::Instant::now();
         act();
         let took = began.elapsed();
         let now = disk::figures();
         println!(
-            "{what}: {:.1} ms, {} writes of {} blocks, {} reads of {}, {} commits",
+            "{what}: {:.1} ms, no task held on for more than {} µs, {} writes of {} blocks, {} reads of {}, {} commits",
             took.as_secs_f64() * 1e3,
+            executor::longest().as_micros(),
             now.writes.saturating_sub(before.writes),
             now.blocks_written.saturating_sub(before.blocks_written),
             now.reads.saturating_sub(before.reads),
