@@ -33,15 +33,18 @@ fn main() {
     for path in ["guest/src", "guest/ssh/src", "guest/engine", "abi/src"] {
         rerun_if_changed(&paths.root.join(path));
     }
-    for path in ["Cargo.toml", "Cargo.lock", "link.ld", "build.rs"] {
+    for path in ["Cargo.toml", "Cargo.lock", "link.ld", "build.rs", ".cargo", "ssh/Cargo.toml"] {
         rerun_if_changed(&paths.root.join("guest").join(path));
     }
     for path in [
         "build.rs",
         "build",
         "compiler/src",
+        "split/src",
+        "split/Cargo.toml",
         "compiler/Cargo.toml",
         "compiler/Cargo.lock",
+        "compiler/.cargo",
         "programs",
         "default",
     ] {

@@ -287,16 +287,18 @@ pub struct BootPage {
     pub map_status: u32,
     /// Guest: how many of `map` are used.
     pub map_count: u32,
-    /// Guest: frames to be mapped.
+    /// Guest: frames to be mapped. Set before the frame table says where: a host that makes the tables anew while
+    /// they have no room for all leaves these out.
     pub map: [MapRange; MAP_RANGES],
+    /// Host: 1 from an alarm that interrupted nothing, since the kernel ran, to the next door or upcall: others have
+    /// waited for long enough.
+    pub late: u32,
     /// Host: counts requests to make all files safe on the disk, before a machine is stopped for good.
     pub sync_wanted: u32,
     /// Guest: the request that `sync_status` answers.
     pub sync_done: u32,
     /// Guest: one of [`sync_status`].
     pub sync_status: u32,
-    /// Explicit padding.
-    pub _pad: u32,
 }
 
 /// What became of a request to make files safe, in [`BootPage::sync_status`].
@@ -475,7 +477,8 @@ const _: () = {
     assert!(offset_of!(BootPage, frame_table) == 248);
     assert!(offset_of!(BootPage, map_status) == 264);
     assert!(offset_of!(BootPage, map) == 272);
-    assert!(offset_of!(BootPage, sync_wanted) == 528);
+    assert!(offset_of!(BootPage, late) == 528);
+    assert!(offset_of!(BootPage, sync_wanted) == 532);
     assert!(size_of::<Upcall>() == 32);
     assert!(offset_of!(FaultRecord, rax) == 64);
     assert!(size_of::<Config>() == 24 + USER_MAX + 32 + AUTHORIZED_KEYS_MAX + 8);

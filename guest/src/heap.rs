@@ -1,4 +1,5 @@
-//! The kernel's heap: it grows upwards into the free memory, and is cut when others need it.
+//! The kernel's heap: it grows upwards into the free memory, and is cut when others need it. When there is none behind
+//! it, it takes more from among the frames.
 #![expect(unsafe_code, reason = "gives the allocator its memory, and takes some of it as it is")]
 
 use alloc::vec::Vec;
@@ -20,11 +21,18 @@ const STEP: usize = 256 << 10;
 /// What the heap keeps when it is cut, so that it does not grow again at once.
 const SLACK: usize = 64 << 10;
 
+/// Pieces of memory from among the frames that the heap may have at a time.
+const CLAIMS: usize = 64;
+
 #[derive(Debug)]
-struct Growing;
+struct Growing {
+    /// Address and bytes of the pieces from among the frames; no bytes: none.
+    claims: [(usize, usize); CLAIMS],
+}
 
 #[global_allocator]
-static HEAP: TalcLock<spinning_top::RawSpinlock, Growing> = TalcLock::new(Growing);
+static HEAP: TalcLock<spinning_top::RawSpinlock, Growing> =
+    TalcLock::new(Growing { claims: [(0, 0); CLAIMS] });
 
 // SAFETY: `acquire` allocates nothing and reaches the allocator only through its argument.
 unsafe impl Source for Growing {
@@ -34,14 +42,30 @@ unsafe impl Source for Growing {
             layout.size().checked_add(layout.align()).and_then(|bytes| bytes.checked_add(PAGE)).ok_or(())?;
         let wanted = wanted.checked_next_multiple_of(PAGE).ok_or(())?;
         let end = memory::heap_end();
-        let grown =
-            [wanted.max(STEP), wanted].into_iter().find(|&bytes| memory::extend_heap(bytes)).ok_or(())?;
+        let Some(grown) = [wanted.max(STEP), wanted].into_iter().find(|&bytes| memory::extend_heap(bytes))
+        else {
+            return claim(talc, wanted);
+        };
         let at = NonNull::new(end as *mut u8).ok_or(())?;
         // SAFETY: the heap's end is where `start` or the last change of it left it, a multiple of a page; the memory
         // behind it was just taken from the free memory, is mapped read-write for ever and given away once.
         unsafe { talc.extend(at, (end + grown) as *mut u8) };
         Ok(())
     }
+}
+
+/// Extends the heap by memory from among the frames.
+fn claim<B: Binning>(talc: &mut Talc<Growing, B>, wanted: usize) -> Result<(), ()> {
+    let place = talc.source.claims.iter().position(|(_, bytes)| *bytes == 0).ok_or(())?;
+    let (at, bytes) = memory::claim(wanted).ok_or(())?;
+    // SAFETY: whole pages, mapped read-write for ever, just taken from the frames, and nobody else's until they are
+    // given back.
+    let claimed = unsafe { talc.claim(at as *mut u8, bytes) };
+    if claimed.is_none_or(|end| end.as_ptr() as usize != at + bytes) {
+        return Err(());
+    }
+    talc.source.claims[place] = (at, bytes);
+    Ok(())
 }
 
 /// Makes the heap. Called once, before anything is allocated.
@@ -54,9 +78,21 @@ pub fn start() {
     assert!(claimed.is_some_and(|end| end.as_ptr() as usize == start + STEP), "no heap");
 }
 
-/// Gives what is unused at the heap's end back to the free memory.
+/// Gives what is unused at the heap's end, and what of the frames' memory is, back to the free memory.
 pub fn shrink() {
     let mut heap = HEAP.lock();
+    for place in 0..CLAIMS {
+        let (at, bytes) = heap.source.claims[place];
+        let Some(end) = NonNull::new((at + bytes) as *mut u8).filter(|_| bytes > 0) else { continue };
+        // SAFETY: `claim` left the end of this piece there, and nothing has changed it.
+        let is_used = unsafe { heap.reserved(end) }.any;
+        if !is_used {
+            // SAFETY: as above; nothing of the piece is allocated, so all of it is released.
+            unsafe { heap.truncate(end, core::ptr::null_mut()) };
+            heap.source.claims[place] = (0, 0);
+            memory::give_back_claim(at, bytes);
+        }
+    }
     let Some(end) = NonNull::new(memory::heap_end() as *mut u8) else { return };
     // SAFETY: as in `acquire`: this is the heap's end.
     let used = unsafe { heap.reserved(end) }.up_to;

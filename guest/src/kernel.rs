@@ -8,7 +8,7 @@ use crate::{
     arch::{self, Mail},
     executor, fs,
     local::Local,
-    log, net, process, programs, random, resources, service, vid,
+    log, memory, net, process, programs, random, resources, service, vid,
     virtio::{block, entropy::Entropy, net::Net},
 };
 
@@ -25,7 +25,7 @@ const PATIENCE: Duration = Duration::from_millis(3);
 
 /// Boots and serves for ever.
 pub fn run() -> ! {
-    crate::memory::start();
+    memory::start();
     arch::upcall::start();
     executor::start();
     process::start();
@@ -47,6 +47,8 @@ pub fn run() -> ! {
     let config = arch::config();
     net::open(device, config, Duration::from_nanos(mail.now_ns));
     service::start(config, Duration::from_nanos(mail.now_ns));
+    // They listen before a packet is looked at that came in with the generation.
+    executor::run_round(ROUND);
     arch::set_status(status::RUNNING);
     log!("generation {}", mail.generation);
     let kernel = Kernel {
@@ -137,6 +139,12 @@ impl Kernel {
             if mail.sync_wanted != self.synced {
                 self.synced = mail.sync_wanted;
                 executor::spawn("sync", sync(mail.sync_wanted));
+            }
+            if memory::is_short() {
+                // What is only kept for speed.
+                memory::drop_spare();
+                process::code::forget_unused();
+                fs::drop_some();
             }
             executor::fire_timers(now);
             let ran = executor::run_round(ROUND);

@@ -34,20 +34,10 @@ pub fn find(name: &str) -> Option<(&'static str, &'static [u8])> {
     Some((text(found.first), entries(found.code)))
 }
 
-/// All names of programs.
-pub fn names() -> impl Iterator<Item = &'static str> {
-    entries::<Program>(index().programs).iter().map(|program| text(program.name))
-}
-
 /// Where the code of all programs lies.
 pub fn code_range() -> Range<usize> {
     let code = index().code;
     code.address as usize..(code.address + code.count) as usize
-}
-
-/// The engine that the programs were compiled for.
-pub fn engine() -> &'static str {
-    text(index().engine)
 }
 
 /// The image's files, parents first.

@@ -11,16 +11,16 @@ use kage_abi::resources::table::{
 use smoltcp::{socket::tcp::State, wire::IpAddress};
 
 use crate::{
-    arch, executor, fs, heap,
+    arch, executor, fs,
     local::Local,
     memory, net,
     process::{self, Process},
 };
 
-/// Entries written between two looks at the cost.
-const PIECE: usize = 8;
+/// Entries written between two looks at the cost; a path may be two thousand names long.
+const PIECE: usize = 4;
 /// Cost of a piece in nanoseconds, estimated.
-const PIECE_COST: u64 = 3_000;
+const PIECE_COST: u64 = 1_500;
 /// Cost of each byte of a path.
 const NAME_COST: u64 = 30;
 
@@ -62,7 +62,7 @@ impl Table {
         write(entry, |part| {
             fits &= bytes.len() + part.len() <= MAX
                 && (bytes.capacity() - bytes.len() >= part.len()
-                    || memory::free_bytes() > 2 * bytes.capacity() + heap::RESERVE / 2
+                    || memory::kernel_room(2 * bytes.capacity() + part.len())
                         && bytes.try_reserve(part.len()).is_ok());
             if fits {
                 bytes.extend_from_slice(part);

@@ -8,7 +8,13 @@ use core::{fmt, net::Ipv6Addr};
 
 use kage_abi::resources::INDEX_MAX;
 
-use crate::arch;
+use crate::{arch, executor};
+
+/// Indices that only the kernel's own connections get.
+const OWN: u64 = 4096;
+/// Making a resource, in estimated nanoseconds. More than it takes: so that the host, which looks every few seconds,
+/// raises the limit long before any loop of a program comes near it.
+const COST: u64 = 40_000;
 
 /// What a VID names. The numbers are those in its address.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -29,11 +35,6 @@ pub struct Vid {
 }
 
 impl Vid {
-    /// What it names.
-    pub const fn kind(self) -> Kind {
-        self.kind
-    }
-
     /// Its index, one no other resource of this machine has or had, of whatever kind.
     pub const fn index(self) -> u64 {
         self.index
@@ -79,11 +80,19 @@ pub fn resume(next: u64) -> bool {
     ours
 }
 
-/// The identity of a new resource.
+/// Whether there is an identity for what a program or a user wants to make; accounts for making it. The host raises the limit long before it is
+/// reached; while it cannot, because the directory is away or the machine is moving, and for ever once nearly all 2³⁶
+/// are used, nothing more is made.
+pub fn has_room() -> bool {
+    executor::charge(COST);
+    let record = arch::resources();
+    record.next_index.saturating_add(OWN) < record.limit_index.min(INDEX_MAX - OWN)
+}
+
+/// The identity of a new resource. Whoever makes one at another's wish asks [`has_room`] first.
 ///
-/// The host raises the limit long before it is reached. Should it be unable to, because the directory has been away
-/// while half a million resources were made, the machine stands still here until the directory is back: an
-/// identity used twice would be worse.
+/// For the kernel's own some are left, far more than come in while the host cannot raise the limit. Were they used up
+/// too, the machine would stand still here: an identity used twice would be worse.
 ///
 /// # Panics
 /// After 2³⁶ resources.

@@ -24,7 +24,7 @@ use crate::{
     links,
     machines::Net,
     peers::Peers,
-    real::{FabricNet, VmmMachines},
+    real::{FabricNet, VmmMachines, images_dir},
     roaming, serve,
     tls::Identity,
 };
@@ -67,7 +67,9 @@ async fn serve(config: Config) -> Result<(), ErrorBody> {
     let code = compile::directory(&config.host.state_dir);
     let cache =
         Cache::open(code.clone(), config.image.code_cache.0).map_err(failed(code.display().to_string()))?;
-    let compiler = Arc::new(Compiler::new(cache).map_err(failed("the compiler".to_owned()))?);
+    let engines =
+        compile::engines(&config.host.state_dir, images_dir(&config.host.state_dir), config.image.trust());
+    let compiler = Arc::new(Compiler::new(cache, engines).map_err(failed("the compiler".to_owned()))?);
     let machines = Arc::new(VmmMachines::new(&config, compiler.clone()).map_err(ErrorBody::failed)?);
     let served: Option<Arc<dyn Directory>> = embedded.then(|| directory.clone());
     let parts = Parts { config, directory, machines: machines.clone(), net, peers: Peers::new(identity) };

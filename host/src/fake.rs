@@ -2,7 +2,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    net::{IpAddr, Ipv6Addr},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
     os::fd::OwnedFd,
     sync::{
         Arc, Mutex,
@@ -14,11 +14,11 @@ use std::{
 use kage_directory::Profile;
 use kage_machine::{
     BaseHash, Geometry, Gone, HostInstant, HostName, ImageNumber, Machine, MachineError, Memory, PageBytes,
-    PageIndex, PageSet, PauseCause, Paused, SavedState, Started, UserName, identity::ApName,
+    PageIndex, PageSet, PauseCause, Paused, SavedState, Started, UserName, Vid, identity::ApName,
 };
 use kage_migrate::{recover::Found, report::Drained};
 
-use crate::machines::{Addresses, Adopted, Hosted, Label, MachineSpec, Machines, Needs, Net, OnEnd, Via};
+use crate::machines::{Adopted, Hosted, Inspect, Label, MachineSpec, Machines, Net, NoTable, OnEnd, Via};
 
 /// A profile.
 pub fn profile() -> Profile {
@@ -78,12 +78,17 @@ impl Net for FakeNet {
     fn peer(&self, host: &HostName, underlay: IpAddr) -> Result<(), String> {
         self.call("peer", format!("{host} {underlay}"))
     }
-    fn route_image(&self, image: Addresses, via: &Via) -> Result<(), String> {
-        let ipv4 = image.ipv4.map(|address| format!(" {address}")).unwrap_or_default();
-        self.call("image", format!("{}{ipv4} {via:?}", image.vid))
+    fn route_image(&self, vid: Vid, via: &Via) -> Result<(), String> {
+        self.call("image", format!("{vid} {via:?}"))
     }
-    fn forget_image(&self, image: Addresses) -> Result<(), String> {
-        self.call("forget_image", image.vid.to_string())
+    fn forget_image(&self, vid: Vid) -> Result<(), String> {
+        self.call("forget_image", vid.to_string())
+    }
+    fn route_ipv4(&self, address: Ipv4Addr, vid: Vid, via: &Via) -> Result<(), String> {
+        self.call("ipv4", format!("{address} {vid} {via:?}"))
+    }
+    fn forget_ipv4(&self, address: Ipv4Addr) -> Result<(), String> {
+        self.call("forget_ipv4", address.to_string())
     }
     fn route_device(&self, address: IpAddr, via: &Via) -> Result<(), String> {
         self.call("device", format!("{address} {via:?}"))
@@ -116,6 +121,8 @@ pub struct FakeMachines {
     pub started: Mutex<u32>,
     /// What machines made here run on.
     pub base: Mutex<BaseHash>,
+    /// The table of resources of machines made from now on; empty: none.
+    pub table: Mutex<Vec<u8>>,
     /// Whether a daemon that adopts them gets no answer.
     pub silent: AtomicBool,
 }
@@ -125,7 +132,12 @@ pub struct Process {
     state: Mutex<ProcessState>,
     memory: Arc<FakeMemory>,
     base: BaseHash,
+    table: Mutex<Vec<u8>>,
+    at_end: Mutex<Option<AtEnd>>,
 }
+
+/// What a machine does in its last moment.
+type AtEnd = Box<dyn FnOnce(&dyn Memory) + Send>;
 
 struct ProcessState {
     found: Found,
@@ -143,7 +155,14 @@ impl Process {
             state: Mutex::new(state),
             memory: Arc::new(FakeMemory { geometry: spec.geometry, pages: Mutex::default() }),
             base,
+            table: Mutex::default(),
+            at_end: Mutex::default(),
         })
+    }
+
+    /// What the machine does before it is ended.
+    pub fn at_end(&self, act: impl FnOnce(&dyn Memory) + Send + 'static) {
+        *self.at_end.lock().unwrap() = Some(Box::new(act));
     }
 
     /// What the machine holds.
@@ -189,6 +208,7 @@ impl FakeMachines {
 
     fn make(&self, spec: &MachineSpec, found: Found) -> Box<dyn Hosted> {
         let process = Process::new(spec, found, *self.base.lock().unwrap());
+        process.table.lock().unwrap().clone_from(&self.table.lock().unwrap());
         self.living.lock().unwrap().insert(spec.user.clone(), process.clone());
         Box::new(FakeMachine { process })
     }
@@ -219,8 +239,12 @@ impl Machines for FakeMachines {
         (0, 0)
     }
 
-    fn check(&self, image: &str) -> Result<Needs, String> {
-        if image == "default" { Ok(Needs::default()) } else { Err(format!("there is no image {image:?}")) }
+    fn check(&self, image: &str, least: Geometry) -> Result<Geometry, String> {
+        match image {
+            "default" => Ok(least),
+            "roomy" => Ok(Geometry { memory_pages: least.memory_pages * 2, disk_pages: 512 }),
+            _ => Err(format!("there is no image {image:?}")),
+        }
     }
 }
 
@@ -238,6 +262,15 @@ impl FakeMachine {
                 Ok(())
             }
         }
+    }
+}
+
+/// A table that never changes.
+struct FakeTable(Vec<u8>);
+
+impl Inspect for FakeTable {
+    fn table(&self, _patience: Duration) -> Result<Vec<u8>, NoTable> {
+        Ok(self.0.clone())
     }
 }
 
@@ -313,6 +346,9 @@ impl Machine for FakeMachine {
         self.step(Found::Released)
     }
     fn end(&mut self) {
+        if let Some(act) = self.process.at_end.lock().unwrap().take() {
+            act(&*self.process.memory);
+        }
         self.process.state.lock().unwrap().gone = Some("ended".to_owned());
     }
 }
@@ -336,8 +372,9 @@ impl Hosted for FakeMachine {
     fn heartbeat(&mut self, _on: bool) -> Result<(), MachineError> {
         Ok(())
     }
-    fn inspector(&self) -> Option<Arc<dyn crate::machines::Inspect>> {
-        None
+    fn inspector(&self) -> Option<Arc<dyn Inspect>> {
+        let table = self.process.table.lock().unwrap().clone();
+        (!table.is_empty()).then(|| Arc::new(FakeTable(table)) as Arc<dyn Inspect>)
     }
     fn raise_indices(&mut self, _limit: u64) -> Result<(), MachineError> {
         Ok(())

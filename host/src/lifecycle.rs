@@ -87,6 +87,8 @@ pub struct Daemon {
     /// Handovers to this host.
     pub targets: Targets,
     spare_number: Mutex<Option<ImageNumber>>,
+    /// Questions for resources that are waited for.
+    pub asked: tokio::sync::Semaphore,
     images: Mutex<BTreeMap<UserName, Arc<Image>>>,
 }
 
@@ -111,6 +113,8 @@ pub struct Image {
     /// Held by whoever changes it.
     pub slot: Arc<tokio::sync::Mutex<Slot>>,
     status: Mutex<Status>,
+    /// Held by whoever waits for its table of resources.
+    pub asking: tokio::sync::Mutex<()>,
     /// Bumped at every change of status.
     pub changed: watch::Sender<u64>,
 }
@@ -157,7 +161,13 @@ pub struct Status {
 
 impl Image {
     fn new(user: UserName) -> Self {
-        Self { user, slot: Arc::default(), status: Mutex::default(), changed: watch::Sender::new(0) }
+        Self {
+            user,
+            slot: Arc::default(),
+            status: Mutex::default(),
+            asking: tokio::sync::Mutex::default(),
+            changed: watch::Sender::new(0),
+        }
     }
 
     /// The status now.
@@ -207,13 +217,14 @@ impl Daemon {
             None => Vec::new(),
         };
         Ok(Arc::new(Self {
-            routes: Keeper::new(net.clone(), config.network.prefix),
+            routes: Keeper::new(net.clone(), config.network.prefix, config.uses_ipv4()),
             events: Events::new(me.clone()),
             operations: Operations::new(me.clone()),
             metrics: Metrics::default(),
             seen: watch::Sender::new(Arc::default()),
             runtime: Handle::current(),
             spare_number: Mutex::default(),
+            asked: tokio::sync::Semaphore::new(crate::resources::ASKED),
             images: Mutex::default(),
             targets: Targets::new(me.clone(), directory.clone(), Limits::default()),
             operator_keys,

@@ -83,7 +83,7 @@ impl MachineSpec {
             ipv4: label.ipv4,
             geometry,
             profile: Profile {
-                image: String::new(),
+                image: label.image.clone(),
                 memory_bytes: geometry.memory_bytes(),
                 disk_bytes: geometry.disk_bytes(),
                 host_key_seed: [0; 32],
@@ -104,7 +104,14 @@ impl MachineSpec {
     /// What is kept with the machine's process for a daemon that adopts it.
     #[must_use]
     pub fn label(&self) -> Label {
-        Label { user: self.user.clone(), number: self.number, term: self.term, ipv4: self.ipv4, ticket: None }
+        Label {
+            user: self.user.clone(),
+            number: self.number,
+            term: self.term,
+            ipv4: self.ipv4,
+            image: self.profile.image.clone(),
+            ticket: None,
+        }
     }
 }
 
@@ -119,6 +126,8 @@ pub struct Label {
     pub term: Term,
     /// Its IPv4 address, if it has one.
     pub ipv4: Option<Ipv4Addr>,
+    /// The image it is made from.
+    pub image: String,
     /// The handover it came by, until its right is settled.
     pub ticket: Option<Ticket>,
 }
@@ -206,15 +215,6 @@ pub enum Adopted {
     Unreachable(String),
 }
 
-/// What machines of an image need at least.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Needs {
-    /// Bytes of memory.
-    pub memory_bytes: u64,
-    /// Bytes of disk.
-    pub disk_bytes: u64,
-}
-
 /// Makes machines.
 pub trait Machines: Send + Sync {
     /// Starts a machine from its template with identity, keys and a new generation; its output leaves.
@@ -231,11 +231,12 @@ pub trait Machines: Send + Sync {
     fn adopt(&self) -> Vec<(UserName, Adopted)>;
     /// What there is of one user's machine that could not be reached; `None` once its process is gone.
     fn adopt_one(&self, user: &UserName) -> Option<Adopted>;
-    /// Whether it is able to make machines of an image at all, and if not, why; returns what the image needs.
+    /// Whether it is able to make machines of an image, and if not, why; returns the page space that new ones get, of
+    /// `least` or what the image needs, whichever is more.
     ///
     /// # Errors
     /// In words, with the cure.
-    fn check(&self, image: &str) -> Result<Needs, String>;
+    fn check(&self, image: &str, least: Geometry) -> Result<Geometry, String>;
     /// Machines that wait for a login, and shells that wait for an arrival.
     fn ready(&self) -> (usize, usize);
 }
@@ -279,16 +280,26 @@ pub trait Net: Send + Sync {
     /// # Errors
     /// In words.
     fn peer(&self, host: &HostName, underlay: IpAddr) -> Result<(), String>;
-    /// Sets where an image's /88, and its IPv4 address, go.
+    /// Sets where an image's /88 goes.
     ///
     /// # Errors
     /// In words.
-    fn route_image(&self, image: Addresses, via: &Via) -> Result<(), String>;
+    fn route_image(&self, vid: Vid, via: &Via) -> Result<(), String>;
     /// Forgets it.
     ///
     /// # Errors
     /// In words.
-    fn forget_image(&self, image: Addresses) -> Result<(), String>;
+    fn forget_image(&self, vid: Vid) -> Result<(), String>;
+    /// Sets where an image's IPv4 address goes.
+    ///
+    /// # Errors
+    /// In words.
+    fn route_ipv4(&self, address: Ipv4Addr, vid: Vid, via: &Via) -> Result<(), String>;
+    /// Forgets it.
+    ///
+    /// # Errors
+    /// In words.
+    fn forget_ipv4(&self, address: Ipv4Addr) -> Result<(), String>;
     /// Sets where a device's address goes.
     ///
     /// # Errors

@@ -3,7 +3,7 @@
 use std::{
     collections::BTreeMap,
     io,
-    net::{IpAddr, Ipv6Addr, SocketAddr, UdpSocket},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket},
     os::fd::{AsFd, OwnedFd},
     path::{Path, PathBuf},
     sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError},
@@ -11,7 +11,7 @@ use std::{
 };
 
 use kage_fabric::{Fabric, FabricSpec, drain_until_quiet, names};
-use kage_images::{ImageError, ImageFile, Symbols, Trust};
+use kage_images::{Base, ImageError, ImageFile, Symbols, Trust};
 use kage_machine::{
     BaseHash, Geometry, HostInstant, HostName, ImageNumber, Machine, MachineError, Memory, PageSet,
     PauseCause, Paused, SavedState, Started, UserName, Vid,
@@ -32,9 +32,7 @@ use rustix::{
 use crate::{
     compile::Compiler,
     config::Config,
-    machines::{
-        Addresses, Adopted, Hosted, Inspect, Label, MachineSpec, Machines, Needs, Net, NoTable, OnEnd, Via,
-    },
+    machines::{Adopted, Hosted, Inspect, Label, MachineSpec, Machines, Net, NoTable, OnEnd, Via},
 };
 
 /// Name of the image that is part of this program.
@@ -72,8 +70,11 @@ pub struct VmmMachines {
     spawn: Spawn,
     /// By image name and page space. Held for a look only: a template boots under its place's own lock.
     pools: Mutex<BTreeMap<(String, u32, u32), Arc<PoolPlace>>>,
-    /// Of images that have a pool.
-    needs: Mutex<BTreeMap<String, Needs>>,
+    /// Those that machines are made of, as they were first read: a file exchanged meanwhile is another image, which
+    /// must not come under the same name.
+    files: Mutex<BTreeMap<String, ImageFile>>,
+    /// What adopted machines of an image and page space have as their base, and their kernels' names.
+    kernels: Mutex<BTreeMap<(String, u32, u32), (BaseHash, Arc<Symbols>)>>,
 }
 
 /// Where the pool of one image and page space is, once its template has booted.
@@ -103,7 +104,16 @@ impl VmmMachines {
         }
         let spawn = Spawn { program, arguments: vec!["vmm".into(), "--fd".into()], jail: Some(JAIL) };
         let trust = config.image.trust();
-        Ok(Self { sockets, images, trust, compiler, spawn, pools: Mutex::default(), needs: Mutex::default() })
+        Ok(Self {
+            sockets,
+            images,
+            trust,
+            compiler,
+            spawn,
+            pools: Mutex::default(),
+            files: Mutex::default(),
+            kernels: Mutex::default(),
+        })
     }
 
     /// Fills the pool of an image, so that the first login finds it warm.
@@ -124,7 +134,7 @@ impl VmmMachines {
         if let Some(entry) = place.entry.get() {
             return Ok(entry.clone());
         }
-        let file = self.load(image)?;
+        let file = self.file(image)?;
         let spec = PoolSpec {
             spawn: self.spawn.clone(),
             socket_dir: self.sockets.clone(),
@@ -134,12 +144,54 @@ impl VmmMachines {
         };
         let pool = Pool::start(spec, &file).map_err(|error| error.to_string())?;
         let entry = Arc::new(PoolEntry { pool, symbols: Arc::new(Symbols::of(file.kernel())) });
-        self.needs.lock().unwrap_or_else(PoisonError::into_inner).insert(image.to_owned(), needs(&file));
+        self.files().entry(image.to_owned()).or_insert(file);
         Ok(place.entry.get_or_init(|| entry).clone())
     }
 
     fn places(&self) -> MutexGuard<'_, BTreeMap<(String, u32, u32), Arc<PoolPlace>>> {
         self.pools.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn files(&self) -> MutexGuard<'_, BTreeMap<String, ImageFile>> {
+        self.files.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// An image as it is used here, or would be.
+    fn file(&self, image: &str) -> Result<ImageFile, String> {
+        if let Some(file) = self.files().get(image) {
+            return Ok(file.clone());
+        }
+        self.load(image)
+    }
+
+    /// Names for the addresses of an adopted machine's kernel: none, when the image of that name is another one by now.
+    fn symbols(&self, label: Option<&Label>, machine: &RemoteMachine) -> Arc<Symbols> {
+        let named = label
+            .ok_or_else(|| "it does not say its image".to_owned())
+            .and_then(|label| self.kernel(&label.image, machine.memory().geometry()));
+        match named {
+            Ok((base, symbols)) if base == machine.base() => symbols,
+            other => {
+                let reason = other.err().unwrap_or_else(|| "its image has changed".to_owned());
+                tracing::debug!(reason, "an adopted machine's log has no names");
+                Arc::default()
+            }
+        }
+    }
+
+    /// The hash of an image's base, and its kernel's names. Reading the image also teaches the compile service what its
+    /// machines may ask for.
+    fn kernel(&self, image: &str, geometry: Geometry) -> Result<(BaseHash, Arc<Symbols>), String> {
+        let key = (image.to_owned(), geometry.memory_pages, geometry.disk_pages);
+        let mut kernels = self.kernels.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(known) = kernels.get(&key) {
+            return Ok(known.clone());
+        }
+        let file = self.file(image)?;
+        let base = Base::build(&file, geometry).map_err(|error| error.to_string())?.hash();
+        let found = (base, Arc::new(Symbols::of(file.kernel())));
+        kernels.insert(key, found.clone());
+        Ok(found)
     }
 
     /// An image by its name: `default` is built in, others are files.
@@ -222,10 +274,6 @@ pub fn images_dir(state_dir: &Path) -> PathBuf {
     state_dir.join("images")
 }
 
-fn needs(image: &ImageFile) -> Needs {
-    Needs { memory_bytes: image.manifest().memory, disk_bytes: image.manifest().disk }
-}
-
 /// Opens an image's disk. A machine that comes from another host brings all of it: what an earlier stay has left
 /// behind is dropped first, since pages that are zero at the source are not sent. The old file is unlinked, not cut
 /// short: whoever still maps it must not fault.
@@ -298,8 +346,8 @@ impl Machines for VmmMachines {
                 return Some(Adopted::Unreachable(error.to_string()));
             }
         };
-        let symbols = Arc::new(Symbols::of(ImageFile::embedded().kernel()));
         let label = postcard::from_bytes::<Label>(machine.label()).ok();
+        let symbols = self.symbols(label.as_ref(), &machine);
         let mut machine = VmmMachine::new(machine, symbols);
         // Hostile code may have got hold of the process: what it says of itself must fit where it listens.
         match label.filter(|label| label.is_of(user)) {
@@ -315,17 +363,25 @@ impl Machines for VmmMachines {
         }
     }
 
-    fn check(&self, image: &str) -> Result<Needs, String> {
-        // An image with a pool has been read, and has run on this machine's KVM: opening that takes milliseconds.
-        if let Some(needs) = self.needs.lock().unwrap_or_else(PoisonError::into_inner).get(image) {
-            return Ok(*needs);
+    fn check(&self, image: &str, least: Geometry) -> Result<Geometry, String> {
+        // An image that is in use has been read.
+        let file = self.file(image)?;
+        let needs = file.manifest().geometry().map_err(|error| format!("image {image}: {error}"))?;
+        let geometry = Geometry {
+            memory_pages: least.memory_pages.max(needs.memory_pages),
+            disk_pages: least.disk_pages.max(needs.disk_pages),
+        };
+        // One with a pool has run on this machine's KVM: opening that takes milliseconds.
+        let key = (image.to_owned(), geometry.memory_pages, geometry.disk_pages);
+        if self.places().get(&key).is_some_and(|place| place.entry.get().is_some()) {
+            return Ok(geometry);
         }
-        let file = self.load(image)?;
+        Base::build(&file, geometry).map_err(|error| format!("image {image}: {error}"))?;
         std::fs::File::options()
             .read(true)
             .write(true)
             .open("/dev/kvm")
-            .map(|_| needs(&file))
+            .map(|_| geometry)
             .map_err(|error| format!("/dev/kvm: {error}; `kage doctor` says how to get it"))
     }
 
@@ -524,25 +580,28 @@ impl Net for FabricNet {
         Self::said(self.fabric.set_peer(host, underlay))
     }
 
-    fn route_image(&self, image: Addresses, via: &Via) -> Result<(), String> {
-        let Addresses { vid, ipv4 } = image;
+    fn route_image(&self, vid: Vid, via: &Via) -> Result<(), String> {
         Self::said(match via {
-            Via::Tap => {
-                let tap = names::tap(vid.image());
-                let routed = self.fabric.route_image_to_tap(vid, &tap);
-                routed.and_then(|()| ipv4.map_or(Ok(()), |ipv4| self.fabric.route_ipv4_to_tap(ipv4, &tap)))
-            }
-            Via::Host(host) => {
-                let routed = self.fabric.route_image_to_host(vid, host);
-                routed.and_then(|()| ipv4.map_or(Ok(()), |ipv4| self.fabric.route_ipv4_to_host(ipv4, host)))
-            }
+            Via::Tap => self.fabric.route_image_to_tap(vid, &names::tap(vid.image())),
+            Via::Host(host) => self.fabric.route_image_to_host(vid, host),
             Via::Ap(ap) => return Err(format!("an image is not reached by access point {ap}")),
         })
     }
 
-    fn forget_image(&self, image: Addresses) -> Result<(), String> {
-        let forgotten = self.fabric.unroute_image(image.vid);
-        Self::said(forgotten.and_then(|()| image.ipv4.map_or(Ok(()), |ipv4| self.fabric.unroute_ipv4(ipv4))))
+    fn forget_image(&self, vid: Vid) -> Result<(), String> {
+        Self::said(self.fabric.unroute_image(vid))
+    }
+
+    fn route_ipv4(&self, address: Ipv4Addr, vid: Vid, via: &Via) -> Result<(), String> {
+        Self::said(match via {
+            Via::Tap => self.fabric.route_ipv4_to_tap(address, &names::tap(vid.image())),
+            Via::Host(host) => self.fabric.route_ipv4_to_host(address, host),
+            Via::Ap(ap) => return Err(format!("an image is not reached by access point {ap}")),
+        })
+    }
+
+    fn forget_ipv4(&self, address: Ipv4Addr) -> Result<(), String> {
+        Self::said(self.fabric.unroute_ipv4(address))
     }
 
     fn route_device(&self, address: IpAddr, via: &Via) -> Result<(), String> {

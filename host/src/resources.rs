@@ -38,6 +38,13 @@ const PATIENCE: Duration = Duration::from_secs(10);
 /// Changes at another host are not heard of; they are looked for this often.
 const AGAIN: Duration = Duration::from_millis(20);
 
+/// Machines whose tables are waited for at a time, each on a thread that blocks.
+pub const ASKED: usize = 64;
+
+/// Most bytes of an answer, as JSON: what callers read has a bound (`http.rs`), and a table of short names, or of names
+/// that have to be escaped, is many times longer there.
+const MOST: usize = 12 << 20;
+
 /// Which resources are wanted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Only {
@@ -67,6 +74,17 @@ impl Only {
     }
 }
 
+/// Bytes of a text in JSON, at most.
+fn json_bytes(text: &str) -> usize {
+    text.chars()
+        .map(|at| match at {
+            '"' | '\\' => 2,
+            at if at.is_control() => 6,
+            at => at.len_utf8(),
+        })
+        .sum()
+}
+
 /// An endpoint as text; an IPv4 address as such.
 fn text_of(end: Endpoint) -> String {
     let address = Ipv6Addr::from(end.address);
@@ -87,8 +105,19 @@ fn read_table(
     replicas: &[HostName],
     into: &mut Resources,
 ) -> Result<(), table::Damage> {
-    let mut entries: u32 = 0;
+    let (mut entries, mut room): (u32, _) = (0, MOST);
     let all = table::read(bytes, |Entry { index, facts, text }| {
+        // How often its text stands in JSON, and the bytes of the rest at most.
+        let (kind, texts, rest) = match facts {
+            Facts::Process { .. } => (Kind::Process, 1, 200),
+            Facts::File { .. } => (Kind::File, 2, 180),
+            Facts::Socket { .. } => (Kind::Socket, 1, 360),
+        };
+        if only.wants(kind, index) {
+            let replicas = replicas.iter().map(|host| host.as_str().len() + 4).sum::<usize>();
+            let Some(left) = room.checked_sub(rest + replicas + texts * json_bytes(text)) else { return };
+            room = left;
+        }
         entries += 1;
         match facts {
             Facts::Process { state, pid, cpu_ns, memory_bytes } if only.wants(Kind::Process, index) => {
@@ -255,7 +284,19 @@ impl Daemon {
                 return Err(Missed::Moving(ErrorBody::new(Code::Busy, message)));
             }
         };
-        let looked = tokio::task::spawn_blocking(move || inspector.table(patience)).await;
+        // Who waits for a machine that says nothing holds a thread: one for a machine, so many in all.
+        let asked = tokio::time::Instant::now();
+        let turn = async {
+            let own = image.asking.lock().await;
+            (own, self.asked.acquire().await)
+        };
+        let Ok(_turn) = tokio::time::timeout(patience, turn).await else {
+            let message =
+                format!("the resources of {user}'s machine: others ask for them, too, without an answer");
+            return Err(Missed::Final(ErrorBody::new(Code::TimedOut, message)));
+        };
+        let left = patience.saturating_sub(asked.elapsed());
+        let looked = tokio::task::spawn_blocking(move || inspector.table(left)).await;
         let bytes = match looked {
             Ok(Ok(bytes)) => bytes,
             Ok(Err(NoTable::Gone)) => {
@@ -320,11 +361,21 @@ impl Daemon {
             });
         }
         let found = self.resources(&user, Only::One(vid), 0).await?;
+        let omitted = found.omitted;
         let process = found.processes.into_iter().next().map(|process| process.name);
         let file = || found.files.into_iter().next().map(|file| file.path);
         let socket = || found.sockets.into_iter().next().map(|socket| socket.name);
         let name = process.or_else(file).or_else(socket).ok_or_else(|| {
-            nothing(&format!("is no {} of {user}'s machine, or no longer", vid.kind().name()))
+            let kind = vid.kind().name();
+            if omitted > 0 {
+                // It may be one of them: that it is gone is more than anybody knows.
+                return ErrorBody::failed(format!(
+                    "{user}'s machine has {omitted} resources more than it tells of; whether {address} is a {kind} \
+                     among them is not known, the machine is at host {}",
+                    found.host
+                ));
+            }
+            nothing(&format!("is no {kind} of {user}'s machine, or no longer"))
         })?;
         Ok(Place { vid: address, kind: vid.kind(), name, user, host: found.host, term: found.term })
     }
@@ -475,6 +526,22 @@ mod tests {
         let process = Vid::new(prefix, kage_machine::ImageNumber(7), Kind::Process, 3);
         read_table(&bytes, Only::One(process), vid, &[], &mut none).unwrap();
         assert_eq!(none, Resources { omitted: 2, ..nothing() });
+    }
+
+    #[test]
+    fn an_answer_stays_within_what_callers_read() {
+        // As many as a table holds: short names, then such as have to be escaped.
+        for (count, text) in [(100_000, "/a"), (3_000, "\u{1}".repeat(1000).as_str())] {
+            let facts = Facts::File { state: table::FileState::File, bytes: 1 };
+            let entries: Vec<_> = (1..=count).map(|index| Entry { index, facts, text }).collect();
+            let mut all = nothing();
+            let vid = |_, _| Ipv6Addr::UNSPECIFIED;
+            read_table(&table_of(&entries, count as u32), Only::All, vid, &[], &mut all).unwrap();
+            assert_eq!(all.files.len() as u64 + u64::from(all.omitted), count);
+            assert!(all.omitted > 0 && !all.files.is_empty());
+            let length = serde_json::to_vec(&all).unwrap().len();
+            assert!(length < 16 << 20, "{length}");
+        }
     }
 
     #[test]

@@ -2,7 +2,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    net::{IpAddr, Ipv6Addr},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
 };
 
 use kage_directory::{DeviceRecord, HostRecord, ImageRecord, Wanted};
@@ -15,8 +15,10 @@ use crate::machines::{Addresses, Net, Via};
 pub struct Table {
     /// Tunnel ends of the other hosts.
     pub peers: BTreeMap<HostName, IpAddr>,
-    /// Where the /88 of each image, and its IPv4 address, go, by its VID.
-    pub images: BTreeMap<Ipv6Addr, (Addresses, Via)>,
+    /// Where the /88 of each image goes, by its VID.
+    pub images: BTreeMap<Ipv6Addr, (Vid, Via)>,
+    /// Where IPv4 addresses of images go, and whose each is. An address can go from one image to another.
+    pub ipv4: BTreeMap<Ipv4Addr, (Vid, Via)>,
     /// Where each device's address goes.
     pub devices: BTreeMap<IpAddr, Via>,
     /// The owner's term of each image, by its VID, whether or not it has a route.
@@ -35,28 +37,37 @@ pub struct Records {
 }
 
 /// The table that `me` must have. An image owned here goes to its tap; whether there is a tap is the
-/// lifecycle's business, and so is the route while a handover stands between `me` and another host.
+/// lifecycle's business, and so is the route while a handover stands between `me` and another host. Without `ipv4`
+/// nothing of IPv4 is routed here. What a device reports as its address never leads away from a host or an image.
 #[must_use]
-pub fn desired(records: &Records, me: &HostName, prefix: SitePrefix) -> Table {
+pub fn desired(records: &Records, me: &HostName, prefix: SitePrefix, ipv4: bool) -> Table {
     let mut table = Table::default();
+    let mut taken = BTreeSet::new();
     for (name, host) in &records.hosts {
+        taken.extend([host.underlay, host.advertise.ip()]);
         if name != me {
             table.peers.insert(name.clone(), host.underlay);
         }
     }
     for image in records.images.values() {
         let vid = Vid::of_image(prefix, image.number);
-        let addresses = Addresses { vid, ipv4: image.ipv4 };
+        taken.extend(image.ipv4.map(IpAddr::V4));
         table.terms.insert(vid.address(), image.term);
-        if image.owner == *me {
-            if image.wanted == Wanted::Running {
-                table.images.insert(vid.address(), (addresses, Via::Tap));
-            }
-        } else if table.peers.contains_key(&image.owner) {
-            table.images.insert(vid.address(), (addresses, Via::Host(image.owner.clone())));
+        let via = if image.owner == *me {
+            (image.wanted == Wanted::Running).then_some(Via::Tap)
+        } else {
+            table.peers.contains_key(&image.owner).then(|| Via::Host(image.owner.clone()))
+        };
+        let Some(via) = via else { continue };
+        if let Some(address) = image.ipv4.filter(|_| ipv4) {
+            table.ipv4.insert(address, (vid, via.clone()));
         }
+        table.images.insert(vid.address(), (vid, via));
     }
     for (address, device) in &records.devices {
+        if taken.contains(address) || (address.is_ipv4() && !ipv4) {
+            continue;
+        }
         if device.host == *me {
             table.devices.insert(*address, Via::Ap(device.ap.clone()));
         } else if table.peers.contains_key(&device.host) {
@@ -99,28 +110,35 @@ pub fn apply(net: &dyn Net, now: &Table, wanted: &Table, held: &Held) -> Table {
             have.peers.insert(host.clone(), *underlay);
         }
     }
-    for (address, (image, via)) in &wanted.images {
-        let there = have.images.get(address);
-        if is_held(held, wanted, *address) || there == Some(&(*image, via.clone())) {
-            continue;
-        }
-        // An IPv4 address that it has no longer leads nowhere.
-        if let Some((before, _)) = there
-            && before.ipv4 != image.ipv4
-            && before.ipv4.is_some()
-        {
-            set("image", net.forget_image(*before));
-        }
-        if set("image", net.route_image(*image, via)) {
-            have.images.insert(*address, (*image, via.clone()));
+    for (address, (vid, via)) in &wanted.images {
+        let there = have.images.get(address) == Some(&(*vid, via.clone()));
+        if !is_held(held, wanted, *address) && !there && set("image", net.route_image(*vid, via)) {
+            have.images.insert(*address, (*vid, via.clone()));
         }
     }
-    for (address, (image, _)) in &now.images {
+    for (address, (vid, _)) in &now.images {
         if !wanted.images.contains_key(address)
             && !is_held(held, wanted, *address)
-            && set("image", net.forget_image(*image))
+            && set("image", net.forget_image(*vid))
         {
             have.images.remove(address);
+        }
+    }
+    for (address, (vid, via)) in &wanted.ipv4 {
+        let there = have.ipv4.get(address) == Some(&(*vid, via.clone()));
+        if !is_held(held, wanted, vid.address())
+            && !there
+            && set("image", net.route_ipv4(*address, *vid, via))
+        {
+            have.ipv4.insert(*address, (*vid, via.clone()));
+        }
+    }
+    for (address, (vid, _)) in &now.ipv4 {
+        if !wanted.ipv4.contains_key(address)
+            && !is_held(held, wanted, vid.address())
+            && set("image", net.forget_ipv4(*address))
+        {
+            have.ipv4.remove(address);
         }
     }
     for (address, via) in &wanted.devices {
@@ -139,6 +157,8 @@ pub fn apply(net: &dyn Net, now: &Table, wanted: &Table, held: &Held) -> Table {
 /// The routes this host has, kept by whoever changes them.
 pub struct Keeper {
     net: std::sync::Arc<dyn Net>,
+    /// Whether IPv4 addresses are routed here at all.
+    ipv4: bool,
     inner: std::sync::Mutex<Kept>,
 }
 
@@ -187,12 +207,10 @@ impl Left {
     fn clear(&mut self, net: &dyn Net, wanted: &Table, held: &Held) {
         self.images.retain(|address, vid| {
             let wants = wanted.images.contains_key(address);
-            let image = Addresses { vid: *vid, ipv4: None };
-            !wants && (is_held(held, wanted, *address) || !set("image", net.forget_image(image)))
+            !wants && (is_held(held, wanted, *address) || !set("image", net.forget_image(*vid)))
         });
-        let of_image = |address: &IpAddr| {
-            wanted.images.values().any(|(image, _)| image.ipv4.map(IpAddr::V4) == Some(*address))
-        };
+        let of_image =
+            |address: &IpAddr| matches!(address, IpAddr::V4(address) if wanted.ipv4.contains_key(address));
         self.addresses.retain(|address| {
             let wants = wanted.devices.contains_key(address) || of_image(address);
             // Whose an IPv4 address is cannot be told by it: it stays while any image is being changed.
@@ -219,13 +237,13 @@ impl Keeper {
     /// Begins with the routes that a daemon before left: what the directory does not want is forgotten once it is
     /// followed.
     #[must_use]
-    pub fn new(net: std::sync::Arc<dyn Net>, prefix: SitePrefix) -> Self {
+    pub fn new(net: std::sync::Arc<dyn Net>, prefix: SitePrefix, ipv4: bool) -> Self {
         let left = net.routes().unwrap_or_else(|reason| {
             tracing::warn!(reason, "routes of an earlier daemon may stay");
             Vec::new()
         });
         let kept = Kept { left: Left::of(left, prefix), ..Kept::default() };
-        Self { net, inner: std::sync::Mutex::new(kept) }
+        Self { net, ipv4, inner: std::sync::Mutex::new(kept) }
     }
 
     fn kept(&self) -> std::sync::MutexGuard<'_, Kept> {
@@ -256,13 +274,16 @@ impl Keeper {
     /// # Errors
     /// In words.
     pub fn image(&self, image: Addresses, via: &Via) -> Result<(), String> {
+        let Addresses { vid, ipv4 } = image;
         let mut kept = self.kept();
-        self.net.route_image(image, via)?;
-        kept.left.images.remove(&image.vid.address());
-        if let Some(ipv4) = image.ipv4 {
+        self.net.route_image(vid, via)?;
+        kept.left.images.remove(&vid.address());
+        kept.table.images.insert(vid.address(), (vid, via.clone()));
+        if let Some(ipv4) = ipv4.filter(|_| self.ipv4) {
+            self.net.route_ipv4(ipv4, vid, via)?;
             kept.left.addresses.remove(&IpAddr::V4(ipv4));
+            kept.table.ipv4.insert(ipv4, (vid, via.clone()));
         }
-        kept.table.images.insert(image.vid.address(), (image, via.clone()));
         Ok(())
     }
 

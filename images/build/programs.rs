@@ -74,7 +74,7 @@ const COMMON: [&str; 4] = ["--target=wasm32-wasi", "-O2", "-DNDEBUG", "-w"];
 const LINK: [&str; 2] = ["-Wl,-z,stack-size=1048576", "-Wl,--strip-all"];
 
 /// Programs in Rust: packages of the workspace `programs/`.
-const RUST_PROGRAMS: [&str; 3] = ["tools", "httpd", "kv"];
+const RUST_PROGRAMS: [&str; 4] = ["tools", "httpd", "kv", "work"];
 
 /// Builds all programs; returns their names and modules.
 pub fn build(paths: &Paths) -> Vec<(String, PathBuf)> {

@@ -8,6 +8,7 @@ use std::{
 
 use crate::{
     ImageFile,
+    base::BaseError,
     compiler::{self, CompileError, MAX_MODULE},
     embedded,
     file::{Body, FileEntry, Node, Program, check_tree},
@@ -60,6 +61,14 @@ pub enum AssembleError {
         /// The path.
         path: String,
     },
+    /// Programs and files together.
+    #[error("{}: {source}", directory.display())]
+    Base {
+        /// The image's directory.
+        directory: PathBuf,
+        /// The cause.
+        source: BaseError,
+    },
     /// Something that is no file, directory or link, or a tree a machine cannot have.
     #[error("{}: {reason}", path.display())]
     Tree {
@@ -100,7 +109,9 @@ pub fn assemble(directory: &Path) -> Result<ImageFile, AssembleError> {
         programs,
         compiler: Cow::Borrowed(embedded::COMPILER),
     };
-    Ok(ImageFile::new(body, None))
+    let image = ImageFile::new(body, None);
+    image.check_base().map_err(|source| AssembleError::Base { directory: directory.to_owned(), source })?;
+    Ok(image)
 }
 
 fn inside(directory: &Path, path: &str) -> Result<PathBuf, AssembleError> {

@@ -5,7 +5,7 @@
 //! sets them would write to a read-only slot. The root's entries for windows point to tables that each VMM keeps.
 
 use kage_abi as abi;
-use kage_machine::{BaseHash, Geometry};
+use kage_machine::{BaseHash, Geometry, page::GeometryError};
 use object::{Object, ObjectSegment, SegmentFlags, elf};
 
 use crate::{ImageFile, content::lay};
@@ -34,6 +34,15 @@ pub enum BaseError {
     TooLarge {
         /// Bytes of the slot there would be.
         bytes: u64,
+    },
+    /// The memory or disk it is to have.
+    #[error(transparent)]
+    Geometry(#[from] GeometryError),
+    /// It begins where nothing of it can be executed.
+    #[error("the kernel begins at {entry:#x}, where it has no code")]
+    Entry {
+        /// Its first instruction.
+        entry: u64,
     },
     /// A segment lies where the memory map has no place for it.
     #[error("the kernel's segment at {address:#x} of {bytes} bytes does not fit the memory map")]
@@ -83,6 +92,15 @@ impl Base {
     pub fn build(image: &ImageFile, geometry: Geometry) -> Result<Self, BaseError> {
         let file = object::File::parse(image.kernel())?;
         let segments = segments(&file)?;
+        let entry = file.entry();
+        let begins_in = |segment: &Segment| {
+            segment.executable
+                && (segment.address..).contains(&entry)
+                && entry - segment.address < segment.size
+        };
+        if !segments.iter().any(begins_in) {
+            return Err(BaseError::Entry { entry });
+        }
         let memory_end = abi::MEMORY + geometry.memory_bytes();
         let mut read_only_end = abi::KERNEL;
         let mut data_end = abi::MEMORY + abi::offset::DATA;
@@ -155,7 +173,7 @@ impl Base {
         for table in &tables.tables {
             bytes.extend(table.iter().flat_map(|entry| entry.to_le_bytes()));
         }
-        Ok(Self { bytes, entry: file.entry(), page_table_root, data })
+        Ok(Self { bytes, entry, page_table_root, data })
     }
 
     /// The hash of all of it: hosts that move a machine between them must have the same.
@@ -181,10 +199,14 @@ fn segments(file: &object::File<'_>) -> Result<Vec<Segment>, BaseError> {
                 SegmentFlags::Elf { p_flags, .. } => p_flags,
                 _ => elf::PF_R,
             };
+            let (address, size, bytes) = (segment.address(), segment.size(), segment.data()?);
+            if bytes.len() as u64 > size {
+                return Err(BaseError::Segment { address, bytes: bytes.len() as u64 });
+            }
             Ok(Segment {
-                address: segment.address(),
-                bytes: segment.data()?.to_vec(),
-                size: segment.size(),
+                address,
+                bytes: bytes.to_vec(),
+                size,
                 executable: (flags & elf::PF_X).0 != 0,
                 writable: (flags & elf::PF_W).0 != 0,
             })
@@ -309,12 +331,49 @@ impl PageTables {
     }
 }
 
+/// An ELF executable that begins at its first segment; segments are (flags, address, bytes in the file, bytes in memory).
+#[cfg(test)]
+pub(crate) fn elf(segments: &[(u32, u64, u64, u64)]) -> Vec<u8> {
+    let mut bytes = b"\x7fELF\x02\x01\x01\0\0\0\0\0\0\0\0\0".to_vec();
+    let half = |value: u16| value.to_le_bytes().to_vec();
+    let (kind, machine, version) = (half(2), half(62), 1_u32.to_le_bytes().to_vec());
+    let words = |values: [u64; 3]| values.iter().flat_map(|value| value.to_le_bytes()).collect::<Vec<_>>();
+    let entry = segments.first().map_or(0, |segment| segment.1);
+    let tail = [half(64), half(56), half(segments.len() as u16), half(64), half(0), half(0)].concat();
+    bytes.extend([kind, machine, version, words([entry, 64, 0]), vec![0; 4], tail].concat());
+    let mut offset = 64 + 56 * segments.len() as u64;
+    for (flags, address, in_file, in_memory) in segments {
+        bytes.extend([1_u32.to_le_bytes(), flags.to_le_bytes()].concat());
+        bytes.extend([words([offset, *address, *address]), words([*in_file, *in_memory, 4096])].concat());
+        offset += in_file;
+    }
+    bytes.resize(offset as usize, 0x90);
+    bytes
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
     fn base(memory: u64) -> Base {
         Base::build(&crate::ImageFile::embedded(), Geometry::from_bytes(memory, 0).unwrap()).unwrap()
+    }
+
+    #[test]
+    fn a_kernel_that_cannot_be_is_refused() {
+        let geometry = Geometry::from_bytes(16 << 20, 0).unwrap();
+        let build = |segments: &[(u32, u64, u64, u64)]| {
+            Base::build(&crate::ImageFile::bare(elf(segments)), geometry).map(|_| ())
+        };
+        let (code, read, end) = (5, 4, abi::BASE + abi::BASE_MAX);
+        build(&[(code, abi::KERNEL, 16, 16)]).unwrap();
+        let segment = |segments: &[_]| matches!(build(segments), Err(BaseError::Segment { .. }));
+        assert!(segment(&[(code, abi::KERNEL, 64, 16)]), "more in the file than in memory");
+        assert!(segment(&[(code, abi::KERNEL, 16, 16), (read, end - 8, 16, 8)]));
+        assert!(segment(&[(code, end - 8, 16, 16)]));
+        assert!(segment(&[(code, abi::KERNEL, 16, u64::MAX)]));
+        assert!(matches!(build(&[(read, abi::KERNEL, 16, 16)]), Err(BaseError::Entry { .. })));
+        assert!(matches!(build(&[]), Err(BaseError::Entry { .. })));
     }
 
     /// Walks the tables in `base.bytes` as a processor would.

@@ -70,12 +70,15 @@ pub fn compile(wasm: &[u8]) -> Result<Vec<u8>, CompileError> {
         .spawn()?;
     let (stdin, stderr) = (child.stdin.take(), child.stderr.take());
     let mut code = Vec::new();
-    let mut reason = String::new();
+    let mut reason = Vec::new();
     thread::scope(|scope| {
         // It may refuse the module and end before it has read all.
         scope.spawn(move || stdin.map(|mut stdin| stdin.write_all(wasm)));
-        scope.spawn(|| stderr.map(|stderr| stderr.take(64 << 10).read_to_string(&mut reason)));
+        scope.spawn(|| stderr.map(|stderr| stderr.take(64 << 10).read_to_end(&mut reason)));
         child.stdout.take().map_or(Ok(0), |mut stdout| stdout.read_to_end(&mut code))
     })?;
-    if child.wait()?.success() { Ok(code) } else { Err(CompileError::Refused(reason.trim().to_owned())) }
+    if child.wait()?.success() {
+        return Ok(code);
+    }
+    Err(CompileError::Refused(String::from_utf8_lossy(&reason).trim().to_owned()))
 }

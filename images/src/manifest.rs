@@ -26,6 +26,7 @@
 
 use std::collections::BTreeSet;
 
+use kage_machine::{Geometry, page::GeometryError};
 use serde::{Deserialize, Serialize};
 
 /// Most programs, aliases included.
@@ -36,10 +37,6 @@ const SERVICES: usize = 64;
 const NAME: usize = 64;
 /// Longest argument list of a service, and environment.
 const WORDS: usize = 4096;
-/// Bounds of a machine's memory.
-const MEMORY: std::ops::RangeInclusive<u64> = 16 << 20..=2 << 30;
-/// Largest disk.
-const DISK: u64 = 1 << 40;
 
 /// Why a manifest is refused.
 #[derive(Debug, thiserror::Error)]
@@ -166,15 +163,23 @@ impl Manifest {
         })
     }
 
+    /// The page space that a machine needs at least.
+    ///
+    /// # Errors
+    /// [`GeometryError`] for sizes that no machine has.
+    pub fn geometry(&self) -> Result<Geometry, GeometryError> {
+        Geometry::from_bytes(self.memory, self.disk)
+    }
+
     fn check(&self) -> Result<(), ManifestError> {
         let refuse = |field: &str, reason: String| Err(ManifestError::Value { field: field.into(), reason });
         name("name", &self.name)?;
-        if !MEMORY.contains(&self.memory) {
-            let (least, most) = (MEMORY.start() >> 20, MEMORY.end() >> 20);
-            return refuse("memory", format!("{least}MiB to {most}MiB"));
-        }
-        if self.disk > DISK {
-            return refuse("disk", "at most 1024GiB".into());
+        if let Err(error) = self.geometry() {
+            let field = match error {
+                GeometryError::Memory { .. } => "memory",
+                GeometryError::Disk { .. } => "disk",
+            };
+            return refuse(field, error.to_string());
         }
         if self.program_names().count() > PROGRAMS {
             return refuse("program", format!("more than {PROGRAMS} names"));
@@ -215,6 +220,16 @@ impl Manifest {
         }
         if self.limits.processes == Some(0) {
             return refuse("limits.processes", "at least 1".into());
+        }
+        if self.limits.process_memory == Some(0) {
+            return refuse(
+                "limits.process_memory",
+                "no process runs in none; leave it away for no bound".into(),
+            );
+        }
+        if let Some(service) = self.services.iter().find(|service| service.memory == Some(0)) {
+            let reason = format!("{}: no process runs in none; leave it away for no bound", service.name);
+            return refuse("service.memory", reason);
         }
         Ok(())
     }
@@ -297,6 +312,9 @@ mod tests {
             ("", "name"),
             ("name = 'a/b'", "a/b"),
             ("name = 'a'\nmemory = '1MiB'", "memory"),
+            ("name = 'a'\nmemory = '65MiB'", "multiple of 2MiB"),
+            ("name = 'a'\ndisk = '3GiB'", "disk"),
+            ("name = 'a'\ndisk = '1KiB'", "multiple of 4KiB"),
             ("name = 'a'\nmemory = '64M'", "64M"),
             ("name = 'a'\ncolour = 1", "colour"),
             ("name = 'a'\n[[program]]\nname = 'x'\naliases = ['x']", "twice"),
@@ -306,6 +324,11 @@ mod tests {
                 "NAME=value",
             ),
             ("name = 'a'\n[limits]\nprocesses = 0", "limits.processes"),
+            ("name = 'a'\n[limits]\nprocess_memory = '0'", "limits.process_memory"),
+            (
+                "name = 'a'\n[[program]]\nname='y'\n[[service]]\nname='x'\nprogram='y'\nmemory='0B'",
+                "service.memory",
+            ),
         ] {
             let error = Manifest::parse(text).unwrap_err().to_string();
             assert!(error.contains(named), "{text}: {error}");

@@ -1,7 +1,9 @@
 //! `kage bench`: measurements whose figures mean what SURFACE says they mean.
 //!
 //! - [`start`]: from a login to the machine's first answer, and what an idle machine costs.
+//! - [`processes`]: programs in a machine beside the same programs on its host, and what they do to others.
 
+pub mod processes;
 pub mod start;
 
 use serde::Serialize;
@@ -52,6 +54,21 @@ pub struct Case {
     /// 99th percentile, of enough runs.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub p99: Option<f64>,
+    /// The same by somebody else, in the same run.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub peer: Option<Peer>,
+    /// How much better than the peer: above 1 is better.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ratio: Option<f64>,
+}
+
+/// Who a case is compared with.
+#[derive(Clone, Debug, Serialize)]
+pub struct Peer {
+    /// Its name.
+    pub name: String,
+    /// Its middle figure.
+    pub median: f64,
 }
 
 impl Case {
@@ -78,7 +95,16 @@ impl Case {
             min: at(0.0),
             max: at(1.0),
             p99: (figures.len() >= 100).then(|| at(0.99)),
+            peer: None,
+            ratio: None,
         }
+    }
+
+    /// Beside a peer's figures, of which the smaller are the better.
+    #[must_use]
+    pub fn beside(self, peer: &str, figures: Vec<f64>) -> Self {
+        let median = Self::of(peer, serde_json::Value::Null, self.unit, figures).median;
+        Self { ratio: Some(median / self.median), peer: Some(Peer { name: peer.to_owned(), median }), ..self }
     }
 }
 
@@ -122,7 +148,13 @@ pub fn show(report: &Report) -> String {
                 case.runs.to_string(),
                 figure(case.median),
                 figure(case.min),
+                case.p99.map(figure).unwrap_or_default(),
                 figure(case.max),
+                case.peer
+                    .as_ref()
+                    .map(|peer| format!("{} {}", peer.name, figure(peer.median)))
+                    .unwrap_or_default(),
+                case.ratio.map(|ratio| format!("{ratio:.2}")).unwrap_or_default(),
             ]
         })
         .collect();
@@ -133,7 +165,7 @@ pub fn show(report: &Report) -> String {
         machine.cpus,
         machine.kernel,
         machine.build,
-        table(&["CASE", "RUNS", "MEDIAN", "MIN", "MAX"], &rows)
+        table(&["CASE", "RUNS", "MEDIAN", "MIN", "P99", "MAX", "PEER", "RATIO"], &rows)
     )
 }
 
@@ -148,5 +180,7 @@ mod tests {
         let many = Case::of("x", serde_json::Value::Null, "ms", (1..=100).map(f64::from).collect());
         assert_eq!(many.p99, Some(99.0));
         assert_eq!(Case::of("x", serde_json::Value::Null, "ms", Vec::new()).runs, 0);
+        let case = Case::of("x", serde_json::Value::Null, "ms", vec![4.0]).beside("y", vec![9.0, 2.0, 1.0]);
+        assert_eq!((case.peer.map(|peer| peer.median), case.ratio), (Some(2.0), Some(0.5)));
     }
 }

@@ -208,19 +208,35 @@ pub struct User {
 
 /// The command line with what `-o` means made plain: of `image build` it names a file, unless it is a form of results.
 pub fn arguments(given: impl IntoIterator<Item = OsString>) -> Vec<OsString> {
-    let mut words: Vec<OsString> = given.into_iter().collect();
-    let build = words.windows(2).any(|pair| pair[0] == "image" && pair[1] == "build");
-    let form = |word: &OsString| {
+    let words: Vec<OsString> = given.into_iter().collect();
+    let is_form = |word: &str| {
         Format::value_variants()
             .iter()
-            .any(|form| form.to_possible_value().is_some_and(|value| *word == value.get_name()))
+            .any(|form| form.to_possible_value().is_some_and(|value| word == value.get_name()))
     };
-    for at in 1..words.len() {
-        if build && words[at - 1] == "-o" && !form(&words[at]) {
-            words[at - 1] = "--to".into();
+    // Whatever options stand between the two words.
+    let mut commands =
+        words.iter().filter_map(|word| word.to_str()).skip_while(|word| *word != "image").skip(1);
+    if !commands.any(|word| word == "build") {
+        return words;
+    }
+    let mut plain: Vec<OsString> = Vec::with_capacity(words.len());
+    for word in words {
+        let is_text = |text: &str| word.to_str() == Some(text);
+        if plain.last().is_some_and(|last| last == "-o") && !word.to_str().is_some_and(is_form) {
+            plain.pop();
+            plain.extend([OsString::from("--to"), word]);
+        } else if let Some(file) = word.to_str().and_then(|word| word.strip_prefix("-o"))
+            && !is_text("-o")
+            && !is_form(file.trim_start_matches('='))
+        {
+            let file = OsString::from(file.strip_prefix('=').unwrap_or(file));
+            plain.extend([OsString::from("--to"), file]);
+        } else {
+            plain.push(word);
         }
     }
-    words
+    plain
 }
 
 /// `kage demo`.
@@ -385,7 +401,8 @@ pub enum ImageCommand {
 /// Whose images are taken.
 #[derive(Clone, Debug, Args)]
 pub struct TrustArgs {
-    /// A public key (ed25519:…) or a file of one; may be repeated [default: those beside the signing keys]
+    /// A public key (ed25519:…) or a file of one; may be repeated [default: those beside $KAGE_IMAGE_KEY,
+    /// /etc/kage/image.key and ~/.config/kage/image.key]
     #[arg(long, value_name = "KEY|FILE")]
     pub trust: Vec<String>,
     /// A host's configuration: its trusted keys
@@ -408,6 +425,16 @@ pub enum BenchCommand {
         /// Memory of the machines
         #[arg(long, default_value = "64MiB", value_name = "SIZE")]
         memory: Size,
+    },
+    /// Programs in a machine beside the same on its host, and what a busy one does to an SSH session
+    #[command(after_help = "Example: kage bench processes --runs 5")]
+    Processes {
+        /// Runs of each kind of work
+        #[arg(long, default_value_t = 5, value_name = "N")]
+        runs: u32,
+        /// Fewer runs
+        #[arg(long)]
+        quick: bool,
     },
 }
 
@@ -445,6 +472,15 @@ mod tests {
         let Command::Image(ImageCommand::Build { to, .. }) = cli.command else { panic!("another command") };
         assert_eq!(to, Some(PathBuf::from("x.kage")));
         assert_eq!(read("kage image inspect x.kage -o json").common.output, Format::Json);
+        for line in [
+            "kage image --quiet build dir -o x.kage",
+            "kage -o json image build -ox.kage dir",
+            "kage image build -o=x.kage dir -ojson",
+            "kage --quiet image build dir --to x.kage",
+        ] {
+            let Command::Image(ImageCommand::Build { to, .. }) = read(line).command else { panic!("{line}") };
+            assert_eq!(to, Some(PathBuf::from("x.kage")), "{line}");
+        }
     }
 
     #[test]
@@ -472,6 +508,7 @@ mod tests {
             "stop alice",
             "start alice",
             "bench start --runs 5 --quick",
+            "bench processes --runs 3",
             "image inspect x.kage -o json",
             "image verify x.kage --trust ed25519:00 --config host.toml",
             "image ls",

@@ -80,6 +80,7 @@ pub fn run(cli: Cli) -> Result<(), Failure> {
         Command::Bench(BenchCommand::Start { runs, quick, memory }) => {
             bench::start::run(runs, quick, memory, output)
         }
+        Command::Bench(BenchCommand::Processes { runs, quick }) => bench::processes::run(runs, quick, output),
     }
 }
 

@@ -11,7 +11,7 @@ mod observe;
 mod screen;
 
 use std::{
-    path::{Path, PathBuf},
+    path::PathBuf,
     time::{Duration, Instant},
 };
 
@@ -27,6 +27,7 @@ use crate::{
     cli::DemoArgs,
     client::{Client, Failure},
     output::Output,
+    ssh::Key,
     testbed::{Cancel, LinkShape, Testbed, TestbedSpec},
 };
 use observe::{Download, Probe, Session};
@@ -125,7 +126,7 @@ pub fn run(args: &DemoArgs, output: Output) -> Result<(), Failure> {
         screen.note("removing every trace");
         let dir = testbed.dir().to_owned();
         drop(testbed);
-        forget_key(&dir);
+        Key::remove(&dir, USER);
         // Only when nothing of somebody else's is in it.
         let _ = std::fs::remove_dir(&dir);
     }
@@ -148,9 +149,9 @@ fn socket(testbed: &Testbed, host: &str) -> Result<PathBuf, Failure> {
 fn walk(testbed: &Testbed, args: &DemoArgs, screen: Screen, cancel: &Cancel) -> Result<Summary, Failure> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(Failure::new)?;
     let check = || cancel.check().map_err(Failure::new);
-    let key = user_key(testbed.dir())?;
-    let public = std::fs::read_to_string(key.with_extension("pub")).map_err(Failure::new)?;
-    let request = LoginRequest { at: Some("ap-1".to_owned()), key: Some(public), image: None, cold: false };
+    let key = Key::make(testbed.dir(), USER)?;
+    let request =
+        LoginRequest { at: Some("ap-1".to_owned()), key: Some(key.line()?), image: None, cold: false };
     let login = Call::new(Method::PUT, format!("/v1/images/{USER}")).json(&request);
     let login: LoginReply = runtime.block_on(Client::at(socket(testbed, "h1")?).call(&login))?;
     screen.logged_in(&login);
@@ -203,29 +204,6 @@ fn walk(testbed: &Testbed, args: &DemoArgs, screen: Screen, cancel: &Cancel) -> 
         broken.push(format!("{lost} frames were lost by the hosts"));
     }
     Ok(Summary { ok: broken.is_empty(), started_ms: login.started_ms, moves, ssh, stream, probe, broken })
-}
-
-/// Where the user's key is.
-fn key_path(dir: &Path) -> PathBuf {
-    dir.join("alice_ed25519")
-}
-
-fn forget_key(dir: &Path) {
-    for path in [key_path(dir), key_path(dir).with_extension("pub"), key_path(dir).with_extension("known")] {
-        let _ = std::fs::remove_file(path);
-    }
-}
-
-/// A key pair of the user's own.
-fn user_key(dir: &Path) -> Result<PathBuf, Failure> {
-    let path = key_path(dir);
-    forget_key(dir);
-    let mut command = std::process::Command::new("ssh-keygen");
-    command.args(["-q", "-t", "ed25519", "-N", "", "-C", USER, "-f"]).arg(&path);
-    let status = command
-        .status()
-        .map_err(|error| Failure::new(format!("ssh-keygen: {error}; `apt-get install openssh-client`")))?;
-    if status.success() { Ok(path) } else { Err(Failure::new("ssh-keygen made no key")) }
 }
 
 async fn newest(client: &Client) -> Result<u64, Failure> {

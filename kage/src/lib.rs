@@ -13,6 +13,7 @@ pub mod client;
 mod commands;
 pub mod demo;
 pub mod output;
+mod ssh;
 pub mod testbed;
 
 pub use commands::run;

@@ -1,6 +1,6 @@
 //! Results on stdout: tables for people, JSON for programs. Progress goes to stderr.
 
-use std::io::Write;
+use std::{borrow::Cow, io::Write};
 
 use serde::Serialize;
 
@@ -53,6 +53,37 @@ impl Output {
             eprintln!("{text}");
         }
     }
+
+    /// Says that a result is not all there is, also to those who want no progress.
+    pub fn warn(self, text: impl std::fmt::Display) {
+        eprintln!("{text}");
+    }
+}
+
+/// Text of a machine's or an image's as one line that a terminal only shows: names may hold control characters, which
+/// would move the cursor, forge rows, or do worse.
+#[must_use]
+pub fn shown(text: &str) -> Cow<'_, str> {
+    if !text.contains(is_unseen) {
+        return Cow::Borrowed(text);
+    }
+    let mut shown = String::with_capacity(text.len() + 16);
+    for at in text.chars() {
+        if is_unseen(at) { shown.extend(at.escape_unicode()) } else { shown.push(at) }
+    }
+    Cow::Owned(shown)
+}
+
+/// Several lines, each [`shown`].
+#[must_use]
+pub fn shown_lines(text: &str) -> String {
+    text.split('\n').map(|line| shown(line.trim_end_matches('\r'))).collect::<Vec<_>>().join("\n")
+}
+
+/// Control characters, line separators, and what turns the direction of text round.
+fn is_unseen(at: char) -> bool {
+    at.is_control()
+        || matches!(at, '\u{2028}' | '\u{2029}' | '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
 }
 
 /// Prints lines to stdout. A reader that went away ends the command without noise.
@@ -69,9 +100,11 @@ pub fn print(text: &str) -> Result<(), Failure> {
     })
 }
 
-/// Lines up cells in columns, two spaces apart.
+/// Lines up cells in columns, two spaces apart. Cells are [`shown`].
 #[must_use]
 pub fn table(header: &[&str], rows: &[Vec<String>]) -> String {
+    let rows: Vec<Vec<Cow<'_, str>>> =
+        rows.iter().map(|row| row.iter().map(|cell| shown(cell)).collect()).collect();
     let width = |column: usize| {
         let cells = rows.iter().filter_map(|row| row.get(column)).map(|cell| cell.chars().count());
         cells.chain([header[column].chars().count()]).max().unwrap_or(0)
@@ -86,7 +119,7 @@ pub fn table(header: &[&str], rows: &[Vec<String>]) -> String {
         padded.join("  ").trim_end().to_owned()
     };
     let mut lines = vec![line(header.to_vec())];
-    lines.extend(rows.iter().map(|row| line(row.iter().map(String::as_str).collect())));
+    lines.extend(rows.iter().map(|row| line(row.iter().map(AsRef::as_ref).collect())));
     lines.join("\n")
 }
 
@@ -112,6 +145,20 @@ mod tests {
     fn columns_line_up() {
         let rows = vec![vec!["a".into(), "long".into()], vec!["bbb".into(), "x".into()]];
         assert_eq!(table(&["X", "YY"], &rows), "X    YY\na    long\nbbb  x");
+    }
+
+    #[test]
+    fn what_a_machine_names_does_nothing_to_the_terminal() {
+        let rows = vec![
+            vec!["/tmp/\x1b]52;c;eA==\x07".into(), "a".into()],
+            vec!["x\ny\u{202e}z".into(), "b".into()],
+        ];
+        let table = table(&["PATH", "N"], &rows);
+        assert_eq!(table.lines().count(), 3);
+        assert!(!table.contains(|at: char| at != '\n' && is_unseen(at)), "{table:?}");
+        assert!(table.contains("/tmp/\\u{1b}]52;c;eA==\\u{7}  a"), "{table}");
+        assert_eq!(shown("Grüße 你好"), "Grüße 你好");
+        assert_eq!(shown_lines("one\r\n\x1b[2Jtwo\n"), "one\n\\u{1b}[2Jtwo\n");
     }
 
     #[test]

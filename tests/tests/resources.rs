@@ -59,6 +59,7 @@ fn vids_stay_the_same_over_ten_moves_and_every_host_says_where() {
     let vids: BTreeSet<_> = before.iter().map(|line| line.split(' ').next().unwrap()).collect();
     assert_eq!(vids.len(), before.len(), "a VID is there twice: {before:?}");
     let mut lags = [Vec::new(), Vec::new()];
+    let mut rounds = Vec::new();
     for target in walk(10) {
         let moved = AtomicBool::new(false);
         let begun = Instant::now();
@@ -90,8 +91,11 @@ fn vids_stay_the_same_over_ten_moves_and_every_host_says_where() {
         assert_eq!(text(&report, "outcome"), "handed_over", "{report}");
         // A move before every page is there ends with the switch.
         let switched = begun + Duration::from_secs_f64(report["total_ms"].as_f64().unwrap() / 1e3);
-        for (lags, heard) in lags.iter_mut().zip(heard) {
-            lags.extend(heard.map(|at| at.saturating_duration_since(switched).as_secs_f64() * 1e3));
+        let after =
+            heard.map(|heard| heard.map(|at| at.saturating_duration_since(switched).as_secs_f64() * 1e3));
+        rounds.push(after.into_iter().flatten().fold(0.0, f64::max));
+        for (lags, after) in lags.iter_mut().zip(after) {
+            lags.extend(after);
         }
         for host in HOSTS {
             assert_eq!(listed(&site, host), before, "at {host} after the move to {target}");
@@ -106,6 +110,9 @@ fn vids_stay_the_same_over_ten_moves_and_every_host_says_where() {
             lags.len()
         );
     }
+    // What else runs on this machine may hold up a round, not half of them.
+    rounds.sort_by(f64::total_cmp);
+    assert!(rounds[rounds.len() / 2] <= 100.0, "milliseconds until all hosts were right: {rounds:?}");
 }
 
 #[test]

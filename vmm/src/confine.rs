@@ -6,6 +6,7 @@
 //! reads and writes; all others fail.
 
 use std::{
+    collections::BTreeMap,
     convert::Infallible,
     ffi::CStr,
     fs::File,
@@ -15,12 +16,15 @@ use std::{
 };
 
 use rustix::process::{Resource, Rlimit, setrlimit};
-use seccompiler::{BpfProgram, SeccompAction, SeccompFilter, TargetArch};
+use seccompiler::{
+    BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter, SeccompRule,
+    TargetArch,
+};
 
 use crate::jail::drop_privileges;
 
 /// Address space: a module of 26 MB takes about 1 GiB.
-const MEMORY: u64 = 3 << 30;
+pub const MEMORY: u64 = 3 << 30;
 /// Processor time: a module of 26 MB takes about 40 s.
 pub const SECONDS: u64 = 120;
 /// Machines go first.
@@ -34,11 +38,16 @@ pub fn run(executable: &Path, user: Option<u32>) -> Result<Infallible, String> {
     let file = File::open(executable).map_err(|error| format!("{}: {error}", executable.display()))?;
     let failed =
         |what: &'static str| move |error: io::Error| format!("cannot confine the compiler: {what}: {error}");
+    // Where memory is short, a machine must not end for a module that somebody else brought.
+    std::fs::write("/proc/self/oom_score_adj", "1000").map_err(failed("memory"))?;
     rustix::process::nice(NICE).map_err(|error| failed("nice")(error.into()))?;
     if user.is_some() {
         leave_network().map_err(failed("network"))?;
     }
     drop_privileges(user).map_err(failed("user"))?;
+    // Only now: a change of user would undo it.
+    rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::KILL))
+        .map_err(|error| failed("end")(error.into()))?;
     for (resource, most) in [
         (Resource::As, MEMORY),
         (Resource::Cpu, SECONDS),
@@ -81,7 +90,6 @@ fn filter() -> io::Result<()> {
         libc::SYS_set_tid_address,
         libc::SYS_set_robust_list,
         libc::SYS_rseq,
-        libc::SYS_prlimit64,
         libc::SYS_sched_getaffinity,
         libc::SYS_sched_yield,
         libc::SYS_rt_sigaction,
@@ -90,11 +98,14 @@ fn filter() -> io::Result<()> {
         libc::SYS_sigaltstack,
         libc::SYS_gettid,
         libc::SYS_getpid,
-        libc::SYS_tgkill,
         libc::SYS_exit,
         libc::SYS_exit_group,
     ];
-    let rules = allowed.into_iter().map(|call| (call, Vec::new())).collect();
+    let mut rules: BTreeMap<_, _> = allowed.into_iter().map(|call| (call, Vec::new())).collect();
+    // Its own limits, which the C library reads; no other process's.
+    let own = SeccompCondition::new(0, SeccompCmpArgLen::Dword, SeccompCmpOp::Eq, 0);
+    let own = own.and_then(|own| SeccompRule::new(vec![own])).map_err(io::Error::other)?;
+    rules.insert(libc::SYS_prlimit64, vec![own]);
     let denied = SeccompAction::Errno(libc::EPERM.cast_unsigned());
     let filter = SeccompFilter::new(rules, denied, SeccompAction::Allow, TargetArch::x86_64)
         .map_err(io::Error::other)?;

@@ -22,6 +22,6 @@ pub mod remote;
 mod sys;
 mod tables;
 mod upcall;
-mod users;
+pub mod users;
 mod vcpu;
 mod virtio;

@@ -44,7 +44,7 @@ use crate::{
     jail,
     packet::{self, Packet},
     sys::{Mapping, watchdog},
-    tables::Tables,
+    tables::{MapError, Tables},
     upcall,
     vcpu::Vcpu,
     virtio::{block::Block, entropy::Entropy, net::Net},
@@ -86,7 +86,7 @@ pub fn main(listener: i32) -> Result<(), String> {
             match machine.enter() {
                 Ok(Entered::Door) => process.door()?,
                 // In ring 0 a machine cannot be saved: it is out of there within microseconds.
-                Ok(Entered::Alarm) if upcall::in_fault_stub(machine.vcpu.instruction_pointer()) => {}
+                Ok(Entered::Alarm) if machine.in_fault() => {}
                 Ok(Entered::Alarm) => {
                     machine.news |= machine.inspecting.hear(&machine.memory);
                     process.serve_control(false)?;
@@ -424,15 +424,26 @@ impl Machine {
         }
     }
 
-    /// Interrupts process code: what a door would deliver is delivered, and the vCPU goes on in the kernel.
+    /// Whether the vCPU runs a stub that notes a fault. Code in ring 3 can go there too, and is like any other.
+    fn in_fault(&self) -> bool {
+        upcall::in_fault_stub(self.vcpu.instruction_pointer()) && self.vcpu.is_in_ring_0()
+    }
+
+    /// Interrupts process code: what a door would deliver is delivered, and the vCPU goes on in the kernel. The kernel
+    /// itself is only told that it has had enough.
     fn preempt(&mut self) {
-        if !self.vcpu.takes_exception()
-            && let Some(rip) = upcall::preempt(&self.memory, self.vcpu.instruction_pointer())
-        {
+        let entry = if self.vcpu.takes_exception() {
+            None
+        } else {
+            upcall::preempt(&self.memory, self.vcpu.instruction_pointer())
+        };
+        if let Some(rip) = entry {
             self.vcpu.continue_at(rip);
             self.serve_devices();
             self.tell_time();
             self.knocked_at = self.stopped_at;
+        } else {
+            self.write_word(std::mem::offset_of!(BootPage, late), &1_u32.to_le_bytes());
         }
     }
 
@@ -613,6 +624,7 @@ impl Machine {
                 self.start(true)
             }
             Request::Forget if self.phase == Phase::Paused && !self.is_released() => {
+                self.forget_mappings()?;
                 self.generation = 0;
                 self.phase = Phase::Shell;
                 Ok(Reply::Done)
@@ -693,6 +705,14 @@ impl Machine {
         Ok(Reply::Paused { state: state.encode(), dirty, at })
     }
 
+    /// Empties the windows' page tables.
+    fn forget_mappings(&mut self) -> Result<(), String> {
+        if self.tables.is_empty() {
+            return Ok(());
+        }
+        self.vcpu.replace_tables(&mut self.tables, |_| ()).map_err(|error| error.to_string())
+    }
+
     fn restore(&mut self, state: &SavedState, paused_at: HostInstant, moved: bool) -> Result<(), String> {
         if state.cpu_baseline != cpu::BASELINE_V3 {
             return Err(format!("the image wants CPU baseline v{}, this build gives v3", state.cpu_baseline));
@@ -709,7 +729,17 @@ impl Machine {
             device.restore(saved, &self.memory).map_err(|error| error.to_string())?;
         }
         self.vcpu.restore(&state.vcpu).map_err(|error| error.to_string())?;
-        self.tables.map_all(&self.memory).map_err(|error| error.to_string())?;
+        // Nothing of a machine that was here before, or of a restore that failed half way.
+        self.forget_mappings()?;
+        match self.tables.map_all(&self.memory) {
+            Err(MapError::NoTable) => {
+                // Paused between asking for more than there are tables for and hearing so: all but that fits.
+                self.forget_mappings()?;
+                self.tables.map_all_but_requested(&self.memory)
+            }
+            mapped => mapped,
+        }
+        .map_err(|error| error.to_string())?;
         self.clock = GuestClock::resume(state.clock, paused_at);
         self.generation = state.clock.generation;
         if moved {

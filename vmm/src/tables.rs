@@ -8,8 +8,10 @@
 //! Entries go from absent to present alone: where ring 0 is emulated, a change of a present one is never seen. To
 //! change anything else, all is dropped and the slot is made anew ([`Tables::clear`], then a rebuild).
 //!
-//! Invariants: a page is never writable and executable through a window; no page but those of the machine's memory is
-//! mapped; no more than the slot's pages are used.
+//! Invariants: no page of a window is writable and executable, and a frame that is executable in one is not mapped
+//! writable in another until all is dropped (the reverse is the guest's own care: a frame of a window that it has given
+//! up may become code while that window's entries still stand); no page but those of the machine's memory is mapped; no
+//! more than the slot's pages are used.
 
 use std::io;
 
@@ -53,6 +55,14 @@ pub enum MapError {
         /// Its entry.
         entry: u64,
     },
+    /// It is executable elsewhere.
+    #[error("the guest mapped frame {frame:#x} writable at {address:#x}, which is mapped executable")]
+    Code {
+        /// The frame.
+        frame: u32,
+        /// The virtual page.
+        address: u64,
+    },
     /// The page is mapped to something else.
     #[error("the guest mapped frame {frame:#x} at {address:#x}, where another is")]
     Taken {
@@ -74,6 +84,8 @@ pub struct Tables {
     used: usize,
     /// The last table of pages that was used: its number, and the address whose pages it holds.
     last: Option<(usize, u64)>,
+    /// A bit for each frame: it is mapped executable.
+    executable: Vec<u64>,
 }
 
 impl Tables {
@@ -83,12 +95,14 @@ impl Tables {
     /// Those of `mmap(2)`.
     pub fn new(memory_bytes: u64) -> io::Result<Self> {
         let pages = abi::table_pages(memory_bytes) as usize;
+        let memory_pages = u32::try_from(memory_bytes / PAGE).unwrap_or(u32::MAX);
         Ok(Self {
             words: Words::new(pages * ENTRIES)?,
-            memory_pages: u32::try_from(memory_bytes / PAGE).unwrap_or(u32::MAX),
+            memory_pages,
             pages,
             used: window::ROOT_ENTRIES as usize,
             last: None,
+            executable: vec![0; memory_pages.div_ceil(64) as usize],
         })
     }
 
@@ -110,7 +124,13 @@ impl Tables {
         self.words.clear(self.used * ENTRIES)?;
         self.used = window::ROOT_ENTRIES as usize;
         self.last = None;
+        self.executable.fill(0);
         Ok(())
+    }
+
+    /// Whether nothing was mapped since they were made or cleared.
+    pub const fn is_empty(&self) -> bool {
+        self.used == window::ROOT_ENTRIES as usize
     }
 
     /// Maps what the boot page asks for.
@@ -118,20 +138,24 @@ impl Tables {
     /// # Errors
     /// [`MapError`]; what was mapped before it stays.
     pub fn map_requested(&mut self, memory: &GuestMemory) -> Result<(), MapError> {
+        let ranges = self.requested(memory)?;
+        let table = read_u64(memory, std::mem::offset_of!(BootPage, frame_table));
+        ranges.iter().try_for_each(|&(first, count)| self.map_frames(memory, table, first, first + count))
+    }
+
+    /// The ranges that the boot page asks for, all of them of frames that are there.
+    fn requested(&self, memory: &GuestMemory) -> Result<Vec<(u32, u32)>, MapError> {
         let count = read_u32(memory, std::mem::offset_of!(BootPage, map_count));
         if count as usize > abi::MAP_RANGES {
             return Err(MapError::TooMany(count.into()));
         }
         let mut bytes = [0; abi::MAP_RANGES * size_of::<MapRange>()];
         read(memory, boot(std::mem::offset_of!(BootPage, map)), &mut bytes);
-        let mut ranges = [(0, 0); abi::MAP_RANGES];
+        let words = bytes.chunks_exact(size_of::<MapRange>()).map(|bytes| bytes.split_at(4));
+        let ranges: Vec<(u32, u32)> =
+            words.take(count as usize).map(|(first, count)| (u32_of(first), u32_of(count))).collect();
         let mut frames = 0;
-        for (range, bytes) in ranges.iter_mut().zip(bytes.chunks_exact(size_of::<MapRange>())) {
-            let (first, count) = bytes.split_at(4);
-            *range = (u32_of(first), u32_of(count));
-        }
-        let ranges = &ranges[..count as usize];
-        for &(first, count) in ranges {
+        for &(first, count) in &ranges {
             frames += u64::from(count);
             let end = u64::from(first) + u64::from(count);
             if end > u64::from(self.memory_pages) {
@@ -141,11 +165,10 @@ impl Tables {
         if frames > abi::MAP_FRAMES {
             return Err(MapError::TooMany(frames));
         }
-        let table = read_u64(memory, std::mem::offset_of!(BootPage, frame_table));
-        ranges.iter().try_for_each(|&(first, count)| self.map_frames(memory, table, first, first + count))
+        Ok(ranges)
     }
 
-    /// Maps all that the frame table holds; returns how many frames that are. The tables must be empty.
+    /// Maps all that the frame table holds. The tables must be empty.
     ///
     /// # Errors
     /// [`MapError`]; what was mapped before it stays.
@@ -156,6 +179,23 @@ impl Tables {
         }
         let first = read_u32(memory, std::mem::offset_of!(BootPage, first_frame));
         self.map_frames(memory, table, first.min(self.memory_pages), self.memory_pages)
+    }
+
+    /// The same without what the boot page asks for.
+    ///
+    /// # Errors
+    /// [`MapError`]; what was mapped before it stays.
+    pub fn map_all_but_requested(&mut self, memory: &GuestMemory) -> Result<(), MapError> {
+        let table = read_u64(memory, std::mem::offset_of!(BootPage, frame_table));
+        let first = read_u32(memory, std::mem::offset_of!(BootPage, first_frame));
+        let mut ranges = self.requested(memory)?;
+        ranges.sort_unstable();
+        let mut at = first.min(self.memory_pages);
+        for (first, count) in ranges {
+            self.map_frames(memory, table, at, first)?;
+            at = at.max(first + count);
+        }
+        self.map_frames(memory, table, at, self.memory_pages)
     }
 
     /// Maps those frames from `first` to `end` that the frame table at `table` says are mapped.
@@ -194,6 +234,14 @@ impl Tables {
             || (executable && address < window::CODE)
         {
             return Err(refused);
+        }
+        let (word, bit) = (number as usize / 64, 1 << (number % 64));
+        let code = self.executable.get_mut(word).ok_or(MapError::Frame(number.into()))?;
+        if writable && *code & bit != 0 {
+            return Err(MapError::Code { frame: number, address });
+        }
+        if executable {
+            *code |= bit;
         }
         let table = self.table(address)?;
         let index = table * ENTRIES + (address / PAGE) as usize % ENTRIES;

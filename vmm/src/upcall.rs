@@ -2,7 +2,8 @@
 //!
 //! Process code runs in ring 3 like the kernel, in ranges that the kernel publishes. An alarm that finds the vCPU in
 //! one, and a fault that comes from one, continue the vCPU at the kernel's entry for upcalls, all other registers as
-//! they were; the boot page says why. Anywhere else an alarm changes nothing, and a fault ends the machine. An alarm's
+//! they were; the boot page says why. Anywhere else an alarm leaves word that the kernel has been at work for long
+//! enough ([`BootPage::late`]), and a fault ends the machine. An alarm's
 //! upcall delivers what a door would, so that the kernel need not knock before it goes on.
 //!
 //! Nothing here is state: all of it lies in the guest's memory and moves with it.

@@ -149,13 +149,17 @@ impl Vcpu {
     /// # Errors
     /// [`VcpuError`] when the vCPU exits for another reason than the one asked for.
     pub fn complete_exit(&mut self) -> Result<(), VcpuError> {
+        // An alarm that has rung is still to be heard, one that rings meanwhile is when this is over.
+        let quiet = watchdog::Quiet::begin();
+        let rang = self.fd.get_kvm_run().immediate_exit;
         self.fd.set_kvm_immediate_exit(1);
         let result = match self.fd.run() {
             Err(error) if error.errno() == libc::EINTR => Ok(()),
             Err(error) => Err(io::Error::from(error)),
             Ok(exit) => Err(io::Error::other(format!("unexpected exit {exit:?}"))),
         };
-        self.fd.set_kvm_immediate_exit(0);
+        self.fd.set_kvm_immediate_exit(rang);
+        drop(quiet);
         step("complete a pending exit", result)
     }
 
@@ -233,6 +237,12 @@ impl Vcpu {
     #[must_use]
     pub fn instruction_pointer(&self) -> u64 {
         self.fd.sync_regs().regs.rip
+    }
+
+    /// Whether it stands in ring 0.
+    #[must_use]
+    pub fn is_in_ring_0(&self) -> bool {
+        self.fd.get_sregs().is_ok_and(|sregs| sregs.ss.dpl == 0)
     }
 
     /// Whether an exception is on its way into the guest, so that the instruction pointer must stay.

@@ -258,14 +258,7 @@ fn process_code_moves_in_mid_instruction_with_its_mappings_and_vector_registers(
         let paused = machine.pause(PauseCause::Switch).unwrap();
         inside += u32::from((window::CODE..window::END).contains(&paused.state.vcpu.rip));
         let mut target = bare.shell();
-        let (from, to) = (machine.memory(), target.memory());
-        let mut bytes = [0; PAGE_SIZE];
-        for page in PageSet::full(from.geometry().pages()).iter() {
-            from.read(page, &mut bytes);
-            if bytes.iter().any(|&byte| byte != 0) {
-                to.write(page, &bytes);
-            }
-        }
+        copy(&machine, &target);
         target.restore(&paused.state, paused.at).unwrap_or_else(|error| panic!("move {turn}: {error}"));
         machine.release().unwrap();
         machine.end();
@@ -277,6 +270,85 @@ fn process_code_moves_in_mid_instruction_with_its_mappings_and_vector_registers(
     assert_eq!(Bare::word(&machine, FAULTS), 0, "registers were lost");
     println!("{inside} of 20 moves found the vCPU in process code, {rounds} rounds");
     assert!(inside > 0, "no move in process code");
+    machine.end();
+}
+
+/// Has `to` hold what `from` holds.
+fn copy(from: &RemoteMachine, to: &RemoteMachine) {
+    let (from, to) = (from.memory(), to.memory());
+    let (mut bytes, mut there) = ([0; PAGE_SIZE], [0; PAGE_SIZE]);
+    for page in PageSet::full(from.geometry().pages()).iter() {
+        from.read(page, &mut bytes);
+        to.read(page, &mut there);
+        if bytes != there {
+            to.write(page, &bytes);
+        }
+    }
+}
+
+#[test]
+fn a_shell_maps_nothing_of_the_machine_it_was_before() {
+    const W: u64 = frame::PRESENT | frame::WRITABLE;
+    let entry = |frame: u32| TABLE + u64::from(frame) * 8;
+    let bare = Bare::new(process_kernel());
+    // Faults in each round at the page behind its stack.
+    let mut machine = bare.start(|machine| {
+        Bare::set(machine, MODE, 1);
+        Bare::set(machine, SKIP, 7);
+    });
+    until("a fault", &machine, |machine| Bare::word(machine, FAULTS) > 0);
+    let paused = machine.pause(PauseCause::Hold).unwrap();
+    // A rehearsal of it that has a page there.
+    let mut shell = bare.shell();
+    copy(&machine, &shell);
+    Bare::set(&shell, entry(FRAME + 2), (window::STACK + 0x1000) | W);
+    shell.restore(&paused.state, paused.at).unwrap();
+    shell.run(false).unwrap();
+    // The machine may have been paused between a fault and its count.
+    let rounds = Bare::word(&shell, ROUNDS);
+    until("its first rounds", &shell, |shell| Bare::word(shell, ROUNDS) > rounds + 1);
+    let faults = Bare::word(&shell, FAULTS);
+    until("rounds without a fault", &shell, |shell| Bare::word(shell, ROUNDS) > rounds + 1000);
+    assert_eq!(Bare::word(&shell, FAULTS), faults);
+    let refused_half_way = |shell: &mut RemoteMachine| {
+        Bare::set(shell, entry(FRAME + 9), (window::STACK + 0x2000) | W);
+        Bare::set(shell, entry(FRAME + 10), (window::STACK + 0x2000) | W);
+        shell.restore(&paused.state, paused.at).unwrap_err();
+    };
+    shell.pause(PauseCause::Hold).unwrap();
+    shell.forget().unwrap();
+    refused_half_way(&mut shell);
+    // The machine itself, whose stack lies in another frame.
+    copy(&machine, &shell);
+    let mut bytes = [0; PAGE_SIZE];
+    machine.memory().read(PageIndex(FRAME + 1), &mut bytes);
+    shell.memory().write(PageIndex(FRAME + 5), &bytes);
+    Bare::set(&shell, entry(FRAME + 1), 0);
+    Bare::set(&shell, entry(FRAME + 5), window::STACK | W);
+    shell.restore(&paused.state, paused.at).unwrap();
+    shell.run(true).unwrap();
+    let faults = Bare::word(&machine, FAULTS);
+    until("faults again", &shell, |shell| Bare::word(shell, FAULTS) > faults + 100);
+    shell.end();
+    machine.end();
+}
+
+// Goes from ring 3 into the end of the fault stubs, which then asks for mappings for ever.
+kernel!(stubborn_kernel, STUBBORN_FIRST, STUBBORN_END,
+    "mov rdx, [{mode}]",
+    "mov eax, {call_map}",
+    "jmp rdx";
+    mode = const MODE,
+    call_map = const abi::call::MAP,
+);
+
+#[test]
+fn a_guest_that_pretends_to_be_in_a_fault_is_stopped_like_any_other() {
+    let bare = Bare::new(stubborn_kernel());
+    let mut machine = bare.start(|machine| Bare::set(machine, MODE, bare.stub_loop()));
+    let asked = Instant::now();
+    machine.pause(PauseCause::Hold).unwrap();
+    assert!(asked.elapsed() < Duration::from_secs(1), "{:?}", asked.elapsed());
     machine.end();
 }
 
@@ -396,6 +468,16 @@ fn tables_have_an_end_that_the_guest_is_told_of_and_a_full_memory_is_mapped_in_n
     let mut machine = call(&bare, abi::call::MAP, TABLE, &ranges, &scattered);
     until("an answer", &machine, |machine| Bare::word(machine, PREEMPTED) > 0);
     assert_eq!(status(&machine), map_status::NO_TABLE);
+    // Paused before it has drawn its conclusions, it goes on elsewhere.
+    let paused = machine.pause(PauseCause::Switch).unwrap();
+    let mut shell = bare.shell();
+    copy(&machine, &shell);
+    shell.restore(&paused.state, paused.at).unwrap();
+    shell.run(true).unwrap();
+    let now = |shell: &RemoteMachine| Bare::word(shell, boot(std::mem::offset_of!(BootPage, now_ns)));
+    let told = now(&shell);
+    until("another door", &shell, |shell| now(shell) > told);
+    shell.end();
     machine.end();
 
     // Everything behind the first 8 MiB in a row.

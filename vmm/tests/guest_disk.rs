@@ -627,7 +627,7 @@ fn use_it(round: u64) {
     }
     let _ = fs::rename("/home/alice", "/home/bob");
     let _ = fs::make_directory("/home/alice");
-    let _ = fs::list("/lost+found");
+    let _ = fs::open("/lost+found", READ).map(|found| found.entries(0, |_| true));
     let _ = block_on(fs::check(true));
     let _ = block_on(fs::sync_all());
 }
@@ -924,4 +924,20 @@ fn what_it_costs() {
             .for_each(|_| assert!(block_on(file.read_at(random(16_384) * 4096, &mut piece[..4096])).is_ok()));
     });
     println!("{:?}, {} KiB of memory kept for metadata", fs::state(), fs::state().records * 4);
+}
+
+#[test]
+fn a_disk_with_more_metadata_than_memory_is_not_used() {
+    let _alone = machine(16_384);
+    let whole = furnished();
+    disk::attach_with(16_384, whole.clone());
+    memory::set_free_bytes(3 << 20);
+    boot();
+    let said = fs::state().read_only.unwrap();
+    assert!(said.contains("memory"), "{said}");
+    assert!(disk::content() == whole);
+    memory::set_free_bytes(1 << 30);
+    boot();
+    assert_eq!(fs::state().read_only, None);
+    all_is_well();
 }

@@ -59,6 +59,19 @@ fn append(path: &str, bytes: &[u8]) -> Result<(), FileError> {
     block_on(file.append(bytes)).map(drop)
 }
 
+/// Names in a directory, sorted.
+fn names(path: &str) -> Result<Vec<String>, FileError> {
+    let mut names = Vec::new();
+    fs::open(path, READ)?.entries(0, |entry| {
+        if !matches!(&*entry.name, "." | "..") {
+            names.push(entry.name.to_string());
+        }
+        true
+    })?;
+    names.sort();
+    Ok(names)
+}
+
 fn content(handle: &Handle) -> Vec<u8> {
     let mut bytes = vec![0xee; usize::try_from(handle.stat().unwrap().size).unwrap() + 10];
     let count = block_on(handle.read_at(0, &mut bytes)).unwrap();
@@ -73,7 +86,7 @@ fn a_new_machine_has_its_home_and_the_image_has_its_files() {
     assert_eq!(fs::stat("/home/alice").unwrap().kind, Kind::Directory);
     assert_eq!(fs::stat("/bin/alias").unwrap().size, 40_000);
     assert_eq!(fs::stat("/nowhere/x"), Err(FileError::NotFound));
-    let names: Vec<String> = fs::list("/").unwrap().into_iter().map(|(name, _)| name).collect();
+    let names: Vec<String> = names("/").unwrap();
     assert_eq!(names, ["bin", "etc", "home", "tmp"]);
 }
 
@@ -374,10 +387,10 @@ impl Model {
 
     fn compare(&self, path: &str, node: usize) {
         match &self.nodes[node] {
-            Node::Directory(names) => {
-                let real: Vec<String> = fs::list(path).unwrap().into_iter().map(|(name, _)| name).collect();
-                assert_eq!(real, names.keys().cloned().collect::<Vec<_>>(), "{path}");
-                for (name, &below) in names {
+            Node::Directory(entries) => {
+                let real: Vec<String> = names(path).unwrap();
+                assert_eq!(real, entries.keys().cloned().collect::<Vec<_>>(), "{path}");
+                for (name, &below) in entries {
                     self.compare(&format!("{}/{name}", path.trim_end_matches('/')), below);
                 }
             }
@@ -511,7 +524,50 @@ proptest! {
         let _ = append(&path, b"x");
         let _ = fs::rename(&path, &target);
         let _ = fs::remove(&path);
-        let _ = fs::list(&path);
+        let _ = names(&path);
         prop_assert_eq!(fs::resolve("/", &path), fs::resolve(&fs::resolve("/", &path), "."));
     }
+}
+
+#[test]
+fn names_have_an_end_and_a_file_knows_all_of_its_own() {
+    let _alone = machine(64 << 20);
+    append("/tmp/a", b"x").unwrap();
+    let root = Handle::root();
+    let at = |number: usize| format!("/tmp/{number}");
+    let count = (0..).find(|&number| root.link("/tmp/a", false, &root, &at(number)).is_err()).unwrap();
+    // As many as its item has room for.
+    assert!(count > 200 && count < 500, "{count}");
+    assert_eq!(root.link("/tmp/a", false, &root, "/b"), Err(FileError::TooMany));
+    // And so many in all.
+    fs::make_directory("/many").unwrap();
+    let mut others = 0;
+    let error = (0..fs::MAX_NAMES).find_map(|number| {
+        let at = format!("/many/{number}");
+        match number % 200 {
+            0 => others = number,
+            _ => return root.link(&format!("/many/{others}"), false, &root, &at).err(),
+        }
+        append(&at, b"").err()
+    });
+    assert_eq!(error, Some(FileError::TooMany));
+    assert_eq!(root.make_directory("/b"), Err(FileError::TooMany));
+    for name in 0..50 {
+        fs::remove(&format!("/many/{name}")).unwrap();
+    }
+    let vid = fs::stat("/tmp/a").unwrap().vid;
+    let path = || fs::rows(vid.index(), 1)[0].path.clone().unwrap();
+    // Whichever name goes, it is found by another one: also the one that it was known by.
+    for _ in 0..count {
+        let known = path();
+        assert!(fs::stat(&known).is_ok_and(|facts| facts.vid == vid), "{known}");
+        fs::remove(&known).unwrap();
+    }
+    assert_eq!(fs::stat(&path()).unwrap().links, 1);
+    fs::rename(&path(), "/tmp/last").unwrap();
+    assert_eq!(path(), "/tmp/last");
+    memory::set_free_bytes(heap::RESERVE / 2);
+    assert_eq!(root.link("/tmp/last", false, &root, "/b"), Err(FileError::Full));
+    memory::set_free_bytes(1 << 30);
+    root.link("/tmp/last", false, &root, "/b").unwrap();
 }

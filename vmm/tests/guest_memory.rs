@@ -21,7 +21,10 @@ use proptest::prelude::*;
 mod arch {
     use std::{
         collections::BTreeMap,
-        sync::atomic::{AtomicU32, AtomicUsize, Ordering},
+        sync::{
+            Mutex,
+            atomic::{AtomicU32, AtomicUsize, Ordering},
+        },
     };
 
     use kage_abi::{MAP_RANGES, MEMORY, MapRange, frame};
@@ -65,23 +68,43 @@ mod arch {
         }
         let there = *host.mapped.entry(address).or_insert((number, entry));
         assert_eq!(there, (number, entry), "{address:#x} is mapped to something else");
+        if entry & frame::EXECUTABLE != 0 {
+            host.code.insert(number);
+        }
+        let is_code = host.code.contains(&number);
+        assert!(entry & frame::WRITABLE == 0 || !is_code, "{number:#x} is executable and becomes writable");
         true
     }
 
-    pub fn map(ranges: &[MapRange; MAP_RANGES], count: usize) -> bool {
+    static ASKED: Mutex<Vec<MapRange>> = Mutex::new(Vec::new());
+
+    pub fn set_map(ranges: &[MapRange; MAP_RANGES], count: usize) {
+        *ASKED.lock().unwrap() = ranges[..count].to_vec();
+    }
+
+    pub fn map() -> bool {
+        moved_meanwhile();
+        let ranges = ASKED.lock().unwrap().clone();
         let mut host = HOST.lock().unwrap();
-        let frames: u32 = ranges[..count].iter().map(|range| range.count).sum();
+        let frames: u32 = ranges.iter().map(|range| range.count).sum();
         assert!(u64::from(frames) <= kage_abi::MAP_FRAMES);
-        ranges[..count]
-            .iter()
-            .flat_map(|range| range.first..range.first + range.count)
-            .all(|at| add(&mut host, at))
+        ranges.iter().flat_map(|range| range.first..range.first + range.count).all(|at| add(&mut host, at))
+    }
+
+    /// All but what is being asked for has tables wherever the machine goes.
+    fn moved_meanwhile() {
+        let ranges = ASKED.lock().unwrap().clone();
+        let mut other = Host { budget: HOST.lock().unwrap().budget, ..Host::default() };
+        let asked =
+            |at: u32| ranges.iter().any(|range| (range.first..range.first + range.count).contains(&at));
+        assert!((0..(MACHINE / super::PAGE) as u32).filter(|&at| !asked(at)).all(|at| add(&mut other, at)));
     }
 
     pub fn rebuild() -> bool {
         let mut host = HOST.lock().unwrap();
         host.mapped = BTreeMap::new();
         host.tables.clear();
+        host.code.clear();
         host.rebuilds += 1;
         (0..(MACHINE / super::PAGE) as u32).all(|at| add(&mut host, at))
     }
@@ -89,19 +112,30 @@ mod arch {
 
 /// A heap that takes from the free memory and gives back, as the test says.
 mod heap {
-    use std::sync::atomic::{AtomicUsize, Ordering};
+    use std::sync::{
+        Mutex,
+        atomic::{AtomicUsize, Ordering},
+    };
 
     pub const RESERVE: usize = 5 << 20;
     /// Bytes the heap holds beyond its start, none of them used.
     static UNUSED: AtomicUsize = AtomicUsize::new(0);
+    /// What it holds from among the frames, which is none of them.
+    static CLAIMS: Mutex<Vec<(usize, usize)>> = Mutex::new(Vec::new());
 
     pub fn start() {
         UNUSED.store(0, Ordering::Relaxed);
+        CLAIMS.lock().unwrap().clear();
     }
 
     pub fn shrink() {
         let unused = UNUSED.swap(0, Ordering::Relaxed);
-        crate::memory::cut_heap(crate::memory::heap_end() - unused);
+        let claims = std::mem::take(&mut *CLAIMS.lock().unwrap());
+        let claimed: usize = claims.iter().map(|claim| claim.1).sum();
+        crate::memory::cut_heap(crate::memory::heap_end() - (unused - claimed));
+        for (at, bytes) in claims {
+            crate::memory::give_back_claim(at, bytes);
+        }
     }
 
     pub fn unused_bytes() -> usize {
@@ -114,6 +148,11 @@ mod heap {
             UNUSED.fetch_add(bytes, Ordering::Relaxed);
             // SAFETY: the memory is mapped and was just given to the heap.
             unsafe { (start as *mut u8).write_bytes(0xee, bytes) };
+        } else if let Some((at, bytes)) = crate::memory::claim(bytes) {
+            CLAIMS.lock().unwrap().push((at, bytes));
+            UNUSED.fetch_add(bytes, Ordering::Relaxed);
+            // SAFETY: as above.
+            unsafe { (at as *mut u8).write_bytes(0xee, bytes) };
         }
     }
 }
@@ -125,6 +164,8 @@ const MACHINE: usize = 16 << 20;
 struct Host {
     mapped: BTreeMap<u64, (u32, u64)>,
     tables: std::collections::BTreeSet<u64>,
+    /// Frames that are executable somewhere.
+    code: std::collections::BTreeSet<u32>,
     budget: usize,
     rebuilds: usize,
 }
@@ -132,6 +173,7 @@ struct Host {
 static HOST: Mutex<Host> = Mutex::new(Host {
     mapped: BTreeMap::new(),
     tables: std::collections::BTreeSet::new(),
+    code: std::collections::BTreeSet::new(),
     budget: 0,
     rebuilds: 0,
 });
@@ -159,6 +201,7 @@ fn machine(budget: usize) -> std::sync::MutexGuard<'static, ()> {
 enum Step {
     Take(usize),
     GiveBack(usize),
+    Cut(usize, usize),
     Heap(usize),
     Reserve(u8),
     Map(usize, usize, usize),
@@ -170,7 +213,8 @@ fn steps() -> impl Strategy<Value = Step> {
     prop_oneof![
         (1usize..700).prop_map(Step::Take),
         any::<usize>().prop_map(Step::GiveBack),
-        (1usize..64).prop_map(|pages| Step::Heap(pages * PAGE)),
+        (any::<usize>(), any::<usize>()).prop_map(|(which, at)| Step::Cut(which, at)),
+        prop_oneof![1usize..64, 500usize..600].prop_map(|pages| Step::Heap(pages * PAGE)),
         (0u8..3).prop_map(Step::Reserve),
         (any::<usize>(), 0usize..2000, 1usize..300)
             .prop_map(|(which, page, pages)| Step::Map(which, page, pages)),
@@ -254,6 +298,14 @@ fn run(steps: Vec<Step>, budget: usize) {
                     held.window.write(first * PAGE + 7, &[1; 5000]);
                 }
             }
+            Step::Cut(which, at) if !held.is_empty() => {
+                let which = which % held.len();
+                let held = &mut held[which];
+                if let Some(&(first, _)) = held.ranges.get(at % held.ranges.len().max(1)) {
+                    held.window.cut(first);
+                    held.ranges.retain(|range| range.0 < first);
+                }
+            }
             Step::Stack(pages) => {
                 if let Ok(window) = Window::stack(pages) {
                     let first = window.bytes() / PAGE - pages;
@@ -294,6 +346,31 @@ proptest! {
     fn so_they_are_when_tables_run_out(all in prop::collection::vec(steps(), 1..80), budget in 3usize..20) {
         run(all, budget);
     }
+}
+
+#[test]
+fn the_heap_has_what_was_freed_though_a_frame_lies_below_it() {
+    let _alone = machine(2048);
+    let all = Frames::take(memory::free_frames()).unwrap();
+    let room = memory::heap_free_bytes();
+    // The last that was given lies lowest.
+    assert!(room <= heap::RESERVE + PAGE);
+    drop(all);
+    let mut frames: Vec<_> = (0..memory::free_frames() / 64).map(|_| Frames::take(64).unwrap()).collect();
+    let pinning = frames.pop().unwrap();
+    drop(frames);
+    let free = memory::free_frames() * PAGE;
+    assert!(
+        memory::heap_free_bytes() > 3 * heap::RESERVE / 2 && memory::heap_free_bytes() + (2 << 20) > free
+    );
+    let before = memory::heap_free_bytes();
+    for _ in 0..4 {
+        heap::grow(heap::RESERVE / 4 * 3);
+    }
+    assert!(heap::unused_bytes() > heap::RESERVE / 4 * 6, "{} of {before}", heap::unused_bytes());
+    heap::shrink();
+    assert_eq!(memory::free_frames() * PAGE, free);
+    drop(pinning);
 }
 
 #[test]

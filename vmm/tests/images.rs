@@ -1,5 +1,6 @@
 //! Machines of images: programs of the default one at work, files, services, limits.
 
+#[expect(dead_code, reason = "the lab serves all of these tests, each uses a part of it")]
 mod lab;
 
 use std::{

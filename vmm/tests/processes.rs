@@ -1,5 +1,6 @@
 //! Programs in a machine: they run, share, end and move without harm to anything else.
 
+#[expect(dead_code, reason = "the lab serves all of these tests, each uses a part of it")]
 mod lab;
 
 use std::{
@@ -167,6 +168,33 @@ fn a_program_runs_and_its_code_is_kept() {
         let (builtin, program) = (script("echo jello\n"), script("hello\n"));
         let each = program.saturating_sub(builtin) / STARTS as u32;
         eprintln!("start and end of a kept program: {each:?} more than a built-in");
+    });
+}
+
+#[test]
+fn a_program_wanted_by_many_at_once_is_compiled_once() {
+    Lab::run(|lab| {
+        let compiles = compile::serve();
+        let desk = Desk::new(lab);
+        put(&desk, "hello", HELLO);
+        let mut child = desk
+            .ssh(&["-T"])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+        let lines = "./hello &\n".repeat(40) + "wait\n";
+        child.stdin.take().unwrap().write_all(lines.as_bytes()).unwrap();
+        let output = child.wait_with_output().unwrap();
+        assert_eq!(output.stdout, b"hello\n".repeat(40));
+        assert_eq!(compiles.load(Ordering::Relaxed), 1);
+        // Given up before its code has come, it leaves nothing behind, and the turn goes to the next.
+        for round in 0..20 {
+            put(&desk, "late", &HELLO.replace("hello", &format!("h{round:04}")));
+            desk.exec("./late & kill -9 %1; wait");
+        }
+        assert_eq!(desk.say("late || true"), "h0019\n");
     });
 }
 
@@ -340,11 +368,17 @@ fn a_process_does_not_notice_a_move() {
         put(&desk, "float", &steps(FLOAT, 300_000_000));
         let mut other = desk.ssh(&[]).args(["--", "./float"]).stdout(Stdio::piped()).spawn().unwrap();
         let mut worker = desk.ssh(&[]).args(["--", "./work"]).stdout(Stdio::piped()).spawn().unwrap();
-        std::thread::sleep(Duration::from_millis(300));
+        let started = Instant::now();
+        while desk.say("ps").lines().count() < 3 {
+            assert!(started.elapsed() < Duration::from_secs(20));
+        }
         for _ in 0..5 {
             let blackout = desk.walk();
             eprintln!("{blackout:?}");
-            std::thread::sleep(Duration::from_millis(200));
+            // Both have run here.
+            let times = || -> String { desk.say("ps") };
+            let before = times();
+            while times() == before {}
         }
         let running = desk.say("ps");
         assert!(running.contains("./work"), "{running}");
@@ -402,11 +436,12 @@ fn an_endless_loop_delays_no_echo() {
             .map(|_| {
                 let busy = echoes(lab, 500);
                 tell("beside a loop", &busy);
-                at(&busy, 900)
+                at(&busy, 990)
             })
             .min()
             .unwrap();
-        assert!(best < Duration::from_millis(2), "{best:?}");
+        // A host that is late by itself is no worse by a loop.
+        assert!(best < Duration::from_millis(2).max(at(&quiet, 990)), "{best:?}");
         let text = desk.say("ps");
         let line = text.lines().find(|line| line.ends_with("./loop")).unwrap();
         let pid = line.split_whitespace().next().unwrap();
@@ -422,6 +457,336 @@ fn an_endless_loop_delays_no_echo() {
         while desk.say("ps").contains("./loop") {
             assert!(started.elapsed() < Duration::from_secs(10));
         }
+    });
+}
+
+/// A program of calls: `imports` name them with their number of parameters.
+fn calls(imports: &[(&str, usize)], pages: u32, data: &str, text: &str) -> String {
+    let imports: String = imports
+        .iter()
+        .map(|(name, count)| {
+            let parameters = "i32 ".repeat(*count);
+            format!("(import \"wasi_snapshot_preview1\" \"{name}\" (func ${name} (param {parameters}) (result i32)))")
+        })
+        .collect();
+    format!(
+        "(module {imports}
+          (import \"wasi_snapshot_preview1\" \"proc_exit\" (func $exit (param i32)))
+          (memory (export \"memory\") {pages}) {data}
+          (func (export \"_start\") (local $n i32) (local $r i32) {text}))"
+    )
+}
+
+/// Makes names of one file until it is refused, and leaves with the reason.
+fn links() -> String {
+    calls(
+        &[("path_link", 7)],
+        1,
+        "(data (i32.const 0) \"a\")",
+        "(loop $more
+           (local.set $r (i32.const 7))
+           (loop $digit
+             (i32.store8 (i32.add (i32.const 16) (local.get $r))
+               (i32.add (i32.const 97) (i32.and (i32.const 15)
+                 (i32.shr_u (local.get $n) (i32.mul (i32.const 4) (local.get $r))))))
+             (br_if $digit (i32.ge_s (local.tee $r (i32.sub (local.get $r) (i32.const 1))) (i32.const 0))))
+           (local.set $n (i32.add (local.get $n) (i32.const 1)))
+           (local.set $r (call $path_link (i32.const 4) (i32.const 0) (i32.const 0) (i32.const 1)
+             (i32.const 4) (i32.const 16) (i32.const 8)))
+           (br_if $more (i32.eqz (local.get $r))))
+         (call $exit (local.get $r))",
+    )
+}
+
+#[test]
+fn endless_calls_delay_no_echo() {
+    Lab::run(|lab| {
+        compile::serve();
+        let desk = Desk::new(lab);
+        let path = "bin/../".repeat(585);
+        let endless = |call: &str| format!("(loop {call} (br 0))");
+        let programs = [
+            (
+                "poll",
+                calls(
+                    &[("poll_oneoff", 4)],
+                    4,
+                    "",
+                    &endless(
+                        "(drop (call $poll_oneoff (i32.const 0) (i32.const 65536) (i32.const 1024) (i32.const 262000)))",
+                    ),
+                ),
+            ),
+            (
+                "walk",
+                calls(
+                    &[("path_filestat_get", 5)],
+                    1,
+                    &format!("(data (i32.const 0) \"{path}\")"),
+                    &endless(&format!(
+                        "(drop (call $path_filestat_get (i32.const 3) (i32.const 0) (i32.const 0) (i32.const {}) (i32.const 8192)))",
+                        path.len()
+                    )),
+                ),
+            ),
+            ("readdir", String::new()),
+            (
+                "sockets",
+                calls(
+                    &[("sock_open", 3), ("fd_close", 1)],
+                    1,
+                    "",
+                    &endless(
+                        "(drop (call $sock_open (i32.const 2) (i32.const 2) (i32.const 0))) (drop (call $fd_close (i32.load (i32.const 0))))",
+                    ),
+                ),
+            ),
+        ];
+        for (name, text) in &programs {
+            let text = match *name {
+                // Its fourth parameter has 64 bits.
+                "readdir" => r#"(module
+                    (import "wasi_snapshot_preview1" "fd_readdir" (func $read (param i32 i32 i32 i64 i32) (result i32)))
+                    (memory (export "memory") 33)
+                    (func (export "_start")
+                      (loop (drop (call $read (i32.const 4) (i32.const 65536) (i32.const 2097152) (i64.const 0) (i32.const 0)))
+                        (br 0))))"#
+                    .to_owned(),
+                _ => text.clone(),
+            };
+            put(&desk, name, &text);
+        }
+        desk.say("mkdir many; echo x > many/a");
+        put(&desk, "links", &links());
+        // Every name there may be, and the machine is none the worse.
+        let full = desk.exec("cd many; ../links");
+        assert!([41, 51].contains(&full.status.code().unwrap_or(0)), "{full:?}");
+        let started = Instant::now();
+        let count = desk.say("ls many").lines().count();
+        eprintln!("{count} names, listed in {:?}", started.elapsed());
+        assert!(count > 10_000, "{count}");
+        for (name, _) in programs {
+            let quiet = echoes(lab, 300);
+            let mut child = desk.ssh(&[]).args(["--", &format!("cd many; ../{name}")]).spawn().unwrap();
+            let started = Instant::now();
+            let line = loop {
+                let text = desk.say("ps");
+                if let Some(line) = text.lines().find(|line| line.ends_with(name)) {
+                    break line.to_owned();
+                }
+                assert!(started.elapsed() < Duration::from_secs(10), "{name}");
+            };
+            // Whatever else the host runs only adds, so the best of some rounds is what the machine does.
+            let mut best = Duration::MAX;
+            for _ in 0..6 {
+                let times = echoes(lab, 300);
+                let late = times[times.len() * 99 / 100];
+                eprintln!("echo beside {name}: p50 {:?} p99 {late:?} max {:?}", times[150], times.last());
+                best = best.min(late);
+                if best < Duration::from_millis(2) {
+                    break;
+                }
+            }
+            // A host that is late by itself is no worse by a program.
+            let limit = Duration::from_millis(2).max(quiet[quiet.len() * 99 / 100]);
+            assert!(best < limit, "{name}: {best:?}");
+            desk.say(&format!("kill {}", line.split_whitespace().next().unwrap()));
+            assert_eq!(child.wait().unwrap().code(), Some(143), "{name}");
+        }
+    });
+}
+
+#[test]
+fn a_directory_is_read_whole_however_large_the_buffer() {
+    Lab::run(|lab| {
+        compile::serve();
+        let desk = Desk::new(lab);
+        desk.say("mkdir many; echo x > many/a");
+        put(&desk, "links", &links());
+        // 32 bytes an entry: leaves with how many MiB they are, once the buffer of 2 MiB is not full.
+        put(
+            &desk,
+            "readdir",
+            r#"(module
+                (import "wasi_snapshot_preview1" "fd_readdir" (func $read (param i32 i32 i32 i64 i32) (result i32)))
+                (import "wasi_snapshot_preview1" "proc_exit" (func $exit (param i32)))
+                (memory (export "memory") 33)
+                (func (export "_start")
+                  (if (call $read (i32.const 4) (i32.const 65536) (i32.const 2097152) (i64.const 0) (i32.const 0))
+                    (then unreachable))
+                  (call $exit (i32.div_u (i32.load (i32.const 0)) (i32.const 16384)))))"#,
+        );
+        desk.exec("cd many; ../links");
+        let count = desk.say("ls many").lines().count();
+        let read = desk.exec("cd many; ../readdir");
+        let expected = ((count * 32).min(2 << 20) / 16384) as i32;
+        let got = read.status.code().unwrap_or(-1);
+        assert!((got - expected).abs() <= 1, "{got} for {expected} of {count}");
+    });
+}
+
+#[test]
+fn datagrams_are_refused_that_no_packet_can_be() {
+    Lab::run(|lab| {
+        lab.ipv4.set(Some([10, 1, 2, 3].into()));
+        let desk = Desk::new(lab);
+        compile::serve();
+        let program = |own: &str, to: &str, bytes: u32| {
+            calls(
+                &[("sock_open", 3), ("sock_bind", 3), ("sock_send_to", 7)],
+                2,
+                &format!(
+                    "(data (i32.const 16) \"\\20\\00\\00\\00\\04\\00\\00\\00\") (data (i32.const 32) \"{own}\")
+                     (data (i32.const 48) \"\\40\\00\\00\\00\\04\\00\\00\\00\") (data (i32.const 64) \"{to}\")
+                     (data (i32.const 80) \"\\60\\00\\00\\00\")"
+                ),
+                &format!(
+                    "(i32.store (i32.const 84) (i32.const {bytes}))
+                     (drop (call $sock_open (i32.const 1) (i32.const 1) (i32.const 0)))
+                     (if (call $sock_bind (i32.load (i32.const 0)) (i32.const 16) (i32.const 5000)) (then unreachable))
+                     (call $exit (call $sock_send_to (i32.load (i32.const 0)) (i32.const 80) (i32.const 1) (i32.const 48)
+                       (i32.const 7) (i32.const 0) (i32.const 8)))"
+                ),
+            )
+        };
+        let (any, own, loopback) = ("\\00\\00\\00\\00", "\\0a\\01\\02\\03", "\\7f\\00\\00\\01");
+        for (name, from, to, bytes, errno) in [
+            ("between", own, loopback, 4, 4),
+            ("within", own, own, 4, 0),
+            ("loop", any, loopback, 4, 0),
+            ("long", any, loopback, 60_000, 35),
+        ] {
+            put(&desk, name, &program(from, to, bytes));
+            assert_eq!(desk.exec(&format!("./{name}")).status.code(), Some(errno), "{name}");
+        }
+        assert_eq!(desk.say("echo well"), "well\n");
+    });
+}
+
+#[test]
+fn what_programs_make_the_kernel_keep_leaves_room_for_others() {
+    Lab::run(|lab| {
+        compile::serve();
+        let desk = Desk::new(lab);
+        // Reads a byte, then opens datagram sockets until there are no more, and keeps them for another byte.
+        put(
+            &desk,
+            "hold",
+            &calls(
+                &[("sock_open", 3), ("sock_bind", 3), ("fd_read", 4), ("fd_write", 4)],
+                1,
+                "(data (i32.const 16) \"\\20\\00\\00\\00\\10\\00\\00\\00\") (data (i32.const 64) \"\\50\\00\\00\\00\\01\\00\\00\\00.\")",
+                "(drop (call $fd_read (i32.const 0) (i32.const 64) (i32.const 1) (i32.const 8)))
+                 (loop $more
+                   (local.set $r (call $sock_open (i32.const 2) (i32.const 1) (i32.const 0)))
+                   (if (i32.eqz (local.get $r)) (then
+                     (local.set $r (call $sock_bind (i32.load (i32.const 0)) (i32.const 16) (i32.const 0)))))
+                   (br_if $more (i32.eqz (local.get $r))))
+                 (drop (call $fd_write (i32.const 1) (i32.const 64) (i32.const 1) (i32.const 8)))
+                 (drop (call $fd_read (i32.const 0) (i32.const 64) (i32.const 1) (i32.const 8)))
+                 (call $exit (local.get $r))",
+            ),
+        );
+        let mut holders: Vec<_> = (0..3)
+            .map(|_| {
+                let mut child = desk.ssh(&[]);
+                child.args(["--", "./hold"]).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap()
+            })
+            .collect();
+        let started = Instant::now();
+        while desk.say("ps").matches("./hold").count() < 3 {
+            assert!(started.elapsed() < Duration::from_secs(10));
+        }
+        for child in &mut holders {
+            child.stdin.as_mut().unwrap().write_all(b"x").unwrap();
+        }
+        // Each holds all it gets.
+        for child in &mut holders {
+            child.stdout.as_mut().unwrap().read_exact(&mut [0]).unwrap();
+        }
+        eprintln!("{}", desk.say("free"));
+        // The user gets in, works, and sees them.
+        assert_eq!(desk.say("ps").matches("./hold").count(), 3);
+        assert_eq!(desk.say("echo x | cat"), "x\n");
+        for child in &mut holders {
+            drop(child.stdin.take());
+            let status = child.wait().unwrap().code();
+            assert!(status == Some(42) || status == Some(41), "{status:?}");
+        }
+    });
+}
+
+#[test]
+fn identities_that_the_host_cannot_give_are_refused_and_nothing_stands_still() {
+    Lab::run(|lab| {
+        lab.indices.set(20_000);
+        compile::serve();
+        let desk = Desk::new(lab);
+        put(
+            &desk,
+            "use",
+            &calls(
+                &[("sock_open", 3), ("fd_close", 1)],
+                1,
+                "",
+                "(loop $more
+                   (local.set $r (call $sock_open (i32.const 2) (i32.const 2) (i32.const 0)))
+                   (drop (call $fd_close (i32.load (i32.const 0))))
+                   (br_if $more (i32.eqz (local.get $r))))
+                 (call $exit (local.get $r))",
+            ),
+        );
+        let started = Instant::now();
+        assert_eq!(desk.exec("./use").status.code(), Some(41));
+        eprintln!("16,000 identities in {:?}", started.elapsed());
+        // What needs none goes on, connections have theirs, and what needs one says what is the matter.
+        assert_eq!(desk.say("echo well"), "well\n");
+        let refused = desk.exec("./use");
+        assert!(String::from_utf8_lossy(&refused.stderr).contains("no identity"), "{refused:?}");
+        assert!(!desk.exec("mkdir new").status.success());
+    });
+}
+
+#[test]
+fn files_get_what_ended_processes_had() {
+    Lab::run(|lab| {
+        compile::serve();
+        let desk = Desk::new(lab);
+        put(&desk, "loop", &LOOP.replace("(func", "(memory 16) (func"));
+        let mut child = desk.ssh(&["-T"]).stdin(Stdio::piped()).stdout(Stdio::null()).spawn().unwrap();
+        let mut keys = child.stdin.take().unwrap();
+        keys.write_all("./loop &\n".repeat(25).as_bytes()).unwrap();
+        let pids = || -> Vec<String> {
+            let text = desk.say("ps");
+            let rows = text.lines().filter(|line| line.ends_with("./loop"));
+            rows.filter_map(|line| line.split_whitespace().next()).map(String::from).collect()
+        };
+        let started = Instant::now();
+        while pids().len() < 25 {
+            assert!(started.elapsed() < Duration::from_secs(20));
+        }
+        // The last one got the lowest memory, and stays.
+        let mut old = pids();
+        let last = old.pop().unwrap();
+        desk.exec(&format!("kill -9 {}", old.join(" ")));
+        while pids().len() > 1 {
+            assert!(started.elapsed() < Duration::from_secs(30));
+        }
+        eprintln!("{}", desk.say("free"));
+        let bytes = vec![7; 20 << 20];
+        put_bytes(&desk, "big", &bytes);
+        assert_eq!(desk.say("stat big").split_whitespace().nth(2), Some("20971520"));
+        desk.say("rm big");
+        // And processes get it back.
+        keys.write_all("./loop &\n".repeat(20).as_bytes()).unwrap();
+        while pids().len() < 21 {
+            assert!(started.elapsed() < Duration::from_secs(60));
+        }
+        let mut all = pids();
+        all.push(last);
+        desk.exec(&format!("kill -9 {}", all.join(" ")));
+        drop(keys);
+        child.wait().unwrap();
     });
 }
 
@@ -516,17 +881,25 @@ fn nothing_is_left_of_processes_that_ended() {
                 .unwrap();
             child.stdin.take().unwrap().write_all(lines.repeat(count).as_bytes()).unwrap();
             child.wait().unwrap();
-            // What the session itself held goes with its connection.
-            std::thread::sleep(Duration::from_millis(300));
+        };
+        let used = || {
             let text = desk.say("free");
             let used = text.lines().find_map(|line| line.strip_prefix("used ")).unwrap();
             used.trim().parse::<i64>().unwrap()
         };
+        // Killed before its code has come, a program would be compiled anew each time.
+        desk.say("limit time 1; ./loop || true");
         // The first rounds fill what is kept for reuse.
         script(20);
-        let before = script(20);
-        let after = script(150);
-        eprintln!("used after 240 processes {before}, after 1,300 {after}");
+        let before = used();
+        script(150);
+        // Connections hold their buffers until they are closed at both ends.
+        let start = Instant::now();
+        while used() - before >= 256 << 10 && start.elapsed() < Duration::from_secs(20) {
+            std::thread::sleep(Duration::from_millis(50));
+        }
+        let after = used();
+        eprintln!("used after 120 processes {before}, after 1,200 {after}");
         assert!((after - before).abs() < 256 << 10, "{before}, then {after}");
         assert_eq!(desk.say("ps").lines().count(), 1);
     });

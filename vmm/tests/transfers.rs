@@ -1,5 +1,6 @@
 //! Files carried into a machine and out of it by OpenSSH's `scp` and `sftp`.
 
+#[expect(dead_code, reason = "the lab serves all of these tests, each uses a part of it")]
 mod lab;
 
 use std::{

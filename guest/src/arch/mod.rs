@@ -158,6 +158,12 @@ pub fn set_preempt(on: bool) {
     unsafe { (&raw mut (*BOOT).preempt_us).write_volatile(micros) }
 }
 
+/// Whether an alarm has found the kernel at work since the last door or upcall.
+pub fn is_late() -> bool {
+    // SAFETY: as in `door`; the host sets it between two runs of the vCPU, whatever code is interrupted by that.
+    unsafe { (&raw const (*BOOT).late).read_volatile() != 0 }
+}
+
 /// Tells the host of the frame table.
 pub fn set_frame_table(at: usize) {
     // SAFETY: as in `door`.
@@ -170,12 +176,20 @@ pub fn set_first_frame(frame: u32) {
     unsafe { (&raw mut (*BOOT).first_frame).write_volatile(frame) }
 }
 
-/// Has the host map frames as the frame table says; false when it has no page for another page table.
-pub fn map(ranges: &[MapRange; MAP_RANGES], count: usize) -> bool {
+/// Names the frames that [`map`] is to map.
+pub fn set_map(ranges: &[MapRange; MAP_RANGES], count: usize) {
     // SAFETY: as in `door`.
     unsafe {
         (&raw mut (*BOOT).map).write_volatile(*ranges);
         (&raw mut (*BOOT).map_count).write_volatile(count as u32);
+    }
+}
+
+/// Has the host map the frames that were named as the frame table says; false when it has no page for another page
+/// table.
+pub fn map() -> bool {
+    // SAFETY: as in `door`.
+    unsafe {
         asm!("out {door}, al", door = const kage_abi::DOOR_PORT, in("al") call::MAP, options(nostack, preserves_flags));
         (&raw const (*BOOT).map_status).read_volatile() == kage_abi::map_status::DONE
     }

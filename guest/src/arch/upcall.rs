@@ -7,7 +7,7 @@
 //! ```
 //!
 //! Only code in the published ranges is interrupted, never the kernel: so an upcall finds the kernel's state whole
-//! and nothing of it borrowed. An upcall takes at most [`STACK_BYTES`] of the process's stack for the registers, and
+//! and nothing of it borrowed. An upcall takes less than 1,200 bytes of the process's stack for the registers, and
 //! then what its handler takes. All vector state the host gives (x87, SSE, AVX) is kept.
 
 use core::{arch::naked_asm, mem::offset_of, ops::Range};
@@ -17,10 +17,6 @@ use kage_abi::{BootPage, CODE_RANGES, CodeRange, MEMORY, offset, upcall, window}
 use super::{BOOT, Ordering, SERVED};
 use crate::local::Local;
 
-/// Bytes of the process's stack that the registers take: a red zone, general registers, the XSAVE area and its
-/// alignment.
-pub const STACK_BYTES: usize = 128 + size_of::<SavedRegisters>() + XSAVE_BYTES + 64 + 8;
-
 /// XSAVE area of x87, SSE and AVX (SDM vol. 1 §13.4): legacy region, header, upper halves.
 const XSAVE_BYTES: usize = 512 + 64 + 256;
 /// What is saved: state components 0 to 2.
@@ -29,7 +25,6 @@ const XSAVE_COMPONENTS: u32 = 0b111;
 /// Registers of interrupted code. What the handler changes here is what the code goes on with.
 #[repr(C)]
 #[derive(Debug)]
-#[expect(missing_docs, reason = "they are the registers")]
 pub struct SavedRegisters {
     pub r15: u64,
     pub r14: u64,
@@ -48,13 +43,6 @@ pub struct SavedRegisters {
     pub rax: u64,
     pub rflags: u64,
     pub rip: u64,
-}
-
-impl SavedRegisters {
-    /// The stack pointer: it follows from where the registers lie, and cannot be changed.
-    pub fn rsp(&self) -> u64 {
-        core::ptr::from_ref(self) as u64 + size_of::<Self>() as u64 + 128
-    }
 }
 
 /// Why an upcall comes.

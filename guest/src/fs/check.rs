@@ -81,8 +81,8 @@ impl Tree {
                 wrong.push(format!("inode {number:x} and its content do not fit"));
             }
         }
-        if names != entries {
-            wrong.push(format!("{names} names, {entries} entries"));
+        if names != entries || entries != self.names {
+            wrong.push(format!("{names} names, {entries} entries, {} counted", self.names));
         }
         if let Some(number) = self.store.contents.keys().find(|number| !self.nodes.contains_key(number)) {
             wrong.push(format!("content {number:x} belongs to no inode"));

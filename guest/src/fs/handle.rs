@@ -1,6 +1,6 @@
 //! What programs hold.
 
-use alloc::{rc::Rc, string::String, vec::Vec};
+use alloc::rc::Rc;
 use core::{
     cell::Cell,
     future::poll_fn,
@@ -258,14 +258,6 @@ impl Handle {
     /// [`FileError`].
     pub fn set_mode(&self, mode: u16) -> Result<(), FileError> {
         FILES.get().set_mode(self.number, mode)
-    }
-
-    /// Names in this directory, in order.
-    ///
-    /// # Errors
-    /// [`FileError::NotDirectory`].
-    pub fn names(&self) -> Result<Vec<(String, Facts)>, FileError> {
-        FILES.get().names(self.number)
     }
 
     /// Entries of this directory from number `from` on, until `take` has enough. It must not use files.

@@ -42,7 +42,7 @@ pub use handle::{Handle, OpenFile, OpenOptions};
 pub use tree::{Facts, Kind, Row};
 pub use walk::resolve;
 
-use alloc::{rc::Rc, string::String, vec::Vec};
+use alloc::{rc::Rc, vec::Vec};
 use core::{future::poll_fn, task::Poll};
 
 use crate::{executor, local::Local, log, virtio::block};
@@ -53,6 +53,8 @@ use tree::Tree;
 
 /// Inodes, the image's included.
 pub const MAX_NODES: usize = 64 << 10;
+/// Names in all directories: a file may have several, as many as its item on the disk has room for.
+pub const MAX_NAMES: usize = 2 * MAX_NODES;
 /// Longest name.
 pub const MAX_NAME: usize = 255;
 /// Longest path.
@@ -207,18 +209,6 @@ pub fn rename(from: &str, to: &str) -> Result<(), FileError> {
     root.rename(from, &root, to)
 }
 
-/// Names in a directory, in order; anything else lists itself.
-///
-/// # Errors
-/// [`FileError`].
-pub fn list(path: &str) -> Result<Vec<(String, Facts)>, FileError> {
-    let handle = open(path, OpenOptions::default())?;
-    match handle.names() {
-        Err(FileError::NotDirectory) => Ok(Vec::from([(String::from(path), handle.stat()?)])),
-        names => names,
-    }
-}
-
 /// What a path is, links followed.
 ///
 /// # Errors
@@ -271,6 +261,11 @@ pub fn state() -> State {
         commits: volume.map_or(0, |volume| volume.superblock.sequence),
         records: volume.map_or(0, |volume| volume.records.full()),
     }
+}
+
+/// Drops some of what is in memory and can be read again, since memory is short.
+pub fn drop_some() {
+    FILES.get().store.drop_some();
 }
 
 /// Gives up what damage has cost and lets files be written again; false when there is no disk that could be.

@@ -14,7 +14,7 @@ use alloc::{
 use core::{cell::RefCell, time::Duration};
 
 use super::{
-    MAX_LENGTH, MAX_NODES, SHARE,
+    MAX_LENGTH, MAX_NAMES, MAX_NODES, SHARE,
     content::Content,
     format::{self, FIRST_RECORD, FormatError, Key, Node as Record, Super, What, kind},
     image::Image,
@@ -113,8 +113,8 @@ async fn try_mount(image: &Image, blocks: u64) -> Result<(Tree, Option<String>),
     volume.both = !whole;
     let mut mount = Mount { tree: Tree::empty(Store::new(cache, None)), volume, damage: 0, found: None };
     mount.read_blocks().await?;
-    mount.take_items().await;
-    mount.join_names().await;
+    mount.take_items().await?;
+    mount.join_names().await?;
     let Mount { mut tree, volume, damage, .. } = mount;
     let next = tree.nodes.keys().last().map_or(0, |last| last + 1).max(volume.superblock.next_index);
     let ours = vid::resume(next);
@@ -151,6 +151,12 @@ async fn superblock() -> Result<Option<(Super, bool)>, MountError> {
         Some(superblock) => Ok(Some((superblock, whole))),
         None => Err(MountError::Format(FormatError::Damaged)),
     }
+}
+
+/// # Errors
+/// [`MountError::Memory`] when so little is left that the rest is kept for others.
+fn has_memory() -> Result<(), MountError> {
+    if memory::heap_free_bytes() < LEFT { Err(MountError::Memory) } else { Ok(()) }
 }
 
 /// A directory in place of one that is lost.
@@ -235,9 +241,7 @@ impl Mount {
         });
         match opened {
             Ok((bytes, used)) => {
-                if memory::heap_free_bytes() < LEFT {
-                    return Err(MountError::Memory);
-                }
+                has_memory()?;
                 self.volume.records.add(number, bytes.to_vec(), used);
             }
             Err(FormatError::Blank) => self.volume.records.add_empty(number),
@@ -250,30 +254,35 @@ impl Mount {
     }
 
     /// Makes inodes of items.
-    async fn take_items(&mut self) {
+    async fn take_items(&mut self) -> Result<(), MountError> {
         let mut nodes = Vec::new();
         let mut groups = Vec::new();
-        let mut faults = Vec::new();
+        let mut faults = BTreeSet::new();
+        let mut names = 0;
         for (home, item) in self.volume.records.items() {
             let Ok(item) = item else {
-                faults.push(home);
+                faults.insert(home);
                 continue;
             };
+            has_memory()?;
             let Key { index, kind, part } = item.key;
             match kind {
                 kind::NODE if (1..=kage_abi::resources::INDEX_MAX).contains(&index) => {
                     match Record::decode(index, item.content) {
-                        Ok(record) if nodes.len() < MAX_NODES => nodes.push((home, record)),
-                        Ok(_) | Err(_) => faults.push(home),
+                        Ok(record) if nodes.len() < MAX_NODES && names + record.names.len() <= MAX_NAMES => {
+                            names += record.names.len();
+                            nodes.push((home, record));
+                        }
+                        Ok(_) | Err(_) => drop(faults.insert(home)),
                     }
                 }
                 kind::MAP if u64::from(part) < MAX_LENGTH / (GROUP * BLOCK as u64) => {
                     match format::decode_runs(item.content) {
                         Ok(runs) => groups.push((index, Group { number: part, home, runs })),
-                        Err(_) => faults.push(home),
+                        Err(_) => drop(faults.insert(home)),
                     }
                 }
-                _ => faults.push(home),
+                _ => drop(faults.insert(home)),
             }
             executor::work(ITEM_COST).await;
         }
@@ -285,6 +294,7 @@ impl Mount {
             if record.what == What::File && record.blocks > 0 {
                 blocks.insert(record.index, record.blocks);
             }
+            has_memory()?;
             self.take_node(home, record);
             executor::work(ITEM_COST).await;
         }
@@ -299,6 +309,7 @@ impl Mount {
                 self.damaged(format_args!("inode {index:x} has lost some of its blocks"));
             }
         }
+        Ok(())
     }
 
     fn take_node(&mut self, home: u32, record: Record) {
@@ -374,11 +385,12 @@ impl Mount {
     }
 
     /// Puts directories together from the names of what is in them.
-    async fn join_names(&mut self) {
+    async fn join_names(&mut self) -> Result<(), MountError> {
         self.take_root();
         let root = self.tree.root();
         let numbers: Vec<Number> = self.tree.nodes.keys().copied().collect();
         for &number in &numbers {
+            has_memory()?;
             let Some(node) = self.tree.nodes.get_mut(&number) else { continue };
             let names = core::mem::take(&mut node.names);
             if number == root {
@@ -404,6 +416,7 @@ impl Mount {
         }
         let numbers: Vec<Number> = self.tree.nodes.keys().copied().collect();
         self.attach(&numbers).await;
+        Ok(())
     }
 
     /// Puts a name into a directory. One that is lost is made anew, without a name of its own, so that what lay in it
@@ -421,6 +434,7 @@ impl Mount {
         let free = !directory.names.contains_key(name);
         if free {
             directory.insert(Rc::clone(name), number);
+            self.tree.names += 1;
         }
         free
     }
@@ -502,6 +516,7 @@ impl Mount {
                 self.tree.nodes.get_mut(&parent)
             {
                 directory.remove(&name);
+                self.tree.names -= 1;
             }
         }
         let mut name: Rc<str> = Rc::from(format::found_name(number));

@@ -24,13 +24,14 @@ use super::{
     volume::{Room, Volume},
     wait::Waiters,
 };
-use crate::{heap, memory, virtio::block::BLOCK};
+use crate::{memory, virtio::block::BLOCK};
 
 /// Names a content: its inode's number.
 pub type Number = u64;
 
-/// Free memory that a chunk leaves.
-const LEFT: usize = CHUNK + heap::RESERVE / 2;
+/// Chunks looked at before one gives up to find some to drop, and those looked at when memory is short.
+const MOST_LOOKS: usize = 2048;
+const SOME: usize = 32;
 /// Length of the order of chunks up to which it need not be tidied.
 const LEAST_ORDER: usize = 1024;
 /// Bytes of items that a changed chunk may add: a head, and a run for each of its blocks.
@@ -364,7 +365,7 @@ impl Store {
             return Err(false);
         }
         let waits = self.volume.as_ref().is_some_and(Volume::is_busy);
-        if memory::heap_free_bytes() < LEFT {
+        if !memory::kernel_room(CHUNK) {
             return Err(waits);
         }
         let content = self.contents.get_mut(&number).ok_or(false)?;
@@ -388,18 +389,30 @@ impl Store {
     /// Drops chunks that can be had again, until there is room for `more` bytes or none is left.
     pub fn make_room(&mut self, more: u64) {
         // Each is looked at twice at the most: once to be spared.
-        for _ in 0..2 * self.order.len() {
-            if self.bytes + more <= self.limit && memory::heap_free_bytes() >= LEFT + more as usize {
+        for _ in 0..(2 * self.order.len()).min(MOST_LOOKS) {
+            if self.bytes + more <= self.limit && memory::kernel_room(CHUNK + more as usize) {
                 return;
             }
-            let Some((number, chunk)) = self.order.pop_front() else { return };
-            let Some(content) = self.contents.get_mut(&number) else { continue };
-            let Some(own) = content.chunk_mut(chunk) else { continue };
-            if own.dirty | own.frozen != 0 || core::mem::take(&mut own.used) {
-                self.order.push_back((number, chunk));
-            } else if let Some(own) = content.forget(chunk) {
-                self.bytes -= own.bytes.len() as u64;
-            }
+            self.drop_next();
+        }
+    }
+
+    /// Drops some chunks that can be had again.
+    pub fn drop_some(&mut self) {
+        for _ in 0..self.order.len().min(SOME) {
+            self.drop_next();
+        }
+    }
+
+    /// Drops a chunk, or spares it for now.
+    fn drop_next(&mut self) {
+        let Some((number, chunk)) = self.order.pop_front() else { return };
+        let Some(content) = self.contents.get_mut(&number) else { return };
+        let Some(own) = content.chunk_mut(chunk) else { return };
+        if own.dirty | own.frozen != 0 || core::mem::take(&mut own.used) {
+            self.order.push_back((number, chunk));
+        } else if let Some(own) = content.forget(chunk) {
+            self.bytes -= own.bytes.len() as u64;
         }
     }
 

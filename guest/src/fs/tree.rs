@@ -8,18 +8,18 @@ use alloc::{collections::BTreeMap, rc::Rc, string::String, vec::Vec};
 use core::{ops::Bound, time::Duration};
 
 use super::{
-    FileError, MAX_NAME, MAX_NODES, MAX_PATH,
+    FileError, MAX_NAME, MAX_NAMES, MAX_NODES, MAX_PATH,
     format::{PathHash, ROOM, node_bytes},
     store::{Number, Store},
     wait::Waiters,
 };
 use crate::{
-    heap, memory, time,
+    memory, time,
     vid::{self, Vid},
 };
 
-/// Memory that a new inode leaves to others.
-const LEFT: usize = heap::RESERVE / 2;
+/// Most that an inode and its name take of the kernel's heap.
+const NODE_BYTES: usize = 2048;
 /// First number of a directory's entries; the two before are `.` and `..`.
 pub const FIRST_ENTRY: u64 = 2;
 
@@ -67,7 +67,7 @@ pub struct Facts {
 pub struct Row {
     /// What `stat` tells.
     pub facts: Facts,
-    /// One of its paths; none for a file that only programs still hold.
+    /// One of its paths; none for a file that only programs still hold, and none longer than a path may be.
     pub path: Option<String>,
 }
 
@@ -140,6 +140,8 @@ pub(super) const fn default_mode(body: &Body) -> u16 {
 pub struct Tree {
     pub(super) nodes: BTreeMap<Number, Node>,
     root: Number,
+    /// Entries of all directories.
+    pub(super) names: usize,
     pub(super) store: Store,
     /// What is on the disk is not known yet.
     pub(super) mounting: bool,
@@ -150,7 +152,7 @@ pub struct Tree {
 impl Tree {
     /// A tree whose root is still to be made.
     pub fn empty(store: Store) -> Self {
-        Self { nodes: BTreeMap::new(), root: 0, store, mounting: true, mounted: Waiters::new() }
+        Self { nodes: BTreeMap::new(), root: 0, names: 0, store, mounting: true, mounted: Waiters::new() }
     }
 
     /// A tree with an empty root.
@@ -249,17 +251,23 @@ impl Tree {
         if self.directory(directory)?.names.contains_key(name) {
             return Err(FileError::Exists);
         }
-        if self.nodes.len() >= MAX_NODES {
+        if self.nodes.len() >= MAX_NODES || !vid::has_room() {
             return Err(FileError::TooMany);
         }
-        if memory::heap_free_bytes() < LEFT {
-            return Err(FileError::Full);
-        }
+        self.has_room()?;
         let target = if let Body::Link(target) = &body { target.len() } else { 0 };
         self.room_for(node_bytes([name].into_iter(), target))?;
         let number = self.add(body);
         self.name(directory, name, number);
         Ok(number)
+    }
+
+    /// Whether there may be another name.
+    fn has_room(&self) -> Result<(), FileError> {
+        if self.names >= MAX_NAMES {
+            return Err(FileError::TooMany);
+        }
+        if memory::kernel_room(NODE_BYTES) { Ok(()) } else { Err(FileError::Full) }
     }
 
     /// Whether a name may be added to a directory: that is one, has a name itself, and the name is not too long.
@@ -281,6 +289,7 @@ impl Tree {
         let Ok(entries) = self.directory_mut(directory) else { return };
         let name: Rc<str> = Rc::from(name);
         entries.insert(Rc::clone(&name), number);
+        self.names += 1;
         if let Ok(node) = self.node_mut(number) {
             if node.names.is_empty() {
                 node.names.reserve_exact(1);
@@ -296,18 +305,24 @@ impl Tree {
     }
 
     pub(super) fn unname(&mut self, directory: Number, name: &str, number: Number) {
-        if let Ok(entries) = self.directory_mut(directory) {
-            entries.remove(name);
-        }
+        self.forget(directory, name, number);
         self.touch(directory);
         self.change(number);
-        if let Ok(node) = self.node_mut(number) {
-            node.names.retain(|(at, known)| (*at, &**known) != (directory, name));
-        }
         if !self.is_named(number) {
             self.lose(number);
         }
         self.reap(number);
+    }
+
+    /// Removes a name, and leaves the inode even if it has no other.
+    fn forget(&mut self, directory: Number, name: &str, number: Number) {
+        if let Ok(entries) = self.directory_mut(directory) {
+            entries.remove(name);
+            self.names = self.names.saturating_sub(1);
+        }
+        if let Ok(node) = self.node_mut(number) {
+            node.names.retain(|(at, known)| (*at, &**known) != (directory, name));
+        }
     }
 
     /// Forgets an inode to which nothing leads.
@@ -346,6 +361,7 @@ impl Tree {
         if bytes > ROOM {
             return Err(FileError::TooMany);
         }
+        self.has_room()?;
         self.room_for(bytes)?;
         self.name(directory, name, number);
         Ok(())
@@ -405,12 +421,7 @@ impl Tree {
         }
         // Named anew first, so that it never goes without.
         self.name(to, new, number);
-        if let Ok(entries) = self.directory_mut(from) {
-            entries.remove(old);
-        }
-        if let Ok(node) = self.node_mut(number) {
-            node.names.retain(|(at, known)| (*at, &**known) != (from, old));
-        }
+        self.forget(from, old, number);
         self.touch(from);
         Ok(())
     }
@@ -453,12 +464,6 @@ impl Tree {
             }
         }
         Ok(())
-    }
-
-    /// Names in a directory, in order.
-    pub fn names(&self, directory: Number) -> Result<Vec<(String, Facts)>, FileError> {
-        let names = &self.directory(directory)?.names;
-        names.iter().map(|(name, (_, number))| Ok((String::from(&**name), self.facts(*number)?))).collect()
     }
 
     /// What `stat` tells.
@@ -515,14 +520,15 @@ impl Tree {
         Ok(())
     }
 
-    /// A path of an inode, if names lead to it.
+    /// A path of an inode, if names lead to it and it is not too long.
     pub fn path(&self, number: Number) -> Option<String> {
         let mut parts: Vec<&str> = Vec::new();
-        let mut at = number;
+        let (mut at, mut length) = (number, 0);
         while at != self.root {
             let (parent, name) = self.node(at).ok()?.names.first()?;
             parts.push(name);
-            if parts.len() > MAX_PATH {
+            length += name.len() + 1;
+            if length > MAX_PATH {
                 return None;
             }
             at = *parent;

@@ -13,6 +13,8 @@ use super::{
 
 /// Links followed in one walk.
 const MAX_LINKS: usize = 32;
+/// Bytes of a path and of all links on its way.
+const MAX_BYTES: usize = MAX_PATH * 2;
 
 /// Makes `path` absolute from `base`, without `.` and `..`; links are not looked at.
 pub fn resolve(base: &str, path: &str) -> String {
@@ -85,7 +87,7 @@ impl Part {
 impl Rest {
     fn push(&mut self, path: &Rc<str>) -> Result<(), FileError> {
         self.bytes += path.len();
-        if path.len() > MAX_PATH || self.bytes > MAX_PATH * 8 {
+        if path.len() > MAX_PATH || self.bytes > MAX_BYTES {
             return Err(FileError::NameTooLong);
         }
         let at = self.parts.len();

@@ -18,19 +18,12 @@ use crate::{arch, heap, local::Local};
 pub struct OutOfMemory;
 
 /// A row of frames.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Run {
     /// Its first frame.
     pub first: u32,
     /// How many.
     pub count: u32,
-}
-
-impl Run {
-    /// The kernel's own address of the first frame.
-    pub fn address(self) -> usize {
-        address(self.first)
-    }
 }
 
 fn address(frame: u32) -> usize {
@@ -41,6 +34,12 @@ fn frame_at(address: usize) -> u32 {
     ((address - MEMORY as usize) / PAGE) as u32
 }
 
+/// Frames of a *group*, which lies aligned. One that is free as a whole is as good as the memory between heap and
+/// frames: the heap can have it.
+const GROUP: u32 = 256;
+/// Words of a bitmap for a group.
+const GROUP_WORDS: usize = GROUP as usize / 64;
+
 /// The table and the bitmaps, by address: the host reads the table at the door.
 struct Pool {
     table: *mut u64,
@@ -50,6 +49,8 @@ struct Pool {
     frames: u32,
     /// Bits set in `free`.
     freed: usize,
+    /// Groups that are free as a whole.
+    whole: usize,
     /// No bit of `free` is set in words above.
     highest: usize,
 }
@@ -68,7 +69,7 @@ pub(super) fn start(start: usize, end: usize) -> usize {
     let free = unsafe { core::slice::from_raw_parts_mut(free as *mut u64, words) };
     // SAFETY: as above.
     let given_bits = unsafe { core::slice::from_raw_parts_mut(given as *mut u64, words) };
-    POOL.set(Pool { table, free, given: given_bits, frames, freed: 0, highest: 0 });
+    POOL.set(Pool { table, free, given: given_bits, frames, freed: 0, whole: 0, highest: 0 });
     arch::set_frame_table(start);
     arch::set_first_frame(frames);
     (given + words * size_of::<u64>()).next_multiple_of(PAGE)
@@ -77,6 +78,22 @@ pub(super) fn start(start: usize, end: usize) -> usize {
 /// Frames that were given back.
 pub(super) fn given_back() -> usize {
     POOL.get().freed
+}
+
+/// Those of them that make up whole groups.
+pub(super) fn in_groups() -> usize {
+    POOL.get().in_groups()
+}
+
+/// Takes groups for the heap, `bytes` at the least in a row: their first address, and how many bytes they are.
+pub(super) fn claim(bytes: usize) -> Option<(usize, usize)> {
+    let run = POOL.get().claim(bytes.div_ceil(GROUP as usize * PAGE))?;
+    Some((address(run.first), run.count as usize * PAGE))
+}
+
+/// Takes back from the heap what [`claim`] gave.
+pub(super) fn give_back_claim(at: usize, bytes: usize) {
+    POOL.get().give_back(Run { first: frame_at(at), count: (bytes / PAGE) as u32 });
 }
 
 impl Pool {
@@ -88,15 +105,21 @@ impl Pool {
 
     /// At most `most` frames in a row: those given back first, since they are in use anyway.
     fn take(&mut self, most: u32) -> Option<Run> {
-        if self.freed > 0 {
-            return self.take_freed(most);
+        if self.freed > self.in_groups() {
+            return self.take_freed(most, false);
         }
-        let low = FRAMES_START.load(Ordering::Relaxed);
-        let room = super::heap_free_bytes().saturating_sub(heap::RESERVE).min(super::gap()) / PAGE;
+        // What is left is the heap's too, which keeps its reserve.
+        let common = super::gap() + self.in_groups() * PAGE;
+        let room = (heap::unused_bytes() + common).saturating_sub(heap::RESERVE).min(common) / PAGE;
         let count = most.min(u32::try_from(room).unwrap_or(u32::MAX));
         if count == 0 {
             return None;
         }
+        if self.whole > 0 {
+            return self.take_freed(count, true);
+        }
+        let low = FRAMES_START.load(Ordering::Relaxed);
+        let count = count.min((super::gap() / PAGE) as u32);
         let start = low - count as usize * PAGE;
         FRAMES_START.store(start, Ordering::Relaxed);
         let run = Run { first: frame_at(start), count };
@@ -104,25 +127,68 @@ impl Pool {
         Some(run)
     }
 
-    fn take_freed(&mut self, most: u32) -> Option<Run> {
-        let word = (0..=self.highest).rev().find(|&word| self.free[word] != 0)?;
-        self.highest = word;
+    /// At most `most` frames in a row that were given back: of whole groups, or beside those.
+    fn take_freed(&mut self, most: u32, of_groups: bool) -> Option<Run> {
+        while self.highest > 0 && self.free[self.highest] == 0 {
+            self.highest -= 1;
+        }
+        let fits = |word: usize| self.free[word] != 0 && (of_groups || !self.is_whole(word / GROUP_WORDS));
+        let word = (0..=self.highest).rev().find(|&word| fits(word))?;
         // Downwards from the highest free frame, for as long as the row goes on.
         let last = word as u32 * 64 + self.free[word].ilog2();
         let mut first = last;
         self.clear_free(last);
         while last - first + 1 < most && first > 0 && self.is_free(first - 1) {
+            if !of_groups && self.is_whole(((first - 1) / GROUP) as usize) {
+                break;
+            }
             first -= 1;
             self.clear_free(first);
         }
         Some(Run { first, count: last - first + 1 })
     }
 
+    fn in_groups(&self) -> usize {
+        self.whole * GROUP as usize
+    }
+
+    /// Whether all frames of a group are free.
+    fn is_whole(&self, group: usize) -> bool {
+        let words = self.free.get(group * GROUP_WORDS..(group + 1) * GROUP_WORDS);
+        words.is_some_and(|words| words.iter().all(|&word| word == u64::MAX))
+    }
+
+    /// Takes the lowest `groups` whole groups that lie in a row: frames are given from above.
+    fn claim(&mut self, groups: usize) -> Option<Run> {
+        if self.whole < groups || groups == 0 {
+            return None;
+        }
+        let mut row = 0;
+        let last = (0..self.free.len() / GROUP_WORDS).find(|&group| {
+            row = if self.is_whole(group) { row + 1 } else { 0 };
+            row == groups
+        })?;
+        let first = (last + 1 - groups) as u32 * GROUP;
+        let run = Run { first, count: groups as u32 * GROUP };
+        for frame in run.first..run.first + run.count {
+            self.clear_free(frame);
+        }
+        Some(run)
+    }
+
     fn is_free(&self, frame: u32) -> bool {
         self.free[frame as usize / 64] & 1 << (frame % 64) != 0
     }
 
+    fn set_free(&mut self, frame: u32) {
+        debug_assert!(!self.is_free(frame));
+        self.free[frame as usize / 64] |= 1 << (frame % 64);
+        self.freed += 1;
+        self.whole += usize::from(self.is_whole((frame / GROUP) as usize));
+    }
+
     fn clear_free(&mut self, frame: u32) {
+        self.whole -= usize::from(self.is_whole((frame / GROUP) as usize));
         self.free[frame as usize / 64] &= !(1 << (frame % 64));
         self.freed -= 1;
     }
@@ -137,10 +203,8 @@ impl Pool {
 
     fn give_back(&mut self, run: Run) {
         for frame in run.first..run.first + run.count {
-            debug_assert!(!self.is_free(frame));
-            self.free[frame as usize / 64] |= 1 << (frame % 64);
+            self.set_free(frame);
         }
-        self.freed += run.count as usize;
         self.highest = self.highest.max((run.first + run.count - 1) as usize / 64);
         // What is free at the low end is anybody's again, the heap's too.
         let mut low = frame_at(FRAMES_START.load(Ordering::Relaxed));

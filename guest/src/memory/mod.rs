@@ -6,6 +6,8 @@
 //! ```
 //!
 //! The heap grows upwards and frames are given from the top downwards, so either gets what the other does not need.
+//! Where frames that are in use lie between, the heap takes a whole megabyte of free ones as it is, and gives it back
+//! once it is empty.
 //! A frame is one page of memory; the kernel reaches each at its own address, and a process through a [`Window`]
 //! that it is mapped in.
 
@@ -15,7 +17,7 @@ mod windows;
 use core::sync::atomic::{AtomicUsize, Ordering};
 
 pub use frames::{Frames, OutOfMemory};
-pub use windows::{Access, Kind, Window};
+pub use windows::{Access, Kind, Window, drop_spare};
 
 use crate::heap;
 
@@ -66,6 +68,17 @@ pub fn cut_heap(end: usize) {
     HEAP_END.fetch_min(end, Ordering::Relaxed);
 }
 
+/// Takes memory for the heap from among the frames, `bytes` at the least in a row: its first address, and how much it
+/// is.
+pub fn claim(bytes: usize) -> Option<(usize, usize)> {
+    frames::claim(bytes)
+}
+
+/// Takes back from the heap what [`claim`] gave.
+pub fn give_back_claim(at: usize, bytes: usize) {
+    frames::give_back_claim(at, bytes);
+}
+
 /// Bytes that nobody uses, wherever they are.
 pub fn free_bytes() -> usize {
     heap::unused_bytes() + gap() + (frames::given_back() + windows::spare_pages()) * PAGE
@@ -79,7 +92,18 @@ pub fn total_bytes() -> usize {
 
 /// Bytes that the kernel's heap can still get.
 pub fn heap_free_bytes() -> usize {
-    heap::unused_bytes() + gap()
+    heap::unused_bytes() + gap() + frames::in_groups() * PAGE
+}
+
+/// Whether the kernel's heap has `bytes` for what a process makes it keep. The rest is for whoever else needs some:
+/// a heap without any is the machine's end.
+pub fn kernel_room(bytes: usize) -> bool {
+    heap_free_bytes() >= bytes.saturating_add(heap::RESERVE / 2)
+}
+
+/// Whether the kernel's heap has less than what is kept for it.
+pub fn is_short() -> bool {
+    heap_free_bytes() < heap::RESERVE
 }
 
 /// Frames that can be had: all but what is kept for the kernel's heap.
@@ -89,5 +113,7 @@ pub fn free_frames() -> usize {
 
 /// Frames that can be had without taking any from who might do without.
 fn frames_at_hand() -> usize {
-    frames::given_back() + heap_free_bytes().saturating_sub(heap::RESERVE).min(gap()) / PAGE
+    let groups = frames::in_groups();
+    let common = gap() + groups * PAGE;
+    frames::given_back() - groups + heap_free_bytes().saturating_sub(heap::RESERVE).min(common) / PAGE
 }

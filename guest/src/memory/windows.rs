@@ -2,7 +2,8 @@
 //!
 //! The host keeps the page tables and only ever adds to them: so a window that had anything mapped is *retired* when
 //! it is given up, its frames are free at once, and it is used again after the tables were built anew, which happens
-//! when windows or tables run out, or while little is mapped: the guest pays for it by touching all pages anew.
+//! when windows or tables run out, or while little is mapped: the guest pays for it by touching all pages anew. The
+//! frames of code are free only then: what is executable anywhere is not given to be written.
 //! Stacks are all alike, so some are kept with their pages mapped for the next who wants one.
 
 use alloc::vec::Vec;
@@ -56,8 +57,6 @@ impl Kind {
 /// What process code may do with a page.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Access {
-    /// Read.
-    Read,
     /// Read and write.
     ReadWrite,
     /// Read and execute; in code windows alone.
@@ -68,15 +67,14 @@ impl Access {
     const fn flags(self) -> u64 {
         frame::PRESENT
             | match self {
-                Self::Read => 0,
                 Self::ReadWrite => frame::WRITABLE,
                 Self::ReadExecute => frame::EXECUTABLE,
             }
     }
 }
 
-/// Retired windows from which on the tables are built anew when few pages are mapped, and how many these are: pages
-/// touched anew take some 4 µs each, and nothing is to wait longer than a millisecond or two.
+/// Retired windows from which on the tables are built anew when few pages are mapped, and how many these are: each takes
+/// some 4 µs to be touched anew, as whatever else the machine touches then, since its host forgets the kernel's pages too.
 const MANY_RETIRED: usize = 256;
 const FEW_PAGES: usize = 512;
 /// Stacks kept.
@@ -101,6 +99,8 @@ struct Windows {
     pages: usize,
     /// Stacks with their pages mapped that nobody uses.
     spare: Vec<Window>,
+    /// Frames of code that was given up.
+    code: Vec<Frames>,
 }
 
 static WINDOWS: Local<Windows> = Local::new();
@@ -109,15 +109,21 @@ pub(super) fn start() {
     WINDOWS.set(Windows::default());
 }
 
-/// Frees the frames of spare stacks.
-pub(super) fn drop_spare() {
+/// Frees the frames of spare stacks and of code that was given up.
+pub fn drop_spare() {
     let spare = core::mem::take(&mut WINDOWS.get().spare);
     spare.into_iter().for_each(Window::retire);
+    let holds_code = !WINDOWS.get().code.is_empty();
+    if holds_code {
+        rebuild();
+    }
 }
 
-/// Pages of spare stacks.
+/// Pages of spare stacks and of code that was given up.
 pub(super) fn spare_pages() -> usize {
-    WINDOWS.get().spare.iter().map(|window| window.pages).sum()
+    let windows = WINDOWS.get();
+    let stacks: usize = windows.spare.iter().map(|window| window.pages).sum();
+    stacks + windows.code.iter().map(Frames::count).sum::<usize>()
 }
 
 impl Region {
@@ -132,36 +138,59 @@ impl Region {
     }
 }
 
-/// Has the host build the tables anew, without what was given up.
-fn rebuild() -> bool {
-    let done = arch::rebuild();
-    for region in &mut WINDOWS.get().regions {
-        let retired = core::mem::take(&mut region.retired);
-        region.clean.extend(retired);
-    }
-    done
+/// Has the host build the tables anew, without what was given up. What is mapped then was before, so there are tables
+/// for it.
+fn rebuild() {
+    assert!(arch::rebuild(), "the host has lost page tables");
+    let code = {
+        let mut windows = WINDOWS.get();
+        for region in &mut windows.regions {
+            let retired = core::mem::take(&mut region.retired);
+            region.clean.extend(retired);
+        }
+        core::mem::take(&mut windows.code)
+    };
+    drop(code);
 }
 
-/// Asks the host to map frames as the frame table says.
-fn request(runs: &[Run]) -> bool {
-    let mut ranges = [MapRange::default(); MAP_RANGES];
-    let (mut count, mut frames) = (0, 0);
+/// Has the host map frames from `address` on; false when it has no page for another table. A piece is named before it
+/// is noted in the frame table: a host to which the machine moves in between may have no tables for it either, and
+/// knows what to leave out.
+fn request(runs: &[Run], address: u64, flags: u64) -> bool {
+    let mut pieces = [Run::default(); MAP_RANGES];
+    let (mut count, mut frames, mut at) = (0, 0, address);
+    let mut ask = |pieces: &[Run]| {
+        let mut ranges = [MapRange::default(); MAP_RANGES];
+        for (range, piece) in ranges.iter_mut().zip(pieces) {
+            *range = MapRange { first: piece.first, count: piece.count };
+        }
+        arch::set_map(&ranges, pieces.len());
+        for &piece in pieces {
+            frames::note_mapped(piece, at, flags);
+            at += u64::from(piece.count) * PAGE as u64;
+        }
+        arch::map()
+    };
     for run in runs {
         let mut left = *run;
         while left.count > 0 {
             let take = left.count.min((MAP_FRAMES - frames) as u32);
-            ranges[count] = MapRange { first: left.first, count: take };
+            pieces[count] = Run { first: left.first, count: take };
             (count, frames) = (count + 1, frames + u64::from(take));
             left = Run { first: left.first + take, count: left.count - take };
             if count == MAP_RANGES || frames == MAP_FRAMES {
-                if !arch::map(&ranges, count) {
+                if !ask(&pieces[..count]) {
                     return false;
                 }
                 (count, frames) = (0, 0);
             }
         }
     }
-    count == 0 || arch::map(&ranges, count)
+    count == 0 || ask(&pieces[..count])
+}
+
+fn unnote(frames: &Frames) {
+    frames.runs().iter().copied().for_each(frames::note_unmapped);
 }
 
 /// Pages of a window that are mapped, in the order of their frames' runs.
@@ -236,6 +265,23 @@ impl Window {
     /// # Panics
     /// When the pages lie outside the window, or one is mapped already, or executable where none may be.
     pub fn map(&mut self, first_page: usize, pages: usize, access: Access) -> Result<(), OutOfMemory> {
+        self.map_frames(first_page, Frames::take(pages)?, access)
+    }
+
+    /// Maps `frames` from page `first_page` on.
+    ///
+    /// # Errors
+    /// [`OutOfMemory`] when the host has no page for another table; nothing is mapped then.
+    ///
+    /// # Panics
+    /// As [`Window::map`].
+    pub fn map_frames(
+        &mut self,
+        first_page: usize,
+        frames: Frames,
+        access: Access,
+    ) -> Result<(), OutOfMemory> {
+        let pages = frames.count();
         let end = first_page.checked_add(pages).filter(|end| *end <= self.bytes() / PAGE);
         assert!(end.is_some(), "{pages} pages at {first_page} lie outside a window");
         assert!(access != Access::ReadExecute || self.kind == Kind::Code, "executable outside code");
@@ -246,23 +292,38 @@ impl Window {
         if pages == 0 {
             return Ok(());
         }
-        let frames = Frames::take(pages)?;
-        let mut address = (self.base() + first_page * PAGE) as u64;
-        for &run in frames.runs() {
-            frames::note_mapped(run, address, access.flags());
-            address += u64::from(run.count) * PAGE as u64;
-        }
-        // Without a page for another table: those of retired windows come free when all are built anew, with the
-        // frames that were just noted.
-        if !request(frames.runs()) && !rebuild() {
-            frames.runs().iter().copied().for_each(frames::note_unmapped);
+        let address = (self.base() + first_page * PAGE) as u64;
+        if !request(frames.runs(), address, access.flags()) {
+            // Those of retired windows come free when all are built anew: without what found no table, lest the host
+            // leave something else out.
+            unnote(&frames);
             rebuild();
-            return Err(OutOfMemory);
+            if !request(frames.runs(), address, access.flags()) {
+                unnote(&frames);
+                rebuild();
+                return Err(OutOfMemory);
+            }
         }
         self.parts.push(Part { first_page, frames });
         self.pages += pages;
         WINDOWS.get().pages += pages;
         Ok(())
+    }
+
+    /// Takes away what was mapped from page `first_page` on, which is the first of what one call has mapped. All
+    /// windows' pages are touched anew after that.
+    pub fn cut(&mut self, first_page: usize) {
+        let parts = core::mem::take(&mut self.parts).into_iter();
+        let (gone, kept): (Vec<Part>, Vec<Part>) = parts.partition(|part| part.first_page >= first_page);
+        self.parts = kept;
+        let pages: usize = gone.iter().map(|part| part.frames.count()).sum();
+        if pages == 0 {
+            return;
+        }
+        gone.iter().for_each(|part| unnote(&part.frames));
+        self.pages -= pages;
+        WINDOWS.get().pages -= pages;
+        rebuild();
     }
 
     /// Fills mapped pages from byte `offset` on, through the kernel's own view of their frames: so executable ones
@@ -298,9 +359,7 @@ impl Window {
 
     fn give_up(&mut self) {
         let parts = core::mem::take(&mut self.parts);
-        for part in &parts {
-            part.frames.runs().iter().copied().for_each(frames::note_unmapped);
-        }
+        parts.iter().for_each(|part| unnote(&part.frames));
         let mut windows = WINDOWS.get();
         windows.pages -= self.pages;
         let region = &mut windows.regions[self.kind as usize];
@@ -311,6 +370,12 @@ impl Window {
         }
         let retired: usize = windows.regions.iter().map(|region| region.retired.len()).sum();
         let due = retired >= MANY_RETIRED && windows.pages <= FEW_PAGES;
+        let parts = if self.kind == Kind::Code {
+            windows.code.extend(parts.into_iter().map(|part| part.frames));
+            Vec::new()
+        } else {
+            parts
+        };
         drop(windows);
         drop(parts);
         if due {

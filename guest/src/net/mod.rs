@@ -3,6 +3,7 @@
 //! The whole stack lives in guest memory, so its connections move with it. After a move the host has
 //! nothing to tell but that there was one ([`resume`]).
 
+mod gateway;
 mod resume;
 pub mod socket;
 mod table;
@@ -43,6 +44,7 @@ fn interface(device: &mut Port, config: &Config, now: Duration) -> Interface {
     let mut settings = smoltcp::iface::Config::new(HardwareAddress::Ethernet(EthernetAddress(GUEST_MAC)));
     settings.random_seed = crate::random::number();
     device.net.set_mtu(usize::from(config.mtu));
+    device.introduce(config.ipv4().is_some());
     let mut interface = Interface::new(settings, device, instant(now));
     interface.update_ip_addrs(|addresses| {
         let own = IpCidr::new(Ipv6Address::from(config.address).into(), 128);
@@ -76,6 +78,15 @@ pub fn is_own(address: IpAddress) -> bool {
     prefix(u128::from(address)) == prefix(u128::from_be_bytes(config.address))
         || address.octets() == GUEST_LINK_LOCAL
         || address.is_loopback()
+}
+
+/// Most bytes of a datagram to an address: it is one packet.
+pub fn largest_datagram(to: IpAddress) -> usize {
+    let header = match to {
+        IpAddress::Ipv6(_) => 40,
+        IpAddress::Ipv4(_) => 20,
+    };
+    STACK.get().device.net.mtu() - header - 8
 }
 
 /// An IPv4 address, if the machine has one itself.

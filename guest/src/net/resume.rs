@@ -15,6 +15,7 @@ use smoltcp::{
     wire::{IpAddress, IpEndpoint},
 };
 
+use super::gateway::Gateway;
 use crate::virtio::net::{Net, Received, Sending};
 
 const ETHERNET: usize = 14;
@@ -50,10 +51,11 @@ impl Header {
     }
 }
 
-/// The network device, with the last header of each connection's peer.
+/// The network device, with the last header of each connection's peer and what the gateway announces.
 pub struct Port {
     /// The device.
     pub net: Net,
+    gateway: Gateway,
     headers: BTreeMap<Name, Header>,
     again: VecDeque<Header>,
 }
@@ -64,8 +66,13 @@ fn word(bytes: &[u8], at: usize) -> u32 {
 
 impl Port {
     /// Wraps the device.
-    pub const fn new(net: Net) -> Self {
-        Self { net, headers: BTreeMap::new(), again: VecDeque::new() }
+    pub fn new(net: Net) -> Self {
+        Self { net, gateway: Gateway::new(false), headers: BTreeMap::new(), again: VecDeque::new() }
+    }
+
+    /// Announces the gateway to a stack that knows nothing yet.
+    pub fn introduce(&mut self, ipv4: bool) {
+        self.gateway = Gateway::new(ipv4);
     }
 
     /// Receives each peer's last acknowledgement three times more.
@@ -191,8 +198,14 @@ impl Device for Port {
     type TxToken<'a> = Sending<'a>;
 
     fn receive(&mut self, now: Instant) -> Option<(Received, Sending<'_>)> {
+        if self.net.has_room()
+            && let Some(frame) = self.gateway.announce(now)
+        {
+            let received = Received::made(frame);
+            return Some((received, self.net.answer()?));
+        }
         if let Some(header) = self.again.front().copied() {
-            let sending = self.net.transmit(now)?;
+            let sending = self.net.answer()?;
             self.again.pop_front();
             return Some((Received::made(header.frame()), sending));
         }

@@ -23,6 +23,7 @@ use super::{
     table::{self, Record},
     tcp::{ConnectError, free_port},
 };
+use crate::vid;
 
 /// Sockets of a process.
 const MAX_OF_PROCESS: usize = 128;
@@ -121,11 +122,14 @@ impl Socket {
     /// # Errors
     /// [`SocketError::TooMany`].
     pub fn open(stream: bool, pid: u32) -> Result<Self, SocketError> {
-        let (own, all) = table::counts(Some(pid));
-        if own >= MAX_OF_PROCESS || all >= MAX_OF_ALL {
-            return Err(SocketError::TooMany);
-        }
+        Self::may_be_another(Some(pid))?;
         Ok(Self::with(State::Fresh, Record::new(stream, Some(pid)), stream))
+    }
+
+    fn may_be_another(pid: Option<u32>) -> Result<(), SocketError> {
+        let (own, all) = table::counts(pid);
+        let fits = own < MAX_OF_PROCESS && all < MAX_OF_ALL && vid::has_room();
+        if fits { Ok(()) } else { Err(SocketError::TooMany) }
     }
 
     fn with(state: State, record: Rc<Record>, stream: bool) -> Self {
@@ -214,10 +218,7 @@ impl Socket {
         let mut state = self.state.borrow_mut();
         let State::Listening(listener) = &mut *state else { return Poll::Ready(Err(SocketError::Invalid)) };
         ready!(listener.poll_waiting(context));
-        let (own, all) = table::counts(self.record.pid());
-        if own >= MAX_OF_PROCESS || all >= MAX_OF_ALL {
-            return Poll::Ready(Err(SocketError::TooMany));
-        }
+        Self::may_be_another(self.record.pid())?;
         let stream = ready!(listener.poll_accept(context));
         let record = stream.record();
         Poll::Ready(Ok(Self::with(State::Connected(stream), record, true)))
@@ -338,6 +339,17 @@ impl Socket {
             }
             State::Bound(socket) => {
                 let to = to.or(self.peer.get()).ok_or(SocketError::NoDestination)?;
+                if to.port == 0 {
+                    return Poll::Ready(Err(SocketError::Invalid));
+                }
+                // The stack takes neither a datagram between two families nor one that is longer than a packet.
+                let bound = socket.local().addr;
+                if bound.is_some_and(|address| address.version() != to.addr.version()) {
+                    return Poll::Ready(Err(SocketError::NotAvailable));
+                }
+                if bytes.len() > super::largest_datagram(to.addr) {
+                    return Poll::Ready(Err(SocketError::TooLong));
+                }
                 let mut meta = UdpMetadata::from(to);
                 // Sent from the address it is bound to, if it is bound to one.
                 meta.local_address = socket.local().addr;

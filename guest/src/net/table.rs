@@ -178,7 +178,8 @@ pub fn entries() -> Vec<Entry> {
     entries
 }
 
-/// Whether a port is used by a socket of that kind, for all addresses or for this one.
+/// Whether a port is used by a socket of that kind, for all addresses or for this one. Connections that were accepted
+/// at a port do not use it: a service that was killed starts again while its clients still close theirs.
 pub fn is_used(stream: bool, wanted: IpListenEndpoint) -> bool {
     let clash = |other: IpListenEndpoint| {
         other.port == wanted.port
@@ -190,7 +191,10 @@ pub fn is_used(stream: bool, wanted: IpListenEndpoint) -> bool {
         .any(|record| record.stream == stream && record.handle.get().is_none() && clash(record.bound.get()));
     by_record
         || STACK.get().sockets.iter().any(|(_, socket)| match socket {
-            Socket::Tcp(socket) if stream => clash(socket.listen_endpoint()),
+            Socket::Tcp(socket) if stream => {
+                matches!(socket.state(), tcp::State::Listen | tcp::State::SynReceived)
+                    && clash(socket.listen_endpoint())
+            }
             Socket::Udp(socket) if !stream => clash(udp::Socket::endpoint(socket)),
             _ => false,
         })

@@ -34,7 +34,7 @@ const CONNECT: Duration = Duration::from_secs(20);
 /// Ports for sockets that ask for none (RFC 6335 §6).
 const EPHEMERAL_FIRST: u16 = 49152;
 const EPHEMERAL_COUNT: u16 = 16384;
-/// Memory a listener leaves to others.
+/// Memory that the kernel's own listeners leave to others. Those of programs leave more, so that a user still gets in.
 const LEFT: usize = 1 << 20;
 
 /// What the connections of a port may hold.
@@ -91,6 +91,14 @@ fn fresh(buffers: Buffers) -> tcp::Socket<'static> {
     socket
 }
 
+/// Whether there is memory for the buffers of a socket of the process, or of the kernel.
+fn has_room(bytes: usize, pid: Option<u32>) -> bool {
+    match pid {
+        Some(_) => memory::kernel_room(bytes),
+        None => memory::heap_free_bytes() >= bytes + LEFT,
+    }
+}
+
 impl Listener {
     /// Listens at a port of all addresses of the image.
     pub fn bind(port: u16, buffers: Buffers) -> Self {
@@ -110,7 +118,7 @@ impl Listener {
     fn fill(&mut self) -> bool {
         let Buffers { receive, send, backlog } = self.buffers;
         while self.waiting.len() < backlog {
-            if memory::heap_free_bytes() < receive + send + LEFT {
+            if !has_room(receive + send, self.record.pid()) {
                 return false;
             }
             let mut socket = fresh(self.buffers);
@@ -129,8 +137,8 @@ impl Listener {
     /// Ready with the next connection.
     pub fn poll_accept(&mut self, context: &mut Context<'_>) -> Poll<Stream> {
         let index = ready!(self.poll_waiting(context));
-        let stream =
-            Stream { handle: self.waiting.remove(index), record: Record::new(true, self.record.pid()) };
+        let record = Record::new(true, self.record.pid());
+        let stream = Stream { handle: self.waiting.remove(index), record, abrupt: false };
         stream.record.open(stream.handle);
         stream.with(|socket| {
             socket.set_timeout(Some(SILENCE));
@@ -167,10 +175,13 @@ impl Listener {
     }
 }
 
-/// One connection. Dropping it closes it in order: what was written still leaves.
+/// One connection. Dropping it closes it in order, and what was written still leaves, unless it is [abrupt].
+///
+/// [abrupt]: Stream::set_abrupt
 pub struct Stream {
     handle: SocketHandle,
     record: Rc<Record>,
+    abrupt: bool,
 }
 
 /// A port of its own for a socket that asked for none.
@@ -217,7 +228,7 @@ impl Stream {
         buffers: Buffers,
         record: Rc<Record>,
     ) -> Result<Self, ConnectError> {
-        if memory::heap_free_bytes() < buffers.receive + buffers.send + LEFT {
+        if !memory::kernel_room(buffers.receive + buffers.send) {
             return Err(ConnectError::NoRoom);
         }
         let port = if local.port == 0 { free_port(true, local.addr)? } else { local.port };
@@ -230,7 +241,12 @@ impl Stream {
             .map_err(|_| ConnectError::Unreachable)?;
         let handle = stack.sockets.add(socket);
         record.open(handle);
-        Ok(Self { handle, record })
+        Ok(Self { handle, record, abrupt: false })
+    }
+
+    /// Whether dropping it resets it: the other end is to stop at once what it does for this one.
+    pub fn set_abrupt(&mut self, abrupt: bool) {
+        self.abrupt = abrupt;
     }
 
     /// Ready once the connection is there, or never will be.
@@ -416,15 +432,19 @@ impl Drop for Stream {
         let handle = self.handle;
         // Listed until it is closed at the other end, too.
         let record = Rc::clone(&self.record);
-        STACK.get().sockets.get_mut::<tcp::Socket>(handle).close();
+        let abrupt = self.abrupt;
+        self.with(|socket| if abrupt { socket.abort() } else { socket.close() });
         // The socket must outlive the closing handshake, but not for ever.
         crate::executor::spawn("close", async move {
             let mut limit = crate::time::sleep(LINGER);
             poll_fn(|context| {
                 let mut stack = STACK.get();
                 let socket = stack.sockets.get_mut::<tcp::Socket>(handle);
-                if matches!(socket.state(), State::Closed | State::TimeWait) {
-                    return Poll::Ready(());
+                // A reset has left once the socket no longer knows the other end.
+                match socket.state() {
+                    State::TimeWait => return Poll::Ready(()),
+                    State::Closed if socket.remote_endpoint().is_none() => return Poll::Ready(()),
+                    _ => {}
                 }
                 // What still arrives has no reader; room for it lets the peer come to its own end.
                 let _ = socket.recv(|bytes| (bytes.len(), ()));

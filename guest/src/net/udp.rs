@@ -17,8 +17,6 @@ use crate::memory;
 
 const PACKETS: usize = 64;
 const BYTES: usize = 128 << 10;
-/// Memory a program's socket leaves to others.
-const LEFT: usize = 1 << 20;
 
 /// A socket bound to a port of all addresses of the image.
 pub struct Socket {
@@ -41,7 +39,7 @@ impl Socket {
 
     /// Binds an address as the socket that `record` lists, if there is memory.
     pub fn open(at: IpListenEndpoint, record: Rc<Record>) -> Option<Self> {
-        (memory::heap_free_bytes() > 2 * BYTES + LEFT).then(|| Self::new(at, record))
+        memory::kernel_room(2 * BYTES).then(|| Self::new(at, record))
     }
 
     /// Binds an address, as the socket that `record` lists.

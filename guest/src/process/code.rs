@@ -10,8 +10,14 @@ use alloc::{
     format,
     rc::Rc,
     string::String,
+    vec::Vec,
 };
-use core::{fmt, ptr::NonNull};
+use core::{
+    fmt,
+    future::poll_fn,
+    ptr::NonNull,
+    task::{Context, Poll, Waker},
+};
 
 use wasmtime::{InstancePre, Module, Store, UnknownImportError};
 
@@ -31,13 +37,15 @@ use crate::{
 
 /// Programs from files that are kept though no process runs them.
 const KEPT: usize = 4;
+/// Files compiled at a time: each takes buffers for its connection, and a host takes four of a machine.
+const AT_A_TIME: usize = 3;
 /// What every module starts with.
 const MAGIC: &[u8; 4] = b"\0asm";
 /// Where a command starts.
 const START: &str = "_start";
-/// Kernel's heap that loading must leave. What the engine keeps of a module is less than its code, as a rule, and
-/// at most about twice that.
-const LEFT: usize = heap::RESERVE / 2;
+/// Kernel's heap that what the engine has made must leave: neither what it keeps of a module nor what an instance takes
+/// of the heap is known before, only that it is less than the code as a rule.
+const LEFT: usize = heap::RESERVE / 4;
 
 /// Why a program cannot be run.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -78,7 +86,7 @@ pub struct Program {
 
 impl Program {
     fn new(code: NonNull<[u8]>, held: Option<Compiled>) -> Result<Self, LoadError> {
-        if memory::heap_free_bytes() < LEFT + code.len() {
+        if !memory::kernel_room(code.len()) {
             return Err(LoadError::NoMemory);
         }
         // SAFETY: the bytes come from the compiler that belongs to this engine, by the image or by the host, and
@@ -93,6 +101,9 @@ impl Program {
             Some(import) => LoadError::Import(format!("`{}` of `{}`", import.name(), import.module())),
             None => LoadError::Code(format!("{error:#}")),
         })?;
+        if memory::heap_free_bytes() < LEFT {
+            return Err(LoadError::NoMemory);
+        }
         Ok(Self { before, _code: held })
     }
 
@@ -108,6 +119,9 @@ impl Program {
     /// A trap, an exit, or why it could not start.
     pub(super) fn call(&self, store: &mut Store<State>) -> Result<(), wasmtime::Error> {
         let instance = self.before.instantiate(&mut *store)?;
+        if memory::heap_free_bytes() < LEFT {
+            return Err(wasmtime::Error::msg("the machine has no memory left for its variables"));
+        }
         let start = instance.get_typed_func::<(), ()>(&mut *store, START)?;
         start.call(store, ())
     }
@@ -127,6 +141,10 @@ struct Cache {
     base: BTreeMap<&'static str, Rc<Program>>,
     /// Programs of files, the last used first.
     files: VecDeque<(Version, Rc<Program>)>,
+    /// Files that are being compiled.
+    compiling: Vec<Version>,
+    /// Who waits for a turn.
+    waiters: Vec<Waker>,
 }
 
 static CACHE: Local<Cache> = Local::new();
@@ -198,6 +216,11 @@ async fn load_file(path: &str) -> Result<Rc<Program>, LoadError> {
     if count < magic.len() || magic != *MAGIC {
         return Err(LoadError::NotAProgram);
     }
+    // Others may want the same file, or have others compiled: one compiles it for all, and not too many compile.
+    let turn = match poll_fn(|context| poll_turn(context, &version)).await {
+        Turned::Compiled(program) => return Ok(program),
+        Turned::Turn(turn) => turn,
+    };
     let compiled = compile_file(&handle, facts.size).await?;
     let code = NonNull::slice_from_raw_parts(
         NonNull::new(compiled.window.base() as *mut u8).ok_or(LoadError::NoMemory)?,
@@ -211,8 +234,43 @@ async fn load_file(path: &str) -> Result<Rc<Program>, LoadError> {
         cache.files.split_off(kept)
     };
     // Outside of the cache's borrow: frees windows.
-    drop(old);
+    drop((old, turn));
     Ok(program)
+}
+
+/// The right to have a file compiled. The next gets it when it is dropped, in whatever way that comes.
+struct Turn(Version);
+
+enum Turned {
+    Turn(Turn),
+    /// It has been compiled meanwhile.
+    Compiled(Rc<Program>),
+}
+
+impl Drop for Turn {
+    fn drop(&mut self) {
+        let waiters = {
+            let mut cache = CACHE.get();
+            cache.compiling.retain(|version| *version != self.0);
+            core::mem::take(&mut cache.waiters)
+        };
+        waiters.into_iter().for_each(Waker::wake);
+    }
+}
+
+fn poll_turn(context: &Context<'_>, version: &Version) -> Poll<Turned> {
+    if let Some(program) = kept(version) {
+        return Poll::Ready(Turned::Compiled(program));
+    }
+    let mut cache = CACHE.get();
+    if cache.compiling.len() < AT_A_TIME && !cache.compiling.contains(version) {
+        cache.compiling.push(version.clone());
+        return Poll::Ready(Turned::Turn(Turn(version.clone())));
+    }
+    if !cache.waiters.iter().any(|waker| waker.will_wake(context.waker())) {
+        cache.waiters.push(context.waker().clone());
+    }
+    Poll::Pending
 }
 
 /// A program that is loaded already; it is the last used one then.
@@ -232,6 +290,12 @@ async fn compile_file(handle: &Handle, size: u64) -> Result<Compiled, LoadError>
 
 /// Frees the code of files that no process runs, so that its memory can be used.
 pub fn forget_unused() {
-    let old = core::mem::take(&mut CACHE.get().files);
+    let old = {
+        let files = &mut CACHE.get().files;
+        let (used, old): (VecDeque<_>, VecDeque<_>) =
+            core::mem::take(files).into_iter().partition(|(_, program)| Rc::strong_count(program) > 1);
+        *files = used;
+        old
+    };
     drop(old);
 }

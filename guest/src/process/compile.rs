@@ -121,6 +121,8 @@ impl From<CompileError> for Failed {
 
 async fn ask(length: u32, read: &impl AsyncFn(u64, &mut [u8]) -> Option<usize>) -> Result<Compiled, Failed> {
     let mut stream = Stream::connect(Ipv6Addr::from(GATEWAY), PORT, BUFFERS).await?;
+    // Who gives up before the reply is there wants nothing compiled any more.
+    stream.set_abrupt(true);
     let engine = kage_engine::ENGINE.as_bytes();
     let mut head = Vec::from(*MAGIC);
     head.extend_from_slice(&PROTOCOL.to_le_bytes());
@@ -148,7 +150,9 @@ async fn ask(length: u32, read: &impl AsyncFn(u64, &mut [u8]) -> Option<usize>) 
         let reason = String::from_utf8_lossy(&reason).trim_end().into();
         return Err(CompileError::Refused(reason).into());
     }
-    receive(&mut stream, length, &mut buffer).await
+    let compiled = receive(&mut stream, length, &mut buffer).await?;
+    stream.set_abrupt(false);
+    Ok(compiled)
 }
 
 async fn receive(stream: &mut Stream, length: usize, buffer: &mut [u8]) -> Result<Compiled, Failed> {

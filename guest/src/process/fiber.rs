@@ -8,7 +8,8 @@
 //!
 //! A fiber that is dropped before it is done is *abandoned*: nothing of its stack is unwound. So a killed fiber is
 //! resumed while it is in the kernel ([`block_on`] then says [`Killed`], and what the kernel's frames hold is dropped
-//! in order), and abandoned only where its process's own code was interrupted, which holds nothing of the kernel's.
+//! in order), and abandoned only where its process's own code was interrupted, which holds nothing of the kernel's: but for a
+//! module's start function, for which the engine holds a list of the imports, some KiB that are lost then.
 //!
 //! What must not be held when a fiber switches: a borrow of a [`Local`], or a lock of the engine.
 #![expect(unsafe_code, reason = "switches stacks")]

@@ -1,29 +1,31 @@
 //! What a process may use, and where its memory comes from.
 //!
-//! A linear memory is a window: growing one maps frames in it, piece by piece, and lets others run in between. A
+//! A linear memory is a window: growing one takes frames, piece by piece, and lets others run in between; they are
+//! mapped once all of them are there, since what is mapped can be reached whatever the memory's size is said to be. A
 //! program that asks for more than its limit, or than there is, is told so as the specification says (`memory.grow`
 //! gives −1); what it then dies of is told together with the limit.
 #![expect(unsafe_code, reason = "promises the engine what windows are")]
 
-use alloc::{boxed::Box, string::String, sync::Arc};
+use alloc::{boxed::Box, string::String, sync::Arc, vec::Vec};
 use core::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use wasmtime::{Error, LinearMemory, MemoryCreator, MemoryType, ResourceLimiter};
 
 use super::fiber;
 use crate::{
-    executor, heap,
-    memory::{self, Access, Kind, OutOfMemory, PAGE, Window},
+    executor,
+    memory::{self, Access, Frames, Kind, OutOfMemory, PAGE, Window},
 };
 
-/// Pages mapped in one go.
+/// Pages taken in one go.
 const PIECE: usize = 128;
-/// Zeroing and mapping a page, in estimated nanoseconds.
-const PAGE_COST: u64 = 400;
+/// Zeroing a page, and mapping it, in estimated nanoseconds.
+const TAKE_COST: u64 = 300;
+const MAP_COST: u64 = 100;
+/// Asking for memory, in estimated nanoseconds.
+const GROW_COST: u64 = 250;
 /// Elements of all tables of a process, a word each in the kernel's heap.
 const TABLE_ELEMENTS: usize = 256 << 10;
-/// Kernel's heap that tables leave.
-const LEFT: usize = heap::RESERVE / 2;
 /// Tables of a process.
 const TABLES: usize = 16;
 
@@ -45,6 +47,11 @@ impl Usage {
         self.bytes.fetch_add(bytes, Ordering::Relaxed);
     }
 
+    /// Accounts for `bytes` less.
+    pub fn subtract(&self, bytes: usize) {
+        self.bytes.fetch_sub(bytes, Ordering::Relaxed);
+    }
+
     /// Whether it asked for more than it may have.
     pub fn was_refused(&self) -> bool {
         self.refused.load(Ordering::Relaxed)
@@ -57,12 +64,14 @@ pub struct Limits {
     /// Bytes it may use in all.
     memory: usize,
     elements: usize,
+    /// Bytes that a growth has been promised and may not get.
+    pending: usize,
 }
 
 impl Limits {
     /// At most `memory` bytes, accounted for in `usage`.
     pub fn new(usage: Arc<Usage>, memory: usize) -> Self {
-        Self { usage, memory, elements: 0 }
+        Self { usage, memory, elements: 0, pending: 0 }
     }
 
     fn take(&self, bytes: usize) -> bool {
@@ -78,23 +87,40 @@ impl Limits {
 
 impl ResourceLimiter for Limits {
     fn memory_growing(&mut self, current: usize, desired: usize, _: Option<usize>) -> Result<bool, Error> {
-        Ok(self.take(desired.saturating_sub(current)))
+        // A program that does nothing but ask is to let others run, too.
+        if executor::charge(GROW_COST) {
+            fiber::block_on(executor::yield_now())?;
+        }
+        let more = desired.saturating_sub(current);
+        let fits = self.take(more);
+        self.pending = if fits { more } else { 0 };
+        Ok(fits)
     }
 
     fn memory_grow_failed(&mut self, _: Error) -> Result<(), Error> {
         self.usage.refused.store(true, Ordering::Relaxed);
+        self.usage.subtract(core::mem::take(&mut self.pending));
         Ok(())
     }
 
     fn table_growing(&mut self, current: usize, desired: usize, _: Option<usize>) -> Result<bool, Error> {
         let more = desired.saturating_sub(current);
         let fits = self.elements.checked_add(more).is_some_and(|total| total <= TABLE_ELEMENTS)
-            && memory::heap_free_bytes() >= LEFT + more.saturating_mul(size_of::<usize>()) * 2
+            && memory::kernel_room(more.saturating_mul(2 * size_of::<usize>()))
             && self.take(more.saturating_mul(size_of::<usize>()));
+        self.pending = 0;
         if fits {
             self.elements += more;
+            self.pending = more;
         }
         Ok(fits)
+    }
+
+    fn table_grow_failed(&mut self, _: Error) -> Result<(), Error> {
+        let elements = core::mem::take(&mut self.pending);
+        self.elements -= elements;
+        self.usage.subtract(elements * size_of::<usize>());
+        Ok(())
     }
 
     fn instances(&self) -> usize {
@@ -134,6 +160,14 @@ unsafe impl MemoryCreator for Memories {
     }
 }
 
+/// Accounts for work, and lets others run when it was enough; a process that is to end gets no more.
+fn pause(cost: u64) -> Result<(), OutOfMemory> {
+    if executor::charge(cost) {
+        fiber::block_on(executor::yield_now()).map_err(|fiber::Killed| OutOfMemory)?;
+    }
+    Ok(())
+}
+
 struct Memory {
     window: Window,
     bytes: usize,
@@ -141,21 +175,28 @@ struct Memory {
 
 impl Memory {
     fn extend(&mut self, bytes: usize) -> Result<(), OutOfMemory> {
-        let pages = bytes.div_ceil(PAGE);
-        // What is mapped stays so if there is not enough for all of it: the next attempt goes on from there.
-        while self.window.mapped_pages() < pages {
-            let first = self.window.mapped_pages();
-            let piece = PIECE.min(pages - first);
-            if memory::free_frames() < pages - first {
+        let (before, pages) = (self.window.mapped_pages(), bytes.div_ceil(PAGE));
+        let mut taken = Vec::new();
+        let mut left = pages.saturating_sub(before);
+        while left > 0 {
+            if memory::free_frames() < left {
                 return Err(OutOfMemory);
             }
-            self.window.map(first, piece, Access::ReadWrite)?;
-            if executor::charge(piece as u64 * PAGE_COST) {
-                fiber::block_on(executor::yield_now()).map_err(|fiber::Killed| OutOfMemory)?;
-            }
+            let piece = PIECE.min(left);
+            taken.push(Frames::take(piece)?);
+            left -= piece;
+            pause(piece as u64 * TAKE_COST)?;
         }
-        self.bytes = bytes;
-        Ok(())
+        let mapped = taken.into_iter().try_for_each(|frames| {
+            let count = frames.count() as u64;
+            self.window.map_frames(self.window.mapped_pages(), frames, Access::ReadWrite)?;
+            pause(count * MAP_COST)
+        });
+        match mapped {
+            Ok(()) => self.bytes = bytes,
+            Err(OutOfMemory) => self.window.cut(before),
+        }
+        mapped
     }
 }
 

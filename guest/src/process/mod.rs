@@ -166,6 +166,8 @@ pub enum SpawnError {
     TooMany,
     /// Not enough memory for a stack.
     NoMemory,
+    /// The host has given no identities for it yet.
+    NoIdentity,
 }
 
 impl fmt::Display for SpawnError {
@@ -175,6 +177,7 @@ impl fmt::Display for SpawnError {
                 write!(formatter, "{} processes run, and no more may", table::most())
             }
             Self::NoMemory => formatter.write_str("not enough memory for another process"),
+            Self::NoIdentity => formatter.write_str("no identity is left for it; try again later"),
         }
     }
 }
@@ -184,7 +187,6 @@ pub struct Process {
     pid: u32,
     vid: Vid,
     arguments: Vec<String>,
-    started: Duration,
     usage: Arc<Usage>,
     /// Door time it has run.
     time: Cell<Duration>,
@@ -217,11 +219,6 @@ impl Process {
     /// Name and arguments in a line.
     pub fn command(&self) -> String {
         self.arguments.join(" ").chars().map(|c| if c.is_control() { ' ' } else { c }).collect()
-    }
-
-    /// When it was started, guest time.
-    pub fn started(&self) -> Duration {
-        self.started
     }
 
     /// How long it has run.

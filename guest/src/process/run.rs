@@ -19,13 +19,13 @@ use super::{
     fiber::{self, Pause},
     table, wasi,
 };
-use crate::{executor, heap, memory, shell::stdio::Output, time, vid};
+use crate::{executor, memory, shell::stdio::Output, vid};
 
 /// Memory that a new process leaves to others: connections, files, the shell that ends it.
 const LEFT_PAGES: usize = (1 << 20) / memory::PAGE;
 
-/// Kernel's heap that it leaves.
-const LEFT_HEAP: usize = heap::RESERVE / 2;
+/// Kernel's heap that one takes before its program has opened anything.
+const KERNEL_BYTES: usize = 32 << 10;
 
 /// What task and fiber share. The task owns it, and the fiber's code only ever runs while the task resumes it.
 struct Job {
@@ -103,8 +103,11 @@ pub fn spawn(program: Rc<Program>, spec: Spec) -> Result<Rc<Process>, SpawnError
     if memory::free_frames() < wanted {
         code::forget_unused();
     }
-    if memory::free_frames() < wanted || memory::heap_free_bytes() < LEFT_HEAP {
+    if memory::free_frames() < wanted || !memory::kernel_room(KERNEL_BYTES) {
         return Err(SpawnError::NoMemory);
+    }
+    if !vid::has_room() {
+        return Err(SpawnError::NoIdentity);
     }
     let pid = table::next_pid()?;
     let usage = Arc::new(Usage::default());
@@ -114,7 +117,6 @@ pub fn spawn(program: Rc<Program>, spec: Spec) -> Result<Rc<Process>, SpawnError
         pid,
         vid: vid::next(vid::Kind::Process),
         arguments: spec.arguments,
-        started: time::now(),
         usage: Arc::clone(&usage),
         time: Cell::default(),
         allowed: spec.allowed,
@@ -156,7 +158,10 @@ fn turn(process: &Rc<Process>, running: &mut Running, context: &mut Context<'_>)
     *process.waker.borrow_mut() = Some(context.waker().clone());
     table::note_run(process);
     process.waiting.set(false);
-    match running.fiber.resume(context) {
+    let before = executor::cost();
+    let pause = running.fiber.resume(context);
+    table::note_ran(executor::cost().saturating_sub(before), pause == Pause::Preempted);
+    match pause {
         Pause::Blocked => {
             process.waiting.set(true);
             Poll::Pending

@@ -8,14 +8,25 @@ use crate::{arch, local::Local};
 
 /// Processes that may run at a time, unless the image says otherwise.
 const MOST: usize = 256;
+/// What a turn of a process takes at the least: two switches.
+const LEAST: Duration = Duration::from_micros(1);
 
 struct Table {
     processes: BTreeMap<u32, Rc<Process>>,
     next: u32,
     most: usize,
     memory: usize,
-    /// Those that ran since the last door.
-    ran: Vec<Rc<Process>>,
+    /// Those that ran since the last door, the last one last.
+    ran: Vec<Ran>,
+}
+
+/// What a process did between two doors.
+struct Ran {
+    process: Rc<Process>,
+    /// Estimate for its calls.
+    cost: Duration,
+    /// It was interrupted: whatever time is not accounted for is its own.
+    preempted: bool,
 }
 
 static TABLE: Local<Table> = Local::new();
@@ -84,17 +95,31 @@ pub fn is_empty() -> bool {
 
 /// Notes that a process runs between this door and the next.
 pub(super) fn note_run(process: &Rc<Process>) {
-    let mut table = TABLE.get();
-    if !table.ran.iter().any(|noted| Rc::ptr_eq(noted, process)) {
-        table.ran.push(Rc::clone(process));
+    let ran = Ran { process: Rc::clone(process), cost: LEAST, preempted: false };
+    TABLE.get().ran.push(ran);
+}
+
+/// Notes what the one that ran last has made of it.
+pub(super) fn note_ran(cost: Duration, preempted: bool) {
+    if let Some(ran) = TABLE.get().ran.last_mut() {
+        ran.cost += cost;
+        ran.preempted = preempted;
     }
 }
 
-/// Accounts for the time between two doors: those that ran in it share it.
+/// Accounts for the time between two doors. One that was interrupted has had all but what the others' calls cost; if
+/// none was, they share it.
 pub fn account(span: Duration) {
     let ran = core::mem::take(&mut TABLE.get().ran);
     let Ok(count @ 1..) = u32::try_from(ran.len()) else { return };
-    for process in ran {
-        process.add_time(span / count);
+    let preempted = ran.iter().any(|ran| ran.preempted);
+    let mut left = span;
+    for ran in ran.iter().filter(|ran| !ran.preempted) {
+        let own = if preempted { ran.cost.min(left) } else { span / count };
+        left = left.saturating_sub(own);
+        ran.process.add_time(own);
+    }
+    if let Some(last) = ran.iter().rfind(|ran| ran.preempted) {
+        last.process.add_time(left);
     }
 }

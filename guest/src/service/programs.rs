@@ -31,6 +31,13 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(30);
 const SETTLED: Duration = Duration::from_secs(10);
 /// Longest line logged.
 const LINE: usize = 240;
+/// Bytes taken in one go, and what a line costs in estimated nanoseconds, logged or not.
+const PIECE: usize = 1 << 10;
+const LOG_COST: u64 = 1_000;
+const SKIP_COST: u64 = 50;
+/// Lines of a service that are logged in a second, and at once: the log has room for a few hundred, of all.
+const LINES: u32 = 50;
+const LINES_AT_ONCE: u32 = 200;
 
 /// Starts the image's services, and sets its limits.
 pub fn start(user: &str) {
@@ -96,29 +103,74 @@ async fn run(service: Start, home: &str) -> Result<Exit, String> {
     Ok(process.wait().await)
 }
 
+/// What of a service's output is logged.
+struct Voice<'a> {
+    name: &'a str,
+    /// Lines that may follow at once, and since when.
+    lines: u32,
+    since: Duration,
+    left_out: u64,
+}
+
+impl<'a> Voice<'a> {
+    fn new(name: &'a str) -> Self {
+        Self { name, lines: LINES_AT_ONCE, since: time::now(), left_out: 0 }
+    }
+
+    /// Logs a line, or counts it.
+    async fn say(&mut self, line: &[u8]) {
+        let now = time::now();
+        let more = now.saturating_sub(self.since).as_millis() * u128::from(LINES) / 1000;
+        if more > 0 {
+            self.lines =
+                u32::try_from(more).unwrap_or(u32::MAX).saturating_add(self.lines).min(LINES_AT_ONCE);
+            self.since = now;
+        }
+        if self.lines == 0 {
+            self.left_out += 1;
+            executor::work(SKIP_COST).await;
+            return;
+        }
+        self.lines -= 1;
+        self.tell_left_out();
+        say(self.name, line);
+        executor::work(LOG_COST).await;
+    }
+
+    fn tell_left_out(&mut self) {
+        let count = core::mem::take(&mut self.left_out);
+        if count > 0 {
+            log!("{}: ({count} lines left out)", self.name);
+        }
+    }
+}
+
 /// Logs what is written, line by line.
 async fn tell(name: &str, written: &pipe::Reader) {
+    let mut voice = Voice::new(name);
     let mut line = Vec::new();
     loop {
         let more = poll_fn(|context| {
             written.poll_take(context, |bytes| {
-                line.extend_from_slice(bytes);
-                (bytes.len(), ())
+                let piece = bytes.get(..PIECE).unwrap_or(bytes);
+                line.extend_from_slice(piece);
+                (piece.len(), ())
             })
         })
         .await;
         let mut rest = line.as_slice();
         while let Some(end) = rest.iter().position(|byte| *byte == b'\n') {
             let (one, after) = rest.split_at(end);
-            say(name, one);
+            voice.say(one).await;
             rest = after.get(1..).unwrap_or_default();
         }
         while rest.len() > LINE || more.is_none() && !rest.is_empty() {
             let (one, after) = rest.split_at(rest.len().min(LINE));
-            say(name, one);
+            voice.say(one).await;
             rest = after;
         }
         if more.is_none() {
+            voice.tell_left_out();
             return;
         }
         let used = line.len() - rest.len();

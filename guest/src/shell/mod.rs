@@ -178,8 +178,10 @@ impl Session {
     /// Sets a variable; false when its name is none, or there are too many.
     pub fn set_variable(&self, name: &str, value: &str) -> bool {
         let mut variables = self.variables.borrow_mut();
-        let bytes: usize = variables.iter().map(|(name, value)| name.len() + value.len()).sum();
-        let fits = variables.len() < VARIABLES && bytes + name.len() + value.len() <= VARIABLE_BYTES;
+        let others = variables.iter().filter(|(other, _)| other.as_str() != name);
+        let (count, bytes) = others
+            .fold((0, 0), |(count, bytes), (name, value)| (count + 1, bytes + name.len() + value.len()));
+        let fits = count < VARIABLES && bytes + name.len() + value.len() <= VARIABLE_BYTES;
         let set = parse::is_name(name) && fits;
         if set {
             variables.insert(name.into(), value.into());

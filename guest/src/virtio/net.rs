@@ -35,6 +35,8 @@ const TRANSMIT: u16 = 64;
 
 /// Frames from this machine to itself that wait.
 const LOOPED: usize = 128;
+/// Frames from this machine to itself in one poll of the stack, which is not to take longer than others can wait.
+const OWN: usize = 64;
 const ETHERNET: usize = 14;
 const IPV6: usize = 40;
 /// Bytes of an IPv4 header without options.
@@ -56,6 +58,8 @@ pub struct Net {
     frame: Vec<u8>,
     /// Frames from this machine to itself.
     looped: VecDeque<Vec<u8>>,
+    /// How many of them may still come in this poll of the stack.
+    own: usize,
 }
 
 impl Net {
@@ -77,6 +81,7 @@ impl Net {
             sending: alloc::vec![None; usize::from(TRANSMIT)],
             frame: Vec::new(),
             looped: VecDeque::new(),
+            own: OWN,
         };
         for buffer in carve(RECEIVE) {
             net.offer(buffer);
@@ -87,6 +92,11 @@ impl Net {
     /// Sets the largest IP packet.
     pub fn set_mtu(&mut self, mtu: usize) {
         self.mtu = mtu.clamp(1280, BUFFER - HEADER - ETHERNET);
+    }
+
+    /// Largest IP packet.
+    pub const fn mtu(&self) -> usize {
+        self.mtu
     }
 
     fn offer(&mut self, buffer: *mut u8) {
@@ -101,6 +111,11 @@ impl Net {
         self.queues.iter_mut().for_each(Queue::spoil);
     }
 
+    /// Whether a frame could be sent now.
+    pub fn has_room(&self) -> bool {
+        !self.free.is_empty()
+    }
+
     /// Whether frames wait to be sent at the next door, or to be received here.
     pub fn is_sending(&self) -> bool {
         self.free.len() < usize::from(TRANSMIT) || !self.looped.is_empty()
@@ -108,7 +123,7 @@ impl Net {
 
     /// Whether frames from this machine to itself wait.
     pub fn has_own(&self) -> bool {
-        !self.looped.is_empty()
+        !self.looped.is_empty() && self.own > 0
     }
 
     /// The next frame from this machine to itself, if there is room for an answer too.
@@ -117,11 +132,18 @@ impl Net {
             return None;
         }
         let frame = self.looped.pop_front()?;
+        self.own = self.own.saturating_sub(1);
         Some((Received::made(&frame), Sending(self)))
     }
 
-    /// Takes back buffers of frames that have left.
+    /// A place for an answer, if there is room.
+    pub fn answer(&mut self) -> Option<Sending<'_>> {
+        (!self.free.is_empty()).then_some(Sending(self))
+    }
+
+    /// Takes back buffers of frames that have left. To be called before each poll of the stack.
     pub fn reclaim(&mut self) {
+        self.own = OWN;
         while let Some((head, _)) = self.queues[1].pop() {
             if let Some(buffer) = self.sending[usize::from(head)].take() {
                 self.free.push(buffer);
@@ -292,7 +314,8 @@ impl PhyDevice for Net {
     }
 
     fn transmit(&mut self, _: Instant) -> Option<Sending<'_>> {
-        (!self.free.is_empty()).then_some(Sending(self))
+        // Nothing is made while it might be lost on the way to this machine itself.
+        (!self.free.is_empty() && self.looped.len() < LOOPED).then_some(Sending(self))
     }
 
     fn capabilities(&self) -> DeviceCapabilities {

@@ -134,7 +134,9 @@ impl Daemon {
             if let Err(error) = daemon.directory.get("host/") {
                 lacks.push(error.to_string());
             }
-            lacks.extend(daemon.machines.check(&daemon.config.image.default).err());
+            let image = &daemon.config.image;
+            let least = image.geometry().map_err(|error| error.to_string());
+            lacks.extend(least.and_then(|least| daemon.machines.check(&image.default, least)).err());
             Ok(lacks)
         })
         .await;

@@ -346,7 +346,7 @@ pub struct ProcessView {
     pub vid: Ipv6Addr,
     /// Its name.
     pub name: String,
-    /// `running`, `waiting`, `stopped` or `ended`.
+    /// `running` or `waiting`.
     pub state: String,
     /// Its number within the machine.
     pub pid: u32,
@@ -363,7 +363,7 @@ pub struct FileView {
     pub vid: Ipv6Addr,
     /// The last part of its path.
     pub name: String,
-    /// `file`, `directory`, `link`, or, of the image and unchanged, `base` and `base_directory`.
+    /// `file`, `directory` or `link`.
     pub state: String,
     /// Its path.
     pub path: String,

@@ -9,7 +9,7 @@
 
 use std::{
     fs::{self, File},
-    io,
+    io::{self, Read as _, Seek as _, SeekFrom, Write as _},
     path::PathBuf,
     sync::{Mutex, PoisonError},
     time::SystemTime,
@@ -31,6 +31,13 @@ impl Cache {
     pub fn open(directory: PathBuf, most: u64) -> io::Result<Self> {
         fs::create_dir_all(&directory)?;
         fs::set_permissions(&directory, std::os::unix::fs::PermissionsExt::from_mode(0o700))?;
+        // Of a daemon that ended in the middle of writing.
+        for entry in fs::read_dir(&directory)? {
+            let entry = entry?;
+            if entry.file_name().to_string_lossy().starts_with("new-") {
+                fs::remove_file(entry.path())?;
+            }
+        }
         Ok(Self { directory, most, changing: Mutex::new(0) })
     }
 
@@ -38,22 +45,19 @@ impl Cache {
         self.directory.join(key.to_hex().as_str())
     }
 
-    /// The code kept under a key.
+    /// The code kept under a key, as a file to be read on from where it is, and how many bytes it has. What is opened
+    /// stays whole, also when its name goes meanwhile.
     #[must_use]
-    pub fn find(&self, key: &blake3::Hash) -> Option<Vec<u8>> {
+    pub fn find(&self, key: &blake3::Hash) -> Option<(File, u64)> {
         let path = self.path(key);
-        let mut bytes = fs::read(&path).ok()?;
-        let hash: [u8; 32] = bytes.get(..32)?.try_into().ok()?;
-        let code = bytes.split_off(32);
-        if blake3::hash(&code) != hash {
+        let mut file = File::options().read(true).write(true).open(&path).ok()?;
+        let Ok(length) = check(&mut file) else {
             tracing::warn!(path = %path.display(), "kept code is damaged; it is made again");
             let _ = fs::remove_file(&path);
             return None;
-        }
-        if let Ok(file) = File::options().write(true).open(&path) {
-            let _ = file.set_modified(SystemTime::now());
-        }
-        Some(code)
+        };
+        let _ = file.set_modified(SystemTime::now());
+        Some((file, length))
     }
 
     /// Keeps code; if it cannot, it will be made again.
@@ -88,7 +92,28 @@ impl Cache {
         }
         // Whole or not at all: a name appears once its content is there.
         let new = self.directory.join(format!("new-{}-{number}", std::process::id()));
-        fs::write(&new, [blake3::hash(code).as_bytes(), code].concat())?;
-        fs::rename(new, self.path(key))
+        let written = File::create(&new)
+            .and_then(|mut file| {
+                file.write_all(blake3::hash(code).as_bytes())?;
+                file.write_all(code)
+            })
+            .and_then(|()| fs::rename(&new, self.path(key)));
+        if written.is_err() {
+            let _ = fs::remove_file(&new);
+        }
+        written
     }
+}
+
+/// Checks a file's code and stands at its first byte; how many there are.
+fn check(file: &mut File) -> io::Result<u64> {
+    let mut expected = [0; 32];
+    file.read_exact(&mut expected)?;
+    let mut hasher = blake3::Hasher::new();
+    let length = io::copy(file, &mut hasher)?;
+    if hasher.finalize() != expected {
+        return Err(io::ErrorKind::InvalidData.into());
+    }
+    file.seek(SeekFrom::Start(32))?;
+    Ok(length)
 }

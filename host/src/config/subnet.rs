@@ -68,6 +68,12 @@ impl Ipv4Pool {
         self.length
     }
 
+    /// Whether an address lies in it.
+    #[must_use]
+    pub fn contains(self, address: Ipv4Addr) -> bool {
+        (u32::from(self.address) ^ u32::from(address)).leading_zeros() >= u32::from(self.length)
+    }
+
     /// Its addresses, without the first and the last, which old software takes for the network and for everybody.
     pub fn hosts(self) -> impl Iterator<Item = Ipv4Addr> {
         let first = u32::from(self.address);
@@ -108,6 +114,7 @@ mod tests {
         let pool: Ipv4Pool = "10.77.0.8/30".parse().unwrap();
         let hosts: Vec<_> = pool.hosts().map(|address| address.to_string()).collect();
         assert_eq!(hosts, ["10.77.0.9", "10.77.0.10"]);
+        assert!(pool.contains(Ipv4Addr::new(10, 77, 0, 11)) && !pool.contains(Ipv4Addr::new(10, 77, 0, 12)));
         for bad in ["10.77.0.1/24", "10.77.0.0/31", "10.0.0.0/7", "169.254.0.0/24", "10.77.0.0", "fd00::/8"] {
             assert!(bad.parse::<Ipv4Pool>().is_err(), "{bad}");
         }

@@ -87,6 +87,12 @@ impl Arriving {
         if record.wanted == Wanted::Stopped {
             return Err("its user wants it stopped".to_owned());
         }
+        if record.ipv4.is_some() && !daemon.config.uses_ipv4() {
+            return Err(
+                "it has an IPv4 address, and this host no IPv4: give `ipv4` in [network] as elsewhere"
+                    .to_owned(),
+            );
+        }
         let image = daemon.image(&ticket.user);
         let mut slot = daemon
             .runtime

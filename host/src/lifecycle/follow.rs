@@ -7,7 +7,7 @@ use kage_directory::{
     Revision,
     records::{decode, parse_key},
 };
-use kage_machine::{UserName, identity::ApName};
+use kage_machine::{ImageNumber, UserName, Vid, identity::ApName};
 
 use super::Daemon;
 use crate::{
@@ -62,7 +62,12 @@ impl Daemon {
             };
             match step {
                 Ok((records, revision)) => {
-                    daemon.routes.follow(desired(&records, &daemon.me, daemon.config.network.prefix));
+                    daemon.routes.follow(desired(
+                        &records,
+                        &daemon.me,
+                        daemon.config.network.prefix,
+                        daemon.config.uses_ipv4(),
+                    ));
                     daemon.seen.send_replace(Arc::new(records.clone()));
                     state = Some((records, revision));
                 }
@@ -121,6 +126,42 @@ impl Daemon {
         Ok((records, changes.revision))
     }
 
+    /// Why an address cannot be that of a device. A report is an access point's word for a device's, and its route
+    /// would be every host's: it must not lead anything else astray.
+    fn not_a_devices(&self, address: IpAddr) -> Option<&'static str> {
+        if address.is_unspecified() || address.is_multicast() || address.is_loopback() {
+            return Some("nobody has it for itself");
+        }
+        let image = match address {
+            IpAddr::V6(address) if address.is_unicast_link_local() => {
+                return Some("it means something on one link only");
+            }
+            IpAddr::V4(address) if address.is_link_local() => {
+                return Some("it means something on one link only");
+            }
+            // 0.0.0.0/8, and 240.0.0.0/4 with what accounting says for "none yet" (RFC 2865 §5.8).
+            IpAddr::V4(address) if matches!(address.octets()[0], 0 | 240..) => return Some("it is reserved"),
+            IpAddr::V4(_) if !self.config.uses_ipv4() => {
+                return Some("this site has no IPv4; see `ipv4` in [network]");
+            }
+            IpAddr::V6(address) => {
+                let of_site = Vid::of_image(self.config.network.prefix, ImageNumber(0)).address();
+                address.segments()[..3] == of_site.segments()[..3]
+            }
+            IpAddr::V4(address) => {
+                self.config.network.ipv4.is_some_and(|pool| pool.contains(address))
+                    || self.config.users.iter().any(|user| user.ipv4 == Some(address))
+            }
+        };
+        let seen = self.seen.borrow();
+        let underlay = self.config.peer.advertise.ip() == address
+            || seen.hosts.values().any(|host| [host.underlay, host.advertise.ip()].contains(&address));
+        if underlay {
+            return Some("it is a host's");
+        }
+        image.then_some("it is an image's")
+    }
+
     /// Publishes where a device is, unless something later is known; blocks. Its route is set here at once.
     ///
     /// # Errors
@@ -132,12 +173,8 @@ impl Daemon {
         ap: &ApName,
         since_ms: u64,
     ) -> Result<bool, ErrorBody> {
-        let on_link = match address {
-            IpAddr::V6(address) => address.is_unicast_link_local(),
-            IpAddr::V4(address) => address.is_link_local() || address.is_broadcast(),
-        };
-        if address.is_unspecified() || address.is_multicast() || address.is_loopback() || on_link {
-            return Err(ErrorBody::bad_request(format!("{address} is no address of a device")));
+        if let Some(why) = self.not_a_devices(address) {
+            return Err(ErrorBody::bad_request(format!("{address} is no address of a device: {why}")));
         }
         let record = DeviceRecord { user: user.clone(), host: self.me.clone(), ap: ap.clone(), since_ms };
         loop {

@@ -1,7 +1,8 @@
 //! Which IPv4 address an image has: the one configured for its user, or one of the pool, or none.
 //!
 //! An address is claimed by a record of its own before the image's record names it, so that two hosts never give
-//! out the same one. An image keeps what it has for life, unless its user is configured another.
+//! out the same one; a claim that came to nothing is found again by the user's next try. An image keeps what it has for
+//! life, unless its user is configured another: the former one is given up once the record names the new one.
 
 use std::{collections::BTreeSet, net::Ipv4Addr};
 
@@ -31,14 +32,16 @@ impl Daemon {
                     "{user} is to have {wanted}, which is another image's; give another address in [[user]]"
                 )));
             }
-            if let Some(before) = now {
-                self.give_up_ipv4(user, before)?;
-            }
             return Ok(Some(wanted));
         }
         let Some(pool) = self.config.network.ipv4.filter(|_| now.is_none()) else { return Ok(now) };
-        let mut taken: BTreeSet<Ipv4Addr> =
-            self.directory.read_all::<Ipv4Record>()?.0.into_iter().map(|(address, _)| address).collect();
+        let claims = self.directory.read_all::<Ipv4Record>()?.0;
+        let own =
+            claims.iter().find(|(address, claim)| claim.record.user == *user && pool.contains(*address));
+        if let Some((address, _)) = own {
+            return Ok(Some(*address));
+        }
+        let mut taken: BTreeSet<Ipv4Addr> = claims.into_iter().map(|(address, _)| address).collect();
         taken.extend(self.config.users.iter().filter_map(|other| other.ipv4));
         for address in pool.hosts().filter(|address| !taken.contains(address)) {
             if self.claim_ipv4(user, address)? {
@@ -62,7 +65,11 @@ impl Daemon {
         }
     }
 
-    fn give_up_ipv4(&self, user: &UserName, address: Ipv4Addr) -> Result<(), ErrorBody> {
+    /// Lets others have an address that the image's record names no longer.
+    ///
+    /// # Errors
+    /// When the directory does not answer.
+    pub(super) fn give_up_ipv4(&self, user: &UserName, address: Ipv4Addr) -> Result<(), ErrorBody> {
         let Some(found) = self.directory.read::<Ipv4Record>(&address)? else { return Ok(()) };
         if found.record.user == *user {
             self.directory.swap::<Ipv4Record>(&address, found.revision, None)?;

@@ -6,7 +6,7 @@ use std::{
 };
 
 use kage_directory::{
-    DirectoryError, ImageRecord, Profile, Records as _, Revision, Versioned, Wanted, allocate_image_number,
+    DirectoryError, ImageRecord, Profile, Revision, Versioned, Wanted, allocate_image_number,
 };
 use kage_machine::{HostName, ImageNumber, Term, UserName};
 use serde_json::json;
@@ -153,13 +153,14 @@ impl Daemon {
         key: Option<String>,
     ) -> Result<ImageRecord, ErrorBody> {
         let image = request.image.clone().unwrap_or_else(|| self.config.image.default.clone());
-        let needs = self.machines.check(&image).map_err(ErrorBody::failed)?;
+        let least = self.config.image.geometry().map_err(ErrorBody::failed)?;
+        let geometry = self.machines.check(&image, least).map_err(ErrorBody::failed)?;
         let mut seed = [0; 32];
         crate::init::random(&mut seed);
         let profile = Profile {
             image,
-            memory_bytes: self.config.image.memory.0.max(needs.memory_bytes),
-            disk_bytes: self.config.image.disk.0.max(needs.disk_bytes),
+            memory_bytes: geometry.memory_bytes(),
+            disk_bytes: geometry.disk_bytes(),
             host_key_seed: seed,
             authorized_keys: self.operator_keys.iter().cloned().chain(key).collect(),
         };
@@ -325,6 +326,11 @@ impl Daemon {
         self.routes.hold(self.vid(&record));
         match self.swap(&image.user, revision, &record) {
             Ok(_) => {
+                if let Some(address) = before.ipv4.filter(|_| before.ipv4 != record.ipv4)
+                    && let Err(error) = self.give_up_ipv4(&image.user, address)
+                {
+                    tracing::warn!(user = %image.user, %error, %address, "nobody else gets it");
+                }
                 let result = self.bring_up(image, slot, &record, cold);
                 self.came_up(image, &record, result)?;
                 Ok(record)
@@ -434,7 +440,7 @@ impl Daemon {
         let mut slot = image.slot.clone().lock_owned().await;
         let daemon = self.clone();
         blocking(move || {
-            let Versioned { revision, mut record } = daemon.existing(&image.user)?;
+            let Versioned { mut revision, mut record } = daemon.existing(&image.user)?;
             if record.owner != daemon.me {
                 let message =
                     format!("{}'s machine went to host {} meanwhile; try again", image.user, record.owner);
@@ -447,12 +453,20 @@ impl Daemon {
             Self::reachable(&image, &slot)?;
             if record.wanted != Wanted::Stopped {
                 record.wanted = Wanted::Stopped;
-                if let Some(machine) = &slot.machine {
-                    record.return_indices(resources::next_index(&*machine.memory()));
-                }
-                daemon.directory.swap(&image.user, revision, Some(&record))?;
+                revision = daemon.swap(&image.user, revision, &record)?;
             }
+            let memory = slot.machine.as_ref().map(|machine| machine.memory());
             daemon.take_down(&image, &mut slot, &record);
+            // Only now does it give out no more of them.
+            if let Some(memory) = memory {
+                let before = record.indices.clone();
+                record.return_indices(resources::next_index(&*memory));
+                if record.indices != before
+                    && let Err(error) = daemon.swap(&image.user, revision, &record)
+                {
+                    tracing::debug!(%error, user = %image.user, "indices that nothing had are not given back");
+                }
+            }
             daemon.events.emit("stopped", Some(&image.user), json!({}));
             Ok(())
         })

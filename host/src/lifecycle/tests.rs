@@ -72,6 +72,7 @@ impl TestHost {
 pub(crate) struct TestSite {
     dir: Scratch,
     addresses: Vec<SocketAddr>,
+    network: String,
 }
 
 fn host_name(index: usize) -> HostName {
@@ -80,6 +81,11 @@ fn host_name(index: usize) -> HostName {
 
 impl TestSite {
     pub async fn new(name: &str, hosts: usize) -> (Self, Vec<TestHost>) {
+        Self::with(name, hosts, "").await
+    }
+
+    /// With more lines of `[network]`.
+    pub async fn with(name: &str, hosts: usize, network: &str) -> (Self, Vec<TestHost>) {
         let dir = Scratch::new(name);
         let specs: Vec<_> =
             (0..hosts).map(|index| HostSpec { name: host_name(index), advertise: None }).collect();
@@ -89,7 +95,7 @@ impl TestSite {
             listeners.push(TcpListener::bind("[::1]:0").await.unwrap());
         }
         let addresses = listeners.iter().map(|listener| listener.local_addr().unwrap()).collect();
-        let site = Self { dir, addresses };
+        let site = Self { dir, addresses, network: network.to_owned() };
         let embedded = Embedded::open(&site.dir.path().join("directory.redb")).unwrap();
         let mut embedded: Option<Arc<dyn Directory>> = Some(Arc::new(embedded));
         let mut all = Vec::new();
@@ -118,7 +124,7 @@ impl TestSite {
             "[host]\nname = {name:?}\nstate_dir = {state:?}\nrun_dir = {run:?}\n\
              [peer]\nadvertise = \"{address}\"\ntls_dir = {tls:?}\n\
              [cluster]\nendpoints = [\"{first}\"]\n\
-             [network]\nprefix = \"fd4b:6167:6500::/48\"\nunderlay = \"lo\"\n\
+             [network]\nprefix = \"fd4b:6167:6500::/48\"\nunderlay = \"lo\"\n{network}\n\
              [image]\nmemory = \"16MiB\"\ndisk = \"0B\"\n\
              [[ap]]\nid = \"ap-{n}\"\nhost = {name:?}\nmobility = \"route\"\n",
             name = name.as_str(),
@@ -127,6 +133,7 @@ impl TestSite {
             tls = dir.join("tls").to_str().unwrap(),
             address = self.addresses[index],
             first = self.addresses[0],
+            network = self.network,
             n = index + 1,
         );
         let config = Config::parse(std::path::Path::new("host.toml"), &text).unwrap();
@@ -481,4 +488,110 @@ async fn asking_for_names_leaves_nothing_behind() {
         assert_eq!(hosts[0].call(&Call::new(Method::GET, path)).await.0, 504);
     }
     assert_eq!(hosts[0].daemon.local().len(), 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_machine_gets_what_its_image_needs_or_nothing_at_all() {
+    let (_site, hosts) = TestSite::new("life-needs", 1).await;
+    hosts[0].login("alice", json!({ "image": "roomy" })).await;
+    let profile = hosts[0].daemon.existing(&"alice".parse().unwrap()).unwrap().record.profile;
+    assert_eq!((profile.memory_bytes, profile.disk_bytes), (32 << 20, 2 << 20));
+    // What this host cannot make leaves nothing behind that would stand in the way of another image.
+    let put = Call::new(Method::PUT, "/v1/images/bob").json(&json!({ "image": "windows" }));
+    assert_eq!(hosts[0].call(&put).await.0, 500);
+    hosts[0].login("bob", json!({})).await;
+}
+
+/// The page that guests publish their next index in.
+fn with_next_index(next: u64) -> kage_machine::PageBytes {
+    let mut page = [0; kage_machine::PAGE_SIZE];
+    let at = std::mem::offset_of!(kage_abi::resources::Resources, next_index);
+    page[at..at + 8].copy_from_slice(&next.to_le_bytes());
+    page
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn no_index_is_given_out_twice_however_late_a_machine_makes_something() {
+    let (_site, hosts) = TestSite::new("life-indices", 1).await;
+    let user: UserName = "alice".parse().unwrap();
+    hosts[0].login("alice", json!({})).await;
+    let page = kage_machine::PageIndex(
+        (kage_abi::offset::RESOURCES / kage_machine::PAGE_SIZE as u64).try_into().unwrap(),
+    );
+    let process = hosts[0].machines.process("alice").unwrap();
+    process.memory().write(page, &with_next_index(100));
+    // It goes on making files until it is ended.
+    process.at_end(move |memory| memory.write(page, &with_next_index(260)));
+    assert_eq!(hosts[0].call(&Call::new(Method::POST, "/v1/images/alice/stop")).await.0, 200);
+    assert_eq!(hosts[0].daemon.existing(&user).unwrap().record.indices.end, 260);
+    hosts[0].login("alice", json!({})).await;
+    assert_eq!(hosts[0].daemon.existing(&user).unwrap().record.indices.start, 260);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_resource_that_may_be_left_out_is_not_said_to_be_gone() {
+    use kage_abi::resources::table::{self, Entry, Facts, FileState};
+    let (_site, hosts) = TestSite::new("life-omitted", 1).await;
+    let entry =
+        Entry { index: 3, facts: Facts::File { state: FileState::File, bytes: 9 }, text: "/etc/motd" };
+    let with = |all| {
+        let mut bytes = table::header(1, all).to_vec();
+        table::write(&entry, |part| bytes.extend_from_slice(part));
+        bytes
+    };
+    for (user, all, expected) in [("alice", 1, 404), ("bob", 9, 500)] {
+        *hosts[0].machines.table.lock().unwrap() = with(all);
+        hosts[0].login(user, json!({})).await;
+        let record = hosts[0].daemon.existing(&user.parse().unwrap()).unwrap().record;
+        let prefix = hosts[0].daemon.config.network.prefix;
+        let vid =
+            |index| Vid::new(prefix, record.number, kage_machine::identity::Kind::File, index).address();
+        let place = |index| Call::new(Method::GET, format!("/v1/where/{}", vid(index)));
+        let (status, body) = hosts[0].call(&place(3)).await;
+        assert_eq!((status, &body["name"]), (200, &json!("/etc/motd")), "{body}");
+        let (status, body) = hosts[0].call(&place(4)).await;
+        assert_eq!(status, expected, "{body}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_device_reports_leads_nothing_astray() {
+    let (_site, hosts) = TestSite::with("life-reports", 1, "ipv4 = \"10.77.0.0/24\"").await;
+    let (_other, without) = TestSite::new("life-reports-6", 1).await;
+    let (user, ap): (UserName, kage_machine::identity::ApName) =
+        ("alice".parse().unwrap(), "ap-1".parse().unwrap());
+    for address in ["192.168.1.10", "fd0d::5"] {
+        let address = address.parse().unwrap();
+        assert!(hosts[0].daemon.attach_device(address, &user, &ap, 1).unwrap());
+        assert_eq!(without[0].daemon.attach_device(address, &user, &ap, 1).is_ok(), address.is_ipv6());
+    }
+    for address in [
+        "10.77.0.5",
+        "255.255.255.254",
+        "240.1.2.3",
+        "0.1.2.3",
+        "169.254.0.1",
+        "fd4b:6167:6500::1:0:0",
+        "::1",
+        "fe80::1",
+    ] {
+        let address = address.parse().unwrap();
+        assert!(hosts[0].daemon.attach_device(address, &user, &ap, 1).is_err(), "{address}");
+    }
+    let devices = without[0].daemon.directory.read_all::<kage_directory::DeviceRecord>().unwrap().0;
+    assert_eq!(devices.len(), 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_ipv4_address_is_one_images_and_none_is_lost() {
+    let (_site, hosts) = TestSite::with("life-ipv4", 1, "ipv4 = \"10.77.0.0/30\"").await;
+    let daemon = &hosts[0].daemon;
+    // A login that claimed an address and did not come to make its record.
+    let claim = kage_directory::Ipv4Record { user: "alice".parse().unwrap() };
+    let address = "10.77.0.2".parse().unwrap();
+    daemon.directory.swap(&address, kage_directory::Revision::ABSENT, Some(&claim)).unwrap();
+    assert_eq!(hosts[0].login("alice", json!({})).await.ipv4, Some(address));
+    assert_eq!(hosts[0].login("bob", json!({})).await.ipv4, Some("10.77.0.1".parse().unwrap()));
+    assert_eq!(hosts[0].login("carol", json!({})).await.ipv4, None, "there are two");
+    assert_eq!(hosts[0].login("alice", json!({})).await.ipv4, Some(address));
 }

@@ -206,7 +206,9 @@ impl Daemon {
         let (daemon, name) = (self.clone(), user.clone());
         let known = blocking(move || Ok(!daemon.devices_of(&name)?.is_empty())).await.unwrap_or(true);
         let first = first && !known;
-        for address in device.iter().filter(|_| mine) {
+        // What access points tell of IPv4 nearly always is of use only to a site that has it.
+        let wanted = |address: &IpAddr| mine && (address.is_ipv6() || self.config.uses_ipv4());
+        for address in device.iter().filter(wanted) {
             let (daemon, user, ap) = (self.clone(), user.clone(), ap.clone());
             match blocking(move || daemon.attach_device(address, &user, &ap, at_ms)).await {
                 Ok(true) => {}

@@ -98,17 +98,39 @@ impl Request {
 /// # Errors
 /// Those of `to`.
 pub fn reply(to: &mut impl Write, outcome: &Result<Vec<u8>, Refusal>) -> io::Result<()> {
-    let (status, mut bytes) = match outcome {
-        Ok(code) => (0, code.clone()),
-        Err(refusal) => (refusal.status(), refusal.to_string().into_bytes()),
-    };
-    if status != 0 {
-        bytes.truncate(MAX_REASON);
+    match outcome {
+        Ok(code) => reply_with(to, code.len() as u64, &mut code.as_slice()),
+        Err(refusal) => refuse(to, refusal),
     }
-    let length = u32::try_from(bytes.len()).map_err(io::Error::other)?;
-    to.write_all(&[status.to_le_bytes(), length.to_le_bytes()].concat())?;
-    to.write_all(&bytes)?;
+}
+
+/// Writes a reply whose `length` bytes of code are read from somewhere.
+///
+/// # Errors
+/// Those of `to` and `code`, also when there is less of it.
+pub fn reply_with(to: &mut impl Write, length: u64, code: &mut impl Read) -> io::Result<()> {
+    head(to, 0, length)?;
+    if io::copy(&mut code.take(length), to)? < length {
+        return Err(io::ErrorKind::UnexpectedEof.into());
+    }
     to.flush()
+}
+
+/// Writes a reply that says why there is no code.
+///
+/// # Errors
+/// Those of `to`.
+pub fn refuse(to: &mut impl Write, refusal: &Refusal) -> io::Result<()> {
+    let reason = refusal.to_string();
+    let reason = reason.get(..reason.floor_char_boundary(MAX_REASON)).unwrap_or_default();
+    head(to, refusal.status(), reason.len() as u64)?;
+    to.write_all(reason.as_bytes())?;
+    to.flush()
+}
+
+fn head(to: &mut impl Write, status: u32, length: u64) -> io::Result<()> {
+    let length = u32::try_from(length).map_err(io::Error::other)?;
+    to.write_all(&[status.to_le_bytes(), length.to_le_bytes()].concat())
 }
 
 #[cfg(test)]
@@ -155,5 +177,12 @@ mod tests {
         reply(&mut bytes, &Err(Refusal::Module("x".repeat(5000)))).unwrap();
         assert_eq!(&bytes[..8], [1, 0, 0, 0, 0, 4, 0, 0]);
         assert_eq!(bytes.len(), 8 + MAX_REASON);
+        bytes.clear();
+        reply(&mut bytes, &Err(Refusal::Module("ä".repeat(700) + "x"))).unwrap();
+        assert!(String::from_utf8(bytes[8..].to_vec()).unwrap().ends_with('ä'));
+        bytes.clear();
+        reply_with(&mut bytes, 3, &mut [1, 2, 3, 4].as_slice()).unwrap();
+        assert_eq!(bytes, [0, 0, 0, 0, 3, 0, 0, 0, 1, 2, 3]);
+        assert!(reply_with(&mut bytes, 3, &mut [1].as_slice()).is_err());
     }
 }

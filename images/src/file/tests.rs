@@ -1,4 +1,5 @@
 use super::*;
+use crate::base::elf;
 
 fn image() -> ImageFile {
     let manifest = Manifest::parse("name = 'x'\n[[program]]\nname = 'p'\naliases = ['q']").unwrap();
@@ -7,7 +8,7 @@ fn image() -> ImageFile {
         Body {
             manifest,
             engine: Cow::Borrowed("engine 1"),
-            kernel: Cow::Owned((0..=255).collect()),
+            kernel: Cow::Owned(elf(&[(5, kage_abi::KERNEL, 16, 16)])),
             files: vec![
                 file("/a", Node::Directory),
                 file("/a/b", Node::File(Cow::Borrowed(b"text"))),
@@ -104,4 +105,41 @@ fn the_content_hash_follows_what_machines_see() {
     assert_eq!(ImageFile::new(body.clone(), None), image());
     body.files.pop();
     assert_ne!(ImageFile::new(body, None), image());
+    // Kinds of nodes, and where programs end and files begin.
+    let with = |node: Node| {
+        let mut body = (*image().body).clone();
+        body.files.push(FileEntry { path: "/x".to_owned(), node });
+        ImageFile::new(body, None)
+    };
+    let file = |content: &'static [u8]| with(Node::File(Cow::Borrowed(content)));
+    let other = [file(b"directory"), file(b"t"), file(b""), with(Node::Link("t".to_owned()))];
+    assert!(!other.contains(&with(Node::Directory)));
+    assert_ne!(other[1], other[3]);
+}
+
+#[test]
+fn an_image_that_no_host_can_start_is_no_image() {
+    let refused = |change: &dyn Fn(&mut Body)| {
+        let mut body = (*image().body).clone();
+        change(&mut body);
+        let bytes = ImageFile::new(body, None).encode(&key(1)).unwrap();
+        ImageFile::decode("x", &bytes, &trusting(1)).unwrap_err().to_string()
+    };
+    let no_kernel = refused(&|body| body.kernel = Cow::Borrowed(b"no kernel"));
+    assert!(no_kernel.contains("no ELF"), "{no_kernel}");
+    // Each within its own bound, together more than a machine's slot.
+    let too_large = refused(&|body| {
+        body.programs = vec![Program::new("p", vec![0; 70 << 20])];
+        let file = Node::File(Cow::Owned(vec![0; 70 << 20]));
+        body.files.push(FileEntry { path: "/large".to_owned(), node: file });
+    });
+    assert!(too_large.contains("too many"), "{too_large}");
+    let odd = refused(&|body| body.manifest.memory = 65 << 20);
+    assert!(odd.contains("cannot be read"), "{odd}");
+}
+
+#[test]
+fn what_is_no_file_is_not_read() {
+    let refused = ImageFile::read(Path::new("/dev/zero"), &Trust::Anyone).unwrap_err().to_string();
+    assert!(refused.contains("not a file"), "{refused}");
 }

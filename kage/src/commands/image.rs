@@ -20,6 +20,9 @@ use crate::{
 /// Where a host keeps image files unless its configuration says otherwise.
 const IMAGES: &str = "/var/lib/kage/images";
 
+/// The image that is part of this program.
+const BUILT_IN: &str = "default";
+
 /// An image, as `inspect` shows it.
 #[derive(Debug, Serialize)]
 struct Shown {
@@ -201,18 +204,33 @@ fn build(dir: &Path, to: Option<PathBuf>, key: Option<PathBuf>, output: Output) 
     // Read as a host would: what is refused there must not be left here.
     let image = ImageFile::decode(&file.display().to_string(), &encoded, &Trust::Keys(vec![key.public()]))
         .map_err(Failure::new)?;
-    fs::write(&file, &encoded).map_err(failed)?;
+    write_whole(&file, &encoded).map_err(failed)?;
     output.progress(format!("{}: {}", file.display(), bytes(encoded.len() as u64)));
     output.result(&Shown::new(Some(file.clone()), &image, true), Shown::text)
 }
 
+/// Puts a file in its place once it is whole, so that the one that was there stays until then.
+fn write_whole(path: &Path, bytes: &[u8]) -> std::io::Result<()> {
+    let mut name = path.file_name().unwrap_or_default().to_owned();
+    name.push(format!(".new-{}", std::process::id()));
+    let new = path.with_file_name(name);
+    let written = fs::File::create(&new)
+        .and_then(|mut file| file.write_all(bytes).and_then(|()| file.sync_all()))
+        .and_then(|()| fs::rename(&new, path));
+    if written.is_err() {
+        let _ = fs::remove_file(&new);
+    }
+    written
+}
+
 fn ls(dir: Option<PathBuf>, trust: &TrustArgs, output: Output) -> Result<(), Failure> {
     let keys = Trust::Keys(trusted(trust)?);
-    let configured = config(trust)?.map(|config| kage_host::real::images_dir(&config.host.state_dir));
-    let given = dir.is_some() || configured.is_some();
-    let dir = dir.or(configured).unwrap_or_else(|| PathBuf::from(IMAGES));
+    let of_host = config(trust)?.map(|config| kage_host::real::images_dir(&config.host.state_dir));
+    let configured = of_host.is_some();
+    let given = dir.is_some() || configured;
+    let dir = dir.or(of_host).unwrap_or_else(|| PathBuf::from(IMAGES));
     let built_in = ImageFile::embedded();
-    let mut all = vec![listed("default".to_owned(), None, Ok(built_in))];
+    let mut all = vec![listed(BUILT_IN.to_owned(), None, Ok(built_in))];
     let entries = match fs::read_dir(&dir) {
         Ok(entries) => entries.filter_map(|entry| Some(entry.ok()?.path())).collect(),
         Err(error) if given => return Err(Failure::new(format!("{}: {error}", dir.display()))),
@@ -223,8 +241,12 @@ fn ls(dir: Option<PathBuf>, trust: &TrustArgs, output: Output) -> Result<(), Fai
     files.sort();
     for path in files {
         let name = path.file_stem().unwrap_or_default().to_string_lossy().into_owned();
-        let image = ImageFile::read(&path, &keys);
-        all.push(listed(name, Some(path), image));
+        let mut row = listed(name, Some(path.clone()), ImageFile::read(&path, &keys));
+        if row.name == BUILT_IN {
+            row.usable = false;
+            row.reason = Some(format!("no host reads it: {BUILT_IN} is the image that is part of kage"));
+        }
+        all.push(row);
     }
     output.result(&all, |all| {
         let rows: Vec<_> = all
@@ -236,7 +258,9 @@ fn ls(dir: Option<PathBuf>, trust: &TrustArgs, output: Output) -> Result<(), Fai
                 vec![image.name.clone(), hash.to_owned(), memory, image.programs.len().to_string(), state]
             })
             .collect();
-        table(&["NAME", "HASH", "MEMORY", "PROGRAMS", "USABLE"], &rows)
+        // Whom a daemon trusts is said by its configuration alone.
+        let head = if configured { "USABLE" } else { "USABLE WITH YOUR KEYS" };
+        table(&["NAME", "HASH", "MEMORY", "PROGRAMS", head], &rows)
     })
 }
 
@@ -281,8 +305,15 @@ fn read(file: &Path, trust: &Trust) -> Result<ImageFile, Failure> {
 
 /// Where signing keys are looked for; the last one is made when it is wanted and none is there.
 fn key_files() -> Vec<PathBuf> {
+    let [first, rest @ ..] = &own_key_files()[..] else { return Vec::new() };
+    let here = PathBuf::from("kage-site").join(init::IMAGE_KEY);
+    [first.clone(), here].into_iter().chain(rest.iter().cloned()).collect()
+}
+
+/// Those of them that are this machine's or user's: what merely lies in the directory one happens to be in may have come
+/// with the image itself, so it is trusted only where it is named.
+fn own_key_files() -> Vec<PathBuf> {
     let mut files = vec![PathBuf::from("/etc/kage").join(init::IMAGE_KEY)];
-    files.push(PathBuf::from("kage-site").join(init::IMAGE_KEY));
     let home = env::var_os("XDG_CONFIG_HOME")
         .map(PathBuf::from)
         .or_else(|| Some(PathBuf::from(env::var_os("HOME")?).join(".config")));
@@ -339,7 +370,7 @@ fn trusted(args: &TrustArgs) -> Result<Vec<PublicKey>, Failure> {
         keys.extend(config.image.trusted_keys.iter().map(|key| key.0));
     } else if keys.is_empty() {
         let given = env::var_os("KAGE_IMAGE_KEY").map(PathBuf::from);
-        let files = key_files().into_iter().chain(given).map(|path| path.with_extension("pub"));
+        let files = own_key_files().into_iter().chain(given).map(|path| path.with_extension("pub"));
         keys.extend(files.filter_map(|path| public_key(&path).ok()));
     }
     Ok(keys)
@@ -348,4 +379,30 @@ fn trusted(args: &TrustArgs) -> Result<Vec<PublicKey>, Failure> {
 fn public_key(path: &Path) -> Result<PublicKey, String> {
     let text = fs::read_to_string(path).map_err(|error| format!("{}: {error}", path.display()))?;
     text.trim().parse().map_err(|error| format!("{}: {error}", path.display()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_image_that_is_there_stays_until_the_new_one_is_whole() {
+        let dir = env::temp_dir().join(format!("kage-image-{}", std::process::id()));
+        fs::create_dir_all(&dir).unwrap();
+        let file = dir.join("x.kage");
+        write_whole(&file, b"first").unwrap();
+        write_whole(&file, b"second").unwrap();
+        assert_eq!(fs::read(&file).unwrap(), b"second");
+        fs::create_dir(dir.join("directory")).unwrap();
+        assert!(write_whole(&dir.join("directory"), b"third").is_err());
+        assert_eq!(fs::read_dir(&dir).unwrap().count(), 2, "nothing half is left");
+        fs::remove_dir_all(&dir).unwrap();
+    }
+
+    #[test]
+    fn only_keys_of_the_machine_and_the_user_are_trusted_unasked() {
+        assert!(key_files().iter().any(|path| path.starts_with("kage-site")));
+        assert!(own_key_files().iter().all(|path| path.is_absolute()));
+        assert_eq!(key_files().last(), own_key_files().last());
+    }
 }

@@ -11,14 +11,14 @@ use kage_machine::{UserName, identity::Kind};
 
 use crate::{
     client::{Client, Failure},
-    output::{Output, bytes, table},
+    output::{Output, bytes, shown, table},
 };
 
 async fn read(client: &Client, user: &UserName, kind: Kind, output: Output) -> Result<Resources, Failure> {
     let path = format!("/v1/images/{user}/resources?kind={}", kind.name());
     let resources: Resources = client.call(&Call::new(Method::GET, path)).await?;
     if resources.omitted > 0 {
-        output.progress(format!("{} more resources are left out", resources.omitted));
+        output.warn(format!("{} more resources are left out", resources.omitted));
     }
     Ok(resources)
 }
@@ -68,6 +68,7 @@ pub async fn sockets(client: Client, user: UserName, output: Output) -> Result<(
             vec![
                 socket.vid.to_string(),
                 socket.name.clone(),
+                socket.protocol.clone(),
                 socket.state.clone(),
                 socket.local.clone(),
                 socket.remote.clone().unwrap_or_else(|| "-".into()),
@@ -76,13 +77,13 @@ pub async fn sockets(client: Client, user: UserName, output: Output) -> Result<(
             ]
         };
         let rows: Vec<_> = sockets.iter().map(row).collect();
-        table(&["VID", "NAME", "STATE", "LOCAL", "REMOTE", "IN", "OUT"], &rows)
+        table(&["VID", "NAME", "PROTOCOL", "STATE", "LOCAL", "REMOTE", "IN", "OUT"], &rows)
     })
 }
 
 /// `kage where`.
 pub async fn find(client: Client, vid: Ipv6Addr, output: Output) -> Result<(), Failure> {
     let place: Place = client.call(&Call::new(Method::GET, format!("/v1/where/{vid}"))).await?;
-    output.progress(format!("{} {} of {}'s machine", place.kind.name(), place.name, place.user));
+    output.progress(format!("{} {} of {}'s machine", place.kind.name(), shown(&place.name), place.user));
     output.result(&place, |place| place.host.to_string())
 }

@@ -16,7 +16,7 @@ use kage_machine::{HostName, UserName};
 
 use crate::{
     client::{Client, Failure, is_timeout},
-    output::{Output, print},
+    output::{Output, print, shown, shown_lines},
 };
 
 /// Longest wait the daemon takes in one call.
@@ -66,12 +66,14 @@ pub async fn events(client: Client, follow: bool, after: u64, output: Output) ->
         if output.is_json() {
             return print(&serde_json::to_string(event).map_err(Failure::new)?);
         }
-        print(&line(event))
+        print(&shown(&line(event)))
     };
     if !follow {
         let path = format!("/v1/events?follow=false&after={after}");
         let events: Vec<Event> = client.call(&Call::new(Method::GET, path)).await?;
-        return output.result(&events, |events| events.iter().map(line).collect::<Vec<_>>().join("\n"));
+        return output.result(&events, |events| {
+            events.iter().map(|event| shown(&line(event)).into_owned()).collect::<Vec<_>>().join("\n")
+        });
     }
     let mut connection = client.connect().await?;
     let mut body =
@@ -127,10 +129,10 @@ pub async fn logs(client: Client, user: UserName, follow: bool, output: Output) 
         let view: LogView =
             client.call(&Call::new(Method::GET, format!("/v1/images/{user}/logs?after={after}"))).await?;
         if !follow {
-            return output.result(&view, |view| view.text.clone());
+            return output.result(&view, |view| shown_lines(&view.text));
         }
         if !view.text.is_empty() {
-            output.result(&view, |view| view.text.clone())?;
+            output.result(&view, |view| shown_lines(&view.text))?;
         }
         after = view.next;
         tokio::select! {

@@ -4,8 +4,7 @@
 use std::{
     io::{BufRead, BufReader, Read, Write},
     net::{Ipv6Addr, SocketAddr, TcpStream, UdpSocket},
-    path::Path,
-    process::{Child, Command, Stdio},
+    process::{Child, Stdio},
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, AtomicU64, Ordering},
@@ -19,6 +18,7 @@ use sha2::{Digest, Sha256};
 
 use crate::{
     client::Failure,
+    ssh::Key,
     testbed::{Cancel, Testbed},
 };
 
@@ -90,21 +90,10 @@ impl Session {
         device: &str,
         user: &str,
         address: Ipv6Addr,
-        key: &Path,
+        key: &Key,
     ) -> Result<Self, Failure> {
-        let mut command = Command::new("ssh");
-        command.args(["-F", "/dev/null", "-i"]).arg(key);
-        for option in [
-            "IdentitiesOnly=yes",
-            "BatchMode=yes",
-            "StrictHostKeyChecking=accept-new",
-            "ConnectTimeout=10",
-            "LogLevel=ERROR",
-        ] {
-            command.args(["-o", option]);
-        }
-        command.arg("-o").arg(format!("UserKnownHostsFile={}", key.with_extension("known").display()));
-        command.arg(format!("{user}@{address}")).arg(format!("count {COUNT}"));
+        let mut command = key.ssh(user, address);
+        command.arg(format!("count {COUNT}"));
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
         let mut child = testbed.spawn(device, &mut command).map_err(Failure::new)?;
         let seen = Arc::new(Counted::default());

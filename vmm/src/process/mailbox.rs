@@ -77,6 +77,7 @@ impl Machine {
         self.write_word(std::mem::offset_of!(BootPage, now_ns), &both);
         // What an alarm since the last exit was for has just been done.
         self.vcpu.fd.set_kvm_immediate_exit(0);
+        self.write_word(std::mem::offset_of!(BootPage, late), &0_u32.to_le_bytes());
         self.news = false;
     }
 

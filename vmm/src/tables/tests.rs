@@ -1,4 +1,4 @@
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use proptest::prelude::*;
 
@@ -52,7 +52,8 @@ fn entries() -> impl Strategy<Value = (u32, u64)> {
         1 => any::<u64>(),
     ];
     let flags = prop_oneof![8 => 0u64..8, 1 => any::<u64>()];
-    (0..FRAMES, address, flags)
+    // Few frames too, so that one is asked for twice.
+    (prop_oneof![0..8u32, 0..FRAMES], address, flags)
         .prop_map(|(number, address, flags)| (number, address | flags | frame::PRESENT))
 }
 
@@ -61,11 +62,18 @@ proptest! {
     fn only_what_is_promised_is_mapped(all in prop::collection::vec(entries(), 1..200)) {
         let mut tables = Tables::new(MEMORY).unwrap();
         let mut model = BTreeMap::new();
+        let mut code = BTreeSet::new();
         for (number, entry) in all {
             let result = tables.map(number, entry);
             match promised(number, entry) {
                 None => prop_assert_eq!(result, Err(MapError::Entry { frame: number, entry })),
+                Some((address, _)) if entry & frame::WRITABLE != 0 && code.contains(&number) => {
+                    prop_assert_eq!(result, Err(MapError::Code { frame: number, address }));
+                }
                 Some((address, leaf)) => {
+                    if entry & frame::EXECUTABLE != 0 {
+                        code.insert(number);
+                    }
                     let there = *model.entry(address).or_insert(leaf);
                     let expected =
                         if there == leaf { Ok(()) } else { Err(MapError::Taken { frame: number, address }) };

@@ -34,6 +34,10 @@ pub mod memory {
         FREE.load(Ordering::Relaxed)
     }
 
+    pub fn kernel_room(bytes: usize) -> bool {
+        heap_free_bytes() >= bytes + super::heap::RESERVE / 2
+    }
+
     pub fn set_free_bytes(bytes: usize) {
         FREE.store(bytes, Ordering::Relaxed);
     }
@@ -120,6 +124,10 @@ pub mod vid {
 
     pub fn set_limit(limit: u64) {
         LIMIT.store(limit, Ordering::Relaxed);
+    }
+
+    pub fn has_room() -> bool {
+        true
     }
 
     pub fn next(kind: Kind) -> Vid {

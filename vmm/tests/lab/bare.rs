@@ -18,10 +18,14 @@ static NEXT: AtomicU32 = AtomicU32::new(0);
 /// Where the code of these kernels starts: behind the product's fault stubs, which they keep.
 const CODE: u64 = abi::PARK + 0x10;
 
+/// `out 0x5a, al` and a jump back to it.
+const STUB_LOOP: [u8; 4] = [0xe6, abi::DOOR_PORT as u8, 0xeb, 0xfc];
+
 pub struct Bare {
     kvm: File,
     base: BaseFile,
     dir: PathBuf,
+    stub_loop: u64,
 }
 
 impl Bare {
@@ -30,11 +34,19 @@ impl Bare {
         let product = Base::build(&ImageFile::embedded(), geometry()).unwrap();
         let stubs = &product.bytes[(abi::KERNEL - abi::BASE) as usize..(CODE - abi::BASE) as usize];
         let base = Base::build(&ImageFile::bare(executable(&[stubs, code].concat())), geometry()).unwrap();
+        let at =
+            stubs.windows(STUB_LOOP.len()).position(|bytes| bytes == STUB_LOOP).expect("the stubs knock");
+        let stub_loop = abi::KERNEL + at as u64;
         let number = NEXT.fetch_add(1, Ordering::Relaxed);
         let dir = std::env::temp_dir().join(format!("kage-bare-{}-{number}", std::process::id()));
         fs::create_dir_all(&dir).unwrap();
         let kvm = File::options().read(true).write(true).open("/dev/kvm").expect("/dev/kvm is there");
-        Self { kvm, base: BaseFile::new(base).unwrap(), dir }
+        Self { kvm, base: BaseFile::new(base).unwrap(), dir, stub_loop }
+    }
+
+    /// Where the fault stubs knock for ever.
+    pub fn stub_loop(&self) -> u64 {
+        self.stub_loop
     }
 
     pub fn geometry(&self) -> Geometry {

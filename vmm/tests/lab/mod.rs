@@ -6,7 +6,7 @@ pub mod desk;
 use std::{
     cell::Cell,
     fs,
-    net::Ipv6Addr,
+    net::{Ipv4Addr, Ipv6Addr},
     os::fd::{AsFd, OwnedFd},
     path::{Path, PathBuf},
     process::Command,
@@ -34,6 +34,10 @@ pub struct Lab {
     disk_bytes: u64,
     /// Which file is the disk of the machine that runs, or ran last.
     disk: Cell<u32>,
+    /// IPv4 address of machines that log in from now on.
+    pub ipv4: Cell<Option<Ipv4Addr>>,
+    /// One past the last index that they may give out.
+    pub indices: Cell<u64>,
 }
 
 impl Lab {
@@ -98,7 +102,8 @@ impl Lab {
         ));
         fs::create_dir_all(&dir).unwrap();
         let pool = start_pool(&dir, &image, disk_bytes);
-        Self { fabric, pool, image, vid, tap, dir, disk_bytes, disk: Cell::new(0) }
+        let (ipv4, indices) = (Cell::new(None), Cell::new(1 << 20));
+        Self { fabric, pool, image, vid, tap, dir, disk_bytes, disk: Cell::new(0), ipv4, indices }
     }
 
     /// A second pool, as a daemon has one for each image and size.
@@ -130,12 +135,12 @@ impl Lab {
             user: "alice".into(),
             address: self.vid.address().octets(),
             prefix_length: Vid::IMAGE_PREFIX_LENGTH,
-            ipv4: None,
+            ipv4: self.ipv4.get().map(|address| address.octets()),
             mtu: self.fabric.guest_mtu() as u16,
             host_key_seed,
             authorized_keys,
         };
-        machine.give_generation(Some(identity), seed, 1..1 << 20).unwrap();
+        machine.give_generation(Some(identity), seed, 1..self.indices.get()).unwrap();
         machine
     }
 

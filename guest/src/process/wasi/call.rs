@@ -18,7 +18,7 @@ use super::{
     },
     errno::Errno,
 };
-use crate::{executor, fs::FileError, shell::Failure};
+use crate::{executor, fs::FileError, memory, shell::Failure};
 
 /// Parts of memory in one call.
 const MAX_VECTORS: u32 = 1024;
@@ -30,6 +30,8 @@ pub const PIECE: usize = 64 << 10;
 const CALL_COST: u64 = 250;
 /// Copying 16 bytes.
 const COPY_COST: u64 = 2;
+/// A part of memory in a call.
+const VECTOR_COST: u64 = 20;
 
 /// A call into the kernel.
 pub type Call<'a> = Caller<'a, State>;
@@ -71,7 +73,8 @@ impl From<Killed> for Stop {
 }
 
 /// Turns an outcome into what the program gets: 0, an error number, or its end. Others run when this call and those
-/// before it have had enough; so a program that does nothing but call neither holds up the network nor stops time.
+/// before it have had enough, by estimate or by the host's alarm; so a program that does nothing but call holds up the
+/// network for no longer than one call takes, which is less than a millisecond.
 ///
 /// # Errors
 /// The program's end.
@@ -90,10 +93,20 @@ pub fn finish(outcome: Outcome) -> Result<u32, Error> {
 
 /// Accounts for `bytes` copied.
 pub fn copied(bytes: usize) -> Outcome {
-    if executor::charge(bytes as u64 / 16 * COPY_COST) {
+    worked(bytes as u64 / 16 * COPY_COST)
+}
+
+/// Accounts for work of estimated `nanoseconds`, and lets others run when it was enough.
+pub fn worked(nanoseconds: u64) -> Outcome {
+    if executor::charge(nanoseconds) {
         fiber::block_on(executor::yield_now())?;
     }
     Ok(())
+}
+
+/// Asks for `bytes` of the kernel's heap that a call is to keep for longer than it takes.
+pub fn room(bytes: usize) -> Outcome {
+    if memory::kernel_room(bytes) { Ok(()) } else { Err(Errno::NoMem.into()) }
 }
 
 /// Waits until `poll` is ready; or asks it once, when the descriptor is not to wait.
@@ -231,7 +244,9 @@ impl Guest<'_> {
         }
         // The array is there as a whole before anything is collected.
         self.range(at, count as usize * 8)?;
-        let mut parts = Vec::new();
+        room(count as usize * size_of::<Range<usize>>())?;
+        executor::charge(u64::from(count) * VECTOR_COST);
+        let mut parts = Vec::with_capacity(count as usize);
         let mut left = MAX_BYTES;
         for index in 0..count {
             let at = at + index * 8;

@@ -6,12 +6,15 @@ use core::cell::Cell;
 use super::{call::Outcome, errno::Errno};
 use crate::{
     fs::{Handle, Kind, OpenFile},
+    memory,
     net::socket::Socket,
     shell::stdio::{Input, Output},
 };
 
 /// Descriptors of a process.
 const MAX_DESCRIPTORS: usize = 1024;
+/// Most that one takes of the kernel's heap, beside a socket's buffers.
+const DESCRIPTOR_BYTES: usize = 1024;
 
 /// Rights (`typenames.witx`, `rights`).
 #[allow(missing_docs)]
@@ -290,7 +293,10 @@ impl Table {
 
     /// Whether another may be opened.
     pub fn has_room(&self) -> Outcome {
-        if self.0.len() >= MAX_DESCRIPTORS { Err(Errno::MFile.into()) } else { Ok(()) }
+        if self.0.len() >= MAX_DESCRIPTORS {
+            return Err(Errno::MFile.into());
+        }
+        if memory::kernel_room(DESCRIPTOR_BYTES) { Ok(()) } else { Err(Errno::NFile.into()) }
     }
 
     /// Closes a number.

@@ -54,6 +54,8 @@ pub enum Errno {
     NoBufs = 42,
     /// There is no such thing.
     NoEnt = 44,
+    /// No memory in the kernel.
+    NoMem = 48,
     /// No such option of a socket.
     NoProtoOpt = 50,
     /// No space left.

@@ -5,8 +5,8 @@ use core::{ops::Range, time::Duration};
 
 use super::{
     basic::nanoseconds,
-    call::{Call, Guest, Outcome, PIECE, Stop, copied, parts, wait},
-    descriptor::{Descriptor, Object, filetype, flags, rights},
+    call::{Call, Guest, Outcome, PIECE, Stop, copied, parts, room, wait, worked},
+    descriptor::{Descriptor, Directory, Object, filetype, flags, rights},
     errno::Errno,
 };
 use crate::{
@@ -22,6 +22,9 @@ use crate::{
 const ADVICES: u32 = 6;
 /// Bytes of a directory entry before its name.
 const DIRENT: usize = 24;
+/// Entries of a directory read in one go, and the estimated nanoseconds for one.
+const ENTRIES: usize = 64;
+const ENTRY_COST: u64 = 200;
 
 fn descriptor(call: &Call<'_>, fd: u32) -> Outcome<Rc<Descriptor>> {
     call.data().wasi.table.get(fd)
@@ -308,7 +311,7 @@ pub fn fd_write(call: &mut Call<'_>, fd: u32, vectors: u32, count: u32, into: u3
             let bytes = match &vectors[..] {
                 [one] => guest.part(one),
                 several => {
-                    gathered = gather(&guest, several, PIECE);
+                    gathered = gather(&guest, several, PIECE)?;
                     &gathered
                 }
             };
@@ -328,7 +331,7 @@ pub fn fd_write(call: &mut Call<'_>, fd: u32, vectors: u32, count: u32, into: u3
             sent
         }
         Object::Socket(socket) => {
-            let bytes = gather(&guest, &vectors, PIECE);
+            let bytes = gather(&guest, &vectors, PIECE)?;
             wait(descriptor.blocks(), |context| socket.poll_send(context, &bytes, None).map_err(Into::into))?
         }
         Object::Input(_) | Object::Directory(_) => return Err(Errno::BadF.into()),
@@ -344,13 +347,15 @@ fn nobody_reads(state: &State) -> Stop {
 }
 
 /// Collects parts of memory, up to `most` bytes.
-pub fn gather(guest: &Guest<'_>, parts: &[Range<usize>], most: usize) -> Vec<u8> {
-    let mut bytes = Vec::new();
+pub fn gather(guest: &Guest<'_>, parts: &[Range<usize>], most: usize) -> Outcome<Vec<u8>> {
+    let length = parts.iter().map(ExactSizeIterator::len).sum::<usize>().min(most);
+    room(length)?;
+    let mut bytes = Vec::with_capacity(length);
     for part in parts {
         let part = guest.part(part);
         bytes.extend_from_slice(&part[..part.len().min(most - bytes.len())]);
     }
-    bytes
+    Ok(bytes)
 }
 
 /// A file to be read or written at an offset; what has no position says so.
@@ -398,10 +403,26 @@ pub fn fd_readdir(call: &mut Call<'_>, fd: u32, buffer: u32, length: u32, cookie
     let descriptor = descriptor(call, fd)?;
     let directory = descriptor.directory(rights::FD_READDIR)?;
     let (mut guest, _) = parts(call)?;
-    let length = length.min(PIECE as u32);
-    let mut room = guest.bytes_mut(buffer, length)?;
-    let mut used = 0;
-    directory.handle.entries(cookie, |entry| {
+    let whole = guest.bytes_mut(buffer, length)?;
+    let (mut used, mut from) = (0, cookie);
+    // In pieces, and only less than asked for at the end: that is how a program knows it.
+    loop {
+        let (filled, next, more) = fill_entries(directory, from, whole.get_mut(used..).unwrap_or_default())?;
+        used += filled;
+        from = next;
+        worked(ENTRIES as u64 * ENTRY_COST)?;
+        if !more {
+            break;
+        }
+    }
+    guest.put_u32(into, used as u32)
+}
+
+/// Fills `room` with some entries from number `from` on. Returns the bytes filled, where reading goes on, and whether
+/// there may be more entries and room for them.
+fn fill_entries(directory: &Directory, from: u64, mut room: &mut [u8]) -> Outcome<(usize, u64, bool)> {
+    let (mut used, mut next, mut count) = (0, from, 0);
+    directory.handle.entries(from, |entry| {
         let name = entry.name.as_bytes();
         let mut head = [0; DIRENT];
         head[..8].copy_from_slice(&entry.next.to_le_bytes());
@@ -409,16 +430,17 @@ pub fn fd_readdir(call: &mut Call<'_>, fd: u32, buffer: u32, length: u32, cookie
         head[16..20].copy_from_slice(&(name.len() as u32).to_le_bytes());
         head[20] = filetype::of(entry.kind);
         for bytes in [&head[..], name] {
-            let count = bytes.len().min(room.len());
-            let (now, later) = core::mem::take(&mut room).split_at_mut(count);
-            now.copy_from_slice(&bytes[..count]);
+            let length = bytes.len().min(room.len());
+            let (now, later) = core::mem::take(&mut room).split_at_mut(length);
+            now.copy_from_slice(&bytes[..length]);
             room = later;
-            used += count;
+            used += length;
         }
-        !room.is_empty()
+        next = entry.next;
+        count += 1;
+        count < ENTRIES && !room.is_empty()
     })?;
-    copied(used)?;
-    guest.put_u32(into, used as u32)
+    Ok((used, next, count == ENTRIES && !room.is_empty()))
 }
 
 pub fn fd_renumber(call: &mut Call<'_>, fd: u32, to: u32) -> Outcome {

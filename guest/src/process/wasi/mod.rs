@@ -5,7 +5,8 @@
 //!
 //! A call runs on its process's fiber and may wait there. It holds no borrow of the kernel's state then, and counts what
 //! it does, so that others run in between ([`call::finish`]). What a program passes is never trusted, and what a
-//! program can make the kernel keep is bounded: descriptors, vectors, subscriptions, names.
+//! program can make the kernel keep is bounded: descriptors, vectors, subscriptions, names; and the kernel keeps it only
+//! while its heap has enough for everybody else ([`call::room`]).
 //!
 //! A program sees the whole machine: the preopened directories are `/` and, as `.`, the working directory. Rights are
 //! kept as the specification says; they are a program's own safety, not the machine's.

@@ -13,8 +13,13 @@ use super::{
     errno::Errno,
     fd::{put_facts, wanted_times},
 };
-use crate::fs::{Handle, Kind, MAX_PATH, OpenFile, OpenOptions};
+use crate::{
+    executor,
+    fs::{Handle, Kind, MAX_PATH, OpenFile, OpenOptions},
+};
 
+/// Walking a byte of a path, in estimated nanoseconds: a name and a slash take some hundred.
+const WALK_COST: u64 = 50;
 /// Lookup flag: a last name that is a link is followed.
 const FOLLOW: u32 = 1;
 
@@ -43,6 +48,7 @@ impl Place {
         if path.starts_with('/') {
             return Err(Errno::Perm.into());
         }
+        executor::charge(path.len() as u64 * WALK_COST);
         let root = (directory.working && starts_in_root(directory, &path, last)).then(Handle::root);
         Ok(Self { descriptor, root, path })
     }

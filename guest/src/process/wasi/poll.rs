@@ -10,17 +10,20 @@ use core::{
 
 use super::{
     basic::Clock,
-    call::{Call, Guest, Outcome, parts},
+    call::{Call, Guest, Outcome, parts, room},
     descriptor::{Descriptor, Object, rights},
     errno::Errno,
 };
 use crate::{
+    executor,
     process::{State, fiber},
     time,
 };
 
 /// Subscriptions in one call.
-const MAX_SUBSCRIPTIONS: u32 = 4096;
+const MAX_SUBSCRIPTIONS: u32 = 1024;
+/// Reading or asking one, in estimated nanoseconds.
+const SUBSCRIPTION_COST: u64 = 100;
 /// Bytes of a subscription.
 const SUBSCRIPTION: u32 = 48;
 /// Bytes of an event.
@@ -138,7 +141,11 @@ pub fn poll_oneoff(call: &mut Call<'_>, list: u32, events: u32, count: u32, into
     }
     guest.bytes(list, count * SUBSCRIPTION)?;
     guest.bytes(events, count * EVENT)?;
-    let mut subscriptions = Vec::new();
+    // What was found is as many again at the most.
+    room(count as usize * (size_of::<Subscription>() + size_of::<(usize, Event)>()))?;
+    let look = u64::from(count) * SUBSCRIPTION_COST;
+    executor::charge(look);
+    let mut subscriptions = Vec::with_capacity(count as usize);
     for index in 0..count {
         subscriptions.push(Subscription::read(&guest, state, list + index * SUBSCRIPTION)?);
     }
@@ -149,6 +156,7 @@ pub fn poll_oneoff(call: &mut Call<'_>, list: u32, events: u32, count: u32, into
     let mut sleep = first.min().map(time::sleep_until);
     let found = fiber::block_on(poll_fn(|context| {
         let now = time::now();
+        executor::charge(look);
         let mut found = Vec::new();
         for (index, subscription) in subscriptions.iter().enumerate() {
             if let Poll::Ready(event) = subscription.poll(context, now) {

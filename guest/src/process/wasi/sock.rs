@@ -11,7 +11,7 @@ use wasmtime::{Error, ExternType, FuncType, Linker, Module};
 
 use super::{
     PREVIEW1,
-    call::{Call, Guest, Outcome, PIECE, copied, finish, parts, wait},
+    call::{Call, Guest, Outcome, PIECE, copied, finish, parts, room, wait},
     descriptor::{Descriptor, Object, flags, rights},
     errno::Errno,
     fd::gather,
@@ -309,6 +309,7 @@ fn receive(
     }
     let peek = flags & PEEK != 0;
     let total: usize = vectors.iter().map(core::iter::ExactSizeIterator::len).sum();
+    room(total.min(PIECE))?;
     let mut buffer = alloc::vec![0; total.min(PIECE)];
     let wanted = buffer.len();
     let mut received = Received { count: 0, cut: false, from: None };
@@ -393,7 +394,7 @@ fn send(
     let (mut guest, _) = parts(call)?;
     let vectors = guest.vectors(vectors, count)?;
     let to = to(&guest)?;
-    let bytes = gather(&guest, &vectors, PIECE);
+    let bytes = gather(&guest, &vectors, PIECE)?;
     let sent =
         wait(descriptor.blocks(), |context| socket.poll_send(context, &bytes, to).map_err(Into::into))?;
     copied(sent)?;

@@ -177,7 +177,7 @@ fn state() -> String {
         mail.moves,
         arch::memory_bytes(),
         memory::total_bytes(),
-        memory::free_bytes(),
+        memory::heap_free_bytes(),
     );
     let mut first = true;
     for net::Entry { vid, protocol, local, remote, .. } in net::entries() {

@@ -1,11 +1,12 @@
 //! Commands on files.
 
-use alloc::{format, string::String, vec, vec::Vec};
+use alloc::{collections::BTreeSet, format, rc::Rc, string::String, vec, vec::Vec};
 
 use super::say;
 use crate::{
     executor,
-    fs::{self, FileError, Kind},
+    fs::{self, Facts, FileError, Kind, OpenOptions},
+    memory,
     shell::{
         Failure, Session,
         stdio::{Input, Stdio},
@@ -15,28 +16,75 @@ use crate::{
 const CHUNK: usize = 16 << 10;
 /// Copying a byte, in estimated nanoseconds per 16.
 const COPY_COST: u64 = 8;
+/// Names of a directory read in one go, and the estimated nanoseconds for one, alone and with its facts in a line.
+const NAMES: usize = 64;
+const NAME_COST: u64 = 300;
+const LONG_COST: u64 = 1_500;
 
 fn at(path: &str) -> impl Fn(FileError) -> Failure {
     move |error| Failure::File(path.into(), error)
 }
 
 pub async fn ls(session: &Session, arguments: &[String], stdio: &Stdio) -> Result<u32, Failure> {
-    let mut text = String::new();
     let here = [String::from(".")];
     let (long, paths) = match arguments.split_first() {
         Some((first, rest)) if first == "-l" => (true, rest),
         _ => (false, arguments),
     };
     for path in if paths.is_empty() { &here[..] } else { paths } {
-        for (name, facts) in fs::list(&session.path(path)).map_err(at(path))? {
-            if long {
-                text.push_str(&format!("{} {:10} ", facts.vid, facts.size));
+        list(&session.path(path), path, long, stdio).await?;
+    }
+    Ok(0)
+}
+
+/// Lists a directory, or what else is at a path, and lets others run meanwhile: there may be many thousand names.
+async fn list(whole: &str, path: &str, long: bool, stdio: &Stdio) -> Result<(), Failure> {
+    let handle = fs::open(whole, OpenOptions::default()).map_err(at(path))?;
+    let mut text = String::new();
+    let line = |text: &mut String, name: &str, facts: Facts| {
+        if long {
+            text.push_str(&format!("{} {:10} ", facts.vid, facts.size));
+        }
+        text.push_str(name);
+        text.push_str(if facts.kind == Kind::Directory { "/\n" } else { "\n" });
+    };
+    let facts = handle.stat().map_err(at(path))?;
+    if facts.kind != Kind::Directory {
+        line(&mut text, whole, facts);
+        return say(stdio, &text).await.map(drop);
+    }
+    let mut names = BTreeSet::new();
+    let mut from = 0;
+    loop {
+        let mut count = 0;
+        let found = handle.entries(from, |entry| {
+            if !matches!(&*entry.name, "." | "..") {
+                names.insert(Rc::clone(&entry.name));
             }
-            text.push_str(&name);
-            text.push_str(if facts.kind == Kind::Directory { "/\n" } else { "\n" });
+            from = entry.next;
+            count += 1;
+            count < NAMES
+        });
+        found.map_err(at(path))?;
+        if count < NAMES {
+            break;
+        }
+        executor::work(NAMES as u64 * NAME_COST).await;
+        if !memory::kernel_room(CHUNK) {
+            return Err(at(path)(FileError::Full));
         }
     }
-    say(stdio, &text).await
+    for name in names {
+        // One that is gone since is left out.
+        let Ok(facts) = handle.stat_at(&name, false) else { continue };
+        line(&mut text, &name, facts);
+        if text.len() >= CHUNK {
+            say(stdio, &text).await?;
+            text.clear();
+        }
+        executor::work(if long { LONG_COST } else { NAME_COST }).await;
+    }
+    say(stdio, &text).await.map(drop)
 }
 
 pub fn cd(session: &Session, arguments: &[String]) -> Result<u32, Failure> {

@@ -1,7 +1,5 @@
 //! What the service can do.
 
-use std::io::Write as _;
-
 use socket::Flow;
 
 use crate::{Store, resp};
@@ -76,14 +74,10 @@ pub fn run(store: &mut Store, words: &[&[u8]], output: &mut Vec<u8>) -> Flow {
 
 /// Notes a command that changed something.
 fn changed(store: &mut Store, words: &[&[u8]]) {
-    if let Some(log) = &mut store.log {
-        let mut entry = Vec::new();
-        resp::array(&mut entry, words.len());
-        words.iter().for_each(|word| resp::bulk(&mut entry, Some(word)));
-        if let Err(error) = log.write_all(&entry) {
-            eprintln!("kv: cannot log: {error}");
-            store.log = None;
-        }
+    let Some(mut log) = store.log.take() else { return };
+    match log.append(words, store) {
+        Ok(()) => store.log = Some(log),
+        Err(error) => eprintln!("kv: cannot log: {error}"),
     }
 }
 

@@ -1,27 +1,25 @@
 //! `kv`: a key-value service over TCP that speaks Redis' protocol (RESP 2), so that its clients and `nc` can use it.
 //!
 //! `kv [--port 6379] [--log FILE]`. All is kept in memory, which moves with the machine; with `--log` changes are also
-//! appended to a file, and read from it at the start, so that they outlive the process.
+//! appended to a file, and read from it at the start, so that they outlive the process; the file is written anew when it is
+//! much longer than what is kept.
 //!
 //! Commands: PING ECHO SET GET DEL EXISTS INCR DECR INCRBY APPEND STRLEN KEYS DBSIZE FLUSHALL QUIT, as a RESP array or
 //! as a line of words.
 
 mod command;
+mod log;
 mod resp;
 
-use std::{
-    collections::BTreeMap,
-    env,
-    fs::{File, OpenOptions},
-    io::{self, Read as _},
-    net::Ipv6Addr,
-    process::ExitCode,
-};
+use std::{collections::BTreeMap, env, io, net::Ipv6Addr, path::Path, process::ExitCode};
 
-use socket::{Flow, Listener, Protocol, serve};
+use log::Log;
+use socket::{Flow, Listener, OUTPUT, Protocol, serve};
 
-/// Most bytes of all keys and values.
+/// Most bytes of all keys and values …
 const CAPACITY: usize = 16 << 20;
+/// … and of one, also by appending: a client that does not read holds one in memory.
+const VALUE: usize = 1 << 20;
 
 /// All that is kept.
 #[derive(Default)]
@@ -29,13 +27,23 @@ pub struct Store {
     values: BTreeMap<Vec<u8>, Vec<u8>>,
     bytes: usize,
     /// Where changes are appended.
-    pub log: Option<File>,
+    pub log: Option<Log>,
 }
 
 impl Store {
     /// A key's value.
     pub fn get(&self, key: &[u8]) -> Option<&[u8]> {
         self.values.get(key).map(Vec::as_slice)
+    }
+
+    /// About how many bytes it takes to log all of it.
+    fn log_bytes(&self) -> u64 {
+        (self.bytes + 40 * self.values.len()) as u64
+    }
+
+    /// All keys and values, in order of keys.
+    pub fn all(&self) -> impl Iterator<Item = (&Vec<u8>, &Vec<u8>)> {
+        self.values.iter()
     }
 
     /// All keys, in order.
@@ -47,7 +55,7 @@ impl Store {
     pub fn put(&mut self, key: &[u8], value: Vec<u8>) -> bool {
         let before = self.get(key).map_or(0, |value| key.len() + value.len());
         let after = self.bytes - before + key.len() + value.len();
-        if after > CAPACITY {
+        if after > CAPACITY || value.len() > VALUE {
             return false;
         }
         self.bytes = after;
@@ -75,6 +83,10 @@ impl Protocol for Store {
     fn receive(&mut self, (): &mut (), input: &mut Vec<u8>, output: &mut Vec<u8>) -> Flow {
         let mut used = 0;
         let flow = loop {
+            // The rest once this has been written: a few bytes can ask for a value many times.
+            if output.len() >= OUTPUT {
+                break Flow::Open;
+            }
             match resp::request(&input[used..]) {
                 Ok(Some((words, length))) => {
                     used += length;
@@ -120,15 +132,42 @@ fn main() -> ExitCode {
 fn run(port: u16, log: Option<&str>) -> io::Result<()> {
     let mut store = Store::default();
     if let Some(path) = log {
-        let mut file = OpenOptions::new().read(true).append(true).create(true).open(path)?;
-        let mut before = Vec::new();
-        file.read_to_end(&mut before)?;
-        // What was cut short by a kill in the middle of a write is left out.
-        let _ = store.receive(&mut (), &mut before, &mut Vec::new());
-        file.set_len(file.metadata()?.len() - before.len() as u64)?;
-        store.log = Some(file);
+        store.log = Some(Log::open(Path::new(path), &mut store)?);
     }
     let listener = Listener::bind(Ipv6Addr::UNSPECIFIED, port)?;
     println!("kv: {} keys, port {port}", store.values.len());
     serve(&listener, &mut store)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_small_packet_makes_no_large_memory() {
+        let mut store = Store::default();
+        store.put(b"k", vec![7; VALUE]);
+        let (mut input, mut output) = (b"GET k\r\n".repeat(60), Vec::new());
+        let mut answers = 0;
+        while !input.is_empty() {
+            assert_eq!(store.receive(&mut (), &mut input, &mut output), Flow::Open);
+            assert!(output.len() < OUTPUT + VALUE + 64, "{}", output.len());
+            answers += output.len() / VALUE;
+            output.clear();
+        }
+        assert_eq!(answers, 60);
+    }
+
+    #[test]
+    fn values_have_a_bound() {
+        let mut store = Store::default();
+        assert!(!store.put(b"k", vec![0; VALUE + 1]));
+        let mut output = Vec::new();
+        for _ in 0..3 {
+            let mut input =
+                [b"*3\r\n$6\r\nAPPEND\r\n$1\r\nk\r\n$600000\r\n".as_slice(), &[1; 600_000], b"\r\n"].concat();
+            store.receive(&mut (), &mut input, &mut output);
+        }
+        assert_eq!(store.get(b"k").unwrap().len(), 600_000);
+    }
 }

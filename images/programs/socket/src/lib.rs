@@ -14,7 +14,7 @@ use std::{
     os::fd::{AsRawFd, FromRawFd},
 };
 
-pub use serve::{Flow, Protocol, serve};
+pub use serve::{Flow, OUTPUT, Protocol, serve};
 
 /// A listening socket.
 pub struct Listener(File);

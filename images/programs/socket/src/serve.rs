@@ -8,14 +8,16 @@ use std::{
 
 use crate::{Listener, Stream, raw};
 
-/// Connections at a time; further ones wait to be accepted.
+/// Connections at a time; for a further one that ends which has been silent longest.
 const CONNECTIONS: usize = 64;
 /// Bytes read in one go.
 const CHUNK: usize = 16 << 10;
 /// Input kept while it makes no whole request.
 const INPUT: usize = 4 << 20;
 /// Output above which no more input is looked at.
-const OUTPUT: usize = 256 << 10;
+pub const OUTPUT: usize = 256 << 10;
+/// Input and output kept of all connections: beyond it that ends which keeps most.
+const KEPT: usize = 12 << 20;
 
 /// Whether a connection goes on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -31,7 +33,8 @@ pub trait Protocol {
     /// What it keeps of a connection.
     type State: Default;
 
-    /// Takes what it understands from the front of `input` and adds its answers to `output`.
+    /// Takes what it understands from the front of `input` and adds its answers to `output`, up to about [`OUTPUT`]: it
+    /// is called again for the rest.
     fn receive(&mut self, state: &mut Self::State, input: &mut Vec<u8>, output: &mut Vec<u8>) -> Flow;
 
     /// Adds more of a long answer to an `output` that has been written.
@@ -47,36 +50,61 @@ struct Connection<S> {
     output: Vec<u8>,
     written: usize,
     flow: Flow,
+    /// When it last had something, in turns of the loop.
+    heard: u64,
 }
 
 /// Serves for ever.
 ///
 /// # Errors
-/// Waiting for connections failed.
+/// Waiting for connections failed, or none can be had.
 pub fn serve<P: Protocol>(listener: &Listener, protocol: &mut P) -> io::Result<()> {
     let mut connections: BTreeMap<u32, Connection<P::State>> = BTreeMap::new();
     let listening = listener.0.as_raw_fd() as u32;
-    loop {
+    for turn in 0.. {
         let mut wanted = Vec::with_capacity(connections.len() + 1);
-        if connections.len() < CONNECTIONS {
-            wanted.push((listening, READ));
-        }
+        wanted.push((listening, READ));
         for (fd, connection) in &connections {
             wanted.push((*fd, if connection.output.is_empty() { READ } else { WRITE }));
         }
         for fd in wait(&wanted)? {
             if fd == listening {
-                while connections.len() < CONNECTIONS
-                    && let Some(stream) = listener.accept().unwrap_or_default()
-                {
-                    connections.insert(stream.0.as_raw_fd() as u32, Connection::new(stream));
+                if connections.len() >= CONNECTIONS {
+                    drop_first(&mut connections, |connection| connection.heard);
                 }
-            } else if let Some(connection) = connections.get_mut(&fd)
-                && connection.turn(protocol).is_err()
-            {
-                connections.remove(&fd);
+                match listener.accept() {
+                    Ok(Some(stream)) => {
+                        connections.insert(stream.0.as_raw_fd() as u32, Connection::new(stream, turn));
+                    }
+                    Ok(None) => {}
+                    // No socket is left: there is one for it if one of those here ends.
+                    Err(_) if !connections.is_empty() => {
+                        drop_first(&mut connections, |connection| connection.heard);
+                    }
+                    Err(error) => return Err(error),
+                }
+            } else if let Some(connection) = connections.get_mut(&fd) {
+                connection.heard = turn;
+                if connection.turn(protocol).is_err() {
+                    connections.remove(&fd);
+                }
+            }
+            while connections.values().map(Connection::kept).sum::<usize>() > KEPT {
+                drop_first(&mut connections, |connection| usize::MAX - connection.kept());
             }
         }
+    }
+    Ok(())
+}
+
+/// Ends the connection that comes first in an order.
+fn drop_first<S, O: Ord>(
+    connections: &mut BTreeMap<u32, Connection<S>>,
+    order: impl Fn(&Connection<S>) -> O,
+) {
+    let first = connections.iter().min_by_key(|(_, connection)| order(connection)).map(|(fd, _)| *fd);
+    if let Some(fd) = first {
+        connections.remove(&fd);
     }
 }
 
@@ -104,10 +132,17 @@ fn wait(wanted: &[(u32, u8)]) -> io::Result<Vec<u32>> {
     Ok(events.iter().take(found).map(|event| event.user as u32).collect())
 }
 
+impl<S> Connection<S> {
+    /// Bytes of memory it takes.
+    fn kept(&self) -> usize {
+        self.input.capacity() + self.output.capacity()
+    }
+}
+
 impl<S: Default> Connection<S> {
-    fn new(stream: Stream) -> Self {
+    fn new(stream: Stream, heard: u64) -> Self {
         let (input, output) = (Vec::new(), Vec::new());
-        Self { stream, state: S::default(), input, output, written: 0, flow: Flow::Open }
+        Self { stream, state: S::default(), input, output, written: 0, flow: Flow::Open, heard }
     }
 
     /// Reads, answers and writes as much as goes without waiting; fails when the connection is over.
@@ -155,7 +190,9 @@ impl<S: Default> Connection<S> {
                 Err(error) => return Err(error),
             }
         }
-        self.output.clear();
+        // Nothing of a long answer or request stays behind.
+        self.output = Vec::new();
+        self.input.shrink_to(CHUNK);
         self.written = 0;
         Ok(())
     }

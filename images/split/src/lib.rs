@@ -1,14 +1,17 @@
 //! Splits bulk operations, so that none holds the processor for long.
 //!
-//! The engine carries out `memory.fill`, `memory.copy` and `memory.init` in one call that nothing interrupts, whatever
-//! their length. Here each becomes a call of a function added to the module, which does the same in pieces of at most
-//! [`PIECE`] bytes; between pieces the program can be interrupted as anywhere else. Active data segments of a module
-//! with more than [`ACTIVE`] bytes of them become passive ones that a start function copies in the same way.
+//! The engine carries out `memory.fill`, `memory.copy` and `memory.init` in one call of the kernel's that nothing
+//! interrupts, whatever their length. Here each that may be longer than [`PIECE`] becomes a call of a function added to
+//! the module. It fills and copies with vectors, in the program's own code, which can be interrupted anywhere; what a
+//! segment holds only the engine can read, so that is copied in pieces. Active data segments of a module with more than
+//! [`ACTIVE`] bytes of them become passive ones that a start function copies in the same way.
 //!
 //! Nothing a program can observe changes. The specification checks the bounds of the whole before the first byte is
 //! written: a probe of length zero at the end of each range traps exactly where the whole operation would. Where
 //! `address + length` wraps round, the whole operation is carried out as it stands. Copies go downward where the
 //! destination lies above the source.
+//!
+//! Operations on tables are left as they are: a table has few elements, by the machine's bound on it.
 //!
 //! The rewrite is on bytes: what it does not replace is copied as it was, and functions, types and segments keep their
 //! indices, since what is added comes last. Custom sections (names, debugging) are left out. The input must be valid.
@@ -16,17 +19,20 @@
 use std::{borrow::Cow, collections::BTreeMap, ops::Range};
 
 use wasm_encoder::{
-    BlockType, CodeSection, DataSection, Encode as _, Function, InstructionSink, Module, RawSection,
-    SectionId, StartSection,
+    BlockType, CodeSection, DataSection, Encode as _, Function, InstructionSink, MemArg, Module, RawSection,
+    SectionId, StartSection, ValType,
 };
 use wasmparser::{
     BinaryReaderError, CodeSectionReader, DataKind, DataSectionReader, FunctionBody, Operator, Parser,
     Payload, TypeRef,
 };
 
-/// Bytes done without a chance to interrupt: 2 to 8 µs where memory is present, 140 µs where the host must first find
-/// every page of it.
-pub const PIECE: i32 = 64 << 10;
+/// Bytes left to the engine: so few that a program which does nothing else is still found in its own code by every
+/// second or third alarm. With pieces of 64 KiB it was not found for seconds.
+pub const PIECE: i32 = 1 << 10;
+
+/// Bytes done in a round of a loop: four vectors.
+const ROUND: i32 = 64;
 
 /// Bytes of active data segments up to which an instance is filled in one go.
 pub const ACTIVE: u64 = 256 << 10;
@@ -143,7 +149,7 @@ impl<'a> Survey<'a> {
         Ok(())
     }
 
-    /// Whether active segments are copied by a start function.
+    /// Whether active segments are copied by a start function. There is a body to add one to in every program.
     fn starts_with_data(&self) -> bool {
         self.active_bytes > ACTIVE && !self.bodies.is_empty()
     }
@@ -271,10 +277,11 @@ fn split_body<'a>(
 const TO: u32 = 0;
 const FROM: u32 = 1;
 const LENGTH: u32 = 2;
+const VECTOR: u32 = 3;
 
-/// The function that does `bulk` in pieces: parameters as the operation's operands.
+/// The function that does `bulk`: parameters as the operation's operands.
 fn pieces(bulk: Bulk) -> Function {
-    let mut function = Function::new([]);
+    let mut function = Function::new([(1, ValType::V128)]);
     let code = &mut function.instructions();
     code.local_get(LENGTH).i32_const(PIECE).i32_gt_u().if_(BlockType::Empty);
     // An end that wraps round is left to the operation itself.
@@ -295,20 +302,61 @@ fn pieces(bulk: Bulk) -> Function {
     }
     code.i32_const(0);
     bulk.emit(code);
-    if bulk == Bulk::Copy {
-        code.local_get(TO).local_get(FROM).i32_gt_u().if_(BlockType::Empty);
-        downward(code, bulk);
-        code.else_();
-        upward(code, bulk);
-        code.end();
-    } else {
-        upward(code, bulk);
+    match bulk {
+        Bulk::Fill => {
+            code.local_get(FROM).i8x16_splat().local_set(VECTOR);
+            upward(code, ROUND, |code| {
+                for part in parts() {
+                    code.local_get(TO).local_get(VECTOR).v128_store(part);
+                }
+            });
+        }
+        Bulk::Copy => {
+            code.local_get(TO).local_get(FROM).i32_gt_u().if_(BlockType::Empty);
+            downward(code);
+            code.else_();
+            upward(code, ROUND, |code| {
+                round(code, |code, operand| _ = code.local_get(operand));
+                advance(code, FROM, ROUND);
+            });
+            code.end();
+        }
+        Bulk::Init { .. } => upward(code, PIECE, |code| {
+            operands_of(code, PIECE);
+            bulk.emit(code);
+            advance(code, FROM, PIECE);
+        }),
     }
     code.end();
     operands(code, LENGTH);
     bulk.emit(code);
     code.end();
     function
+}
+
+/// Where the vectors of a round lie.
+fn parts() -> impl DoubleEndedIterator<Item = MemArg> {
+    (0..ROUND.cast_unsigned() / 16).map(|part| MemArg {
+        offset: u64::from(part) * 16,
+        align: 0,
+        memory_index: 0,
+    })
+}
+
+/// Copies a round: loads all of it before it stores any, so that overlapping ranges do not matter.
+fn round(code: &mut InstructionSink<'_>, address: impl Fn(&mut InstructionSink<'_>, u32)) {
+    for part in parts() {
+        address(code, TO);
+        address(code, FROM);
+        code.v128_load(part);
+    }
+    for part in parts().rev() {
+        code.v128_store(part);
+    }
+}
+
+fn advance(code: &mut InstructionSink<'_>, address: u32, bytes: i32) {
+    code.local_get(address).i32_const(bytes).i32_add().local_set(address);
 }
 
 fn end<'a, 'b>(code: &'a mut InstructionSink<'b>, of: u32) -> &'a mut InstructionSink<'b> {
@@ -319,27 +367,24 @@ fn operands(code: &mut InstructionSink<'_>, length: u32) {
     code.local_get(TO).local_get(FROM).local_get(length);
 }
 
-/// Whole pieces from the low end, until no more than one is left.
-fn upward(code: &mut InstructionSink<'_>, bulk: Bulk) {
+fn operands_of(code: &mut InstructionSink<'_>, length: i32) {
+    code.local_get(TO).local_get(FROM).i32_const(length);
+}
+
+/// `step` after step of so many bytes from the low end, until no more than a piece is left.
+fn upward(code: &mut InstructionSink<'_>, bytes: i32, step: impl FnOnce(&mut InstructionSink<'_>)) {
     code.loop_(BlockType::Empty);
-    code.local_get(TO).local_get(FROM).i32_const(PIECE);
-    bulk.emit(code);
-    code.local_get(TO).i32_const(PIECE).i32_add().local_set(TO);
-    if bulk.moves_source() {
-        code.local_get(FROM).i32_const(PIECE).i32_add().local_set(FROM);
-    }
-    code.local_get(LENGTH).i32_const(PIECE).i32_sub().local_tee(LENGTH);
+    step(code);
+    advance(code, TO, bytes);
+    code.local_get(LENGTH).i32_const(bytes).i32_sub().local_tee(LENGTH);
     code.i32_const(PIECE).i32_gt_u().br_if(0).end();
 }
 
-/// Whole pieces from the high end, until no more than one is left.
-fn downward(code: &mut InstructionSink<'_>, bulk: Bulk) {
+/// Copies round after round from the high end, until no more than a piece is left.
+fn downward(code: &mut InstructionSink<'_>) {
     code.loop_(BlockType::Empty);
-    code.local_get(LENGTH).i32_const(PIECE).i32_sub().local_set(LENGTH);
-    end(code, TO);
-    end(code, FROM);
-    code.i32_const(PIECE);
-    bulk.emit(code);
+    code.local_get(LENGTH).i32_const(ROUND).i32_sub().local_set(LENGTH);
+    round(code, |code, operand| _ = end(code, operand));
     code.local_get(LENGTH).i32_const(PIECE).i32_gt_u().br_if(0).end();
 }
 
