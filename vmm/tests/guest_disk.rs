@@ -916,7 +916,8 @@ fn what_it_costs() {
         (0..1024).for_each(|at| assert_eq!(block_on(file.read_at(at << 16, &mut piece)), Ok(64 << 10)));
     });
     timed("write 4 KiB at 2,000 places", &mut || {
-        (0..2000).for_each(|_| assert!(block_on(file.write_at(random(16_384) * 4096, &bytes[..4096])).is_ok()));
+        (0..2000)
+            .for_each(|_| assert!(block_on(file.write_at(random(16_384) * 4096, &bytes[..4096])).is_ok()));
     });
     timed("sync", &mut sync);
     timed("read 4 KiB at 2,000 places", &mut || {

@@ -150,7 +150,8 @@ impl Lab {
             return;
         }
         let path = self.dir.join(format!("disk-{}", self.disk.get()));
-        let file = fs::File::options().read(true).write(true).create(true).truncate(false).open(path).unwrap();
+        let file =
+            fs::File::options().read(true).write(true).create(true).truncate(false).open(path).unwrap();
         file.set_len(self.disk_bytes).unwrap();
         machine.attach_disk(file.into()).unwrap();
     }
