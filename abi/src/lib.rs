@@ -293,8 +293,20 @@ pub struct BootPage {
     /// Host: 1 from an alarm that interrupted nothing, since the kernel ran, to the next door or upcall: others have
     /// waited for long enough.
     pub late: u32,
-    /// Explicit padding.
-    pub _pad: u32,
+    /// Host: counts requests to make all files safe on the disk, before a machine is stopped for good.
+    pub sync_wanted: u32,
+    /// Guest: the request that `sync_status` answers.
+    pub sync_done: u32,
+    /// Guest: one of [`sync_status`].
+    pub sync_status: u32,
+}
+
+/// What became of a request to make files safe, in [`BootPage::sync_status`].
+pub mod sync_status {
+    /// Everything done before the request is on the disk, or there is no disk.
+    pub const DONE: u32 = 0;
+    /// The disk failed, or cannot be written; the log says why.
+    pub const FAILED: u32 = 1;
 }
 
 /// How many [`BootPage::code_ranges`] there are.
@@ -453,7 +465,7 @@ pub struct LogRing {
 
 const _: () = {
     use core::mem::{offset_of, size_of};
-    assert!(size_of::<BootPage>() == 536);
+    assert!(size_of::<BootPage>() == 544);
     assert!(size_of::<BootPage>() as u64 <= PAGE);
     assert!(offset_of!(BootPage, deadline_ns) == 24);
     assert!(offset_of!(BootPage, now_ns) == 32);
@@ -466,6 +478,7 @@ const _: () = {
     assert!(offset_of!(BootPage, map_status) == 264);
     assert!(offset_of!(BootPage, map) == 272);
     assert!(offset_of!(BootPage, late) == 528);
+    assert!(offset_of!(BootPage, sync_wanted) == 532);
     assert!(size_of::<Upcall>() == 32);
     assert!(offset_of!(FaultRecord, rax) == 64);
     assert!(size_of::<Config>() == 24 + USER_MAX + 32 + AUTHORIZED_KEYS_MAX + 8);

@@ -2,11 +2,11 @@
 
 use core::{fmt::Write, panic::PanicInfo, time::Duration};
 
-use kage_abi::{DOOR_INTERVAL_NS, HEARTBEAT_INTERVAL_NS, Heartbeat, status};
+use kage_abi::{DOOR_INTERVAL_NS, HEARTBEAT_INTERVAL_NS, Heartbeat, status, sync_status};
 
 use crate::{
     arch::{self, Mail},
-    executor,
+    executor, fs,
     local::Local,
     log, memory, net, process, programs, random, resources, service, vid,
     virtio::{block, entropy::Entropy, net::Net},
@@ -54,6 +54,7 @@ pub fn run() -> ! {
     let kernel = Kernel {
         generation: mail.generation,
         moves: mail.moves,
+        synced: mail.sync_wanted,
         heartbeat: Heartbeat::default(),
         entropy,
         slice: Duration::ZERO,
@@ -108,6 +109,8 @@ fn pulse(now: Duration) -> Option<u64> {
 struct Kernel {
     generation: u64,
     moves: u32,
+    /// The last request to make files safe that was seen.
+    synced: u32,
     heartbeat: Heartbeat,
     entropy: Entropy,
     /// End of the last slice of processes.
@@ -133,9 +136,14 @@ impl Kernel {
                 net::poll(now);
             }
             resources::poll();
+            if mail.sync_wanted != self.synced {
+                self.synced = mail.sync_wanted;
+                executor::spawn("sync", sync(mail.sync_wanted));
+            }
             if memory::is_short() {
                 // What is only kept for speed.
                 process::code::forget_unused();
+                fs::drop_some();
                 memory::drop_spare();
             }
             executor::fire_timers(now);
@@ -180,6 +188,18 @@ impl Kernel {
         }
         figures.last_ns + HEARTBEAT_INTERVAL_NS
     }
+}
+
+/// Makes all files safe because the host asks for it.
+async fn sync(request: u32) {
+    let status = match fs::sync_all().await {
+        Ok(()) => sync_status::DONE,
+        Err(error) => {
+            log!("files are not safe on the disk: {error}");
+            sync_status::FAILED
+        }
+    };
+    arch::publish_sync(request, status);
 }
 
 /// Collects a panic's message without allocating.

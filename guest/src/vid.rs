@@ -59,6 +59,27 @@ pub fn start() {
     arch::set_next_index(record.next_index.max(record.first_index));
 }
 
+/// The identity that a resource was given before, when it was written to the disk.
+pub const fn again(kind: Kind, index: u64) -> Vid {
+    Vid { kind, index }
+}
+
+/// The index that is given out next.
+pub fn upcoming() -> u64 {
+    arch::resources().next_index
+}
+
+/// Has indices before `next` not be given out any more, since the disk says that they were; false when the host has
+/// not set so many aside for this machine.
+pub fn resume(next: u64) -> bool {
+    let record = arch::resources();
+    let ours = next <= record.limit_index;
+    if ours {
+        arch::set_next_index(record.next_index.max(next));
+    }
+    ours
+}
+
 /// Whether there is an identity for what a program or a user wants to make; accounts for making it. The host raises the limit long before it is
 /// reached; while it cannot, because the directory is away or the machine is moving, and for ever once nearly all 2³⁶
 /// are used, nothing more is made.

@@ -19,7 +19,10 @@ macro_rules! log {
 use std::{collections::BTreeMap, sync::MutexGuard};
 
 use fs::{Base, FileError, Handle, Kind, OpenOptions};
-use kernel::{heap, memory, time, vid};
+use kernel::{
+    executor::{self, block_on},
+    heap, memory, time, vid, virtio,
+};
 use proptest::prelude::*;
 
 /// Files of the image that tests start from.
@@ -51,6 +54,11 @@ const READ: OpenOptions =
     OpenOptions { create: false, exclusive: false, truncate: false, directory: false, no_follow: false };
 const CREATE: OpenOptions = OpenOptions { create: true, ..READ };
 
+fn append(path: &str, bytes: &[u8]) -> Result<(), FileError> {
+    let file = fs::open(path, CREATE)?;
+    block_on(file.append(bytes)).map(drop)
+}
+
 /// Names in a directory, sorted.
 fn names(path: &str) -> Result<Vec<String>, FileError> {
     let mut names = Vec::new();
@@ -66,7 +74,7 @@ fn names(path: &str) -> Result<Vec<String>, FileError> {
 
 fn content(handle: &Handle) -> Vec<u8> {
     let mut bytes = vec![0xee; usize::try_from(handle.stat().unwrap().size).unwrap() + 10];
-    let count = handle.read_at(0, &mut bytes).unwrap();
+    let count = block_on(handle.read_at(0, &mut bytes)).unwrap();
     assert_eq!(count + 10, bytes.len());
     bytes.truncate(count);
     bytes
@@ -89,13 +97,13 @@ fn the_image_stays_as_it_is_under_what_is_written() {
     let file = fs::open("/bin/big", READ).unwrap();
     assert_eq!(content(&file), IMAGE);
     assert_eq!(fs::usage().0, used, "reading copies nothing");
-    file.write_at(20_000, b"here").unwrap();
+    block_on(file.write_at(20_000, b"here")).unwrap();
     let mut expected = IMAGE.to_vec();
     expected[20_000..20_004].copy_from_slice(b"here");
     assert_eq!(content(&file), expected);
     assert_eq!(fs::usage().0 - used, 16 << 10, "one chunk was copied");
-    file.truncate(30_000).unwrap();
-    file.truncate(40_000).unwrap();
+    block_on(file.truncate(30_000)).unwrap();
+    block_on(file.truncate(40_000)).unwrap();
     expected[30_000..].fill(0);
     assert_eq!(content(&file), expected);
 }
@@ -106,13 +114,13 @@ fn a_file_lives_as_long_as_it_is_open() {
     let used = fs::usage().0;
     let file = fs::open("/tmp/f", CREATE).unwrap();
     let vid = file.stat().unwrap().vid;
-    file.append(b"kept").unwrap();
+    block_on(file.append(b"kept")).unwrap();
     fs::remove("/tmp/f").unwrap();
     assert_eq!(fs::stat("/tmp/f"), Err(FileError::NotFound));
     let other = fs::open("/tmp/f", CREATE).unwrap();
     assert_ne!(other.stat().unwrap().vid, vid);
     assert_eq!((content(&file).as_slice(), file.stat().unwrap().links), (&b"kept"[..], 0));
-    file.append(b" on").unwrap();
+    block_on(file.append(b" on")).unwrap();
     assert_eq!(content(&file), b"kept on");
     assert!(fs::rows(vid.index(), 1)[0].path.is_none());
     drop(file);
@@ -124,9 +132,9 @@ fn a_file_lives_as_long_as_it_is_open() {
 fn a_rename_replaces_and_keeps_who_has_it_open() {
     let _alone = machine(64 << 20);
     let file = fs::open("/tmp/a", CREATE).unwrap();
-    file.append(b"a").unwrap();
+    block_on(file.append(b"a")).unwrap();
     let old = fs::open("/tmp/b", CREATE).unwrap();
-    old.append(b"b").unwrap();
+    block_on(old.append(b"b")).unwrap();
     fs::rename("/tmp/a", "/tmp/b").unwrap();
     assert_eq!(fs::stat("/tmp/a"), Err(FileError::NotFound));
     assert_eq!(fs::stat("/tmp/b").unwrap().vid, file.stat().unwrap().vid);
@@ -148,26 +156,26 @@ fn a_hole_costs_nothing_and_a_file_ends_where_there_is_no_room() {
     let _alone = machine(8 << 20);
     let file = fs::open("/tmp/hole", CREATE).unwrap();
     let (used, limit) = fs::usage();
-    file.write_at(1 << 39, b"end").unwrap();
+    block_on(file.write_at(1 << 39, b"end")).unwrap();
     assert!(fs::usage().0 - used <= 16 << 10);
     let mut bytes = [1; 8];
-    assert_eq!(file.read_at((1 << 39) - 4, &mut bytes), Ok(7));
+    assert_eq!(block_on(file.read_at((1 << 39) - 4, &mut bytes)), Ok(7));
     assert_eq!(bytes, [0, 0, 0, 0, b'e', b'n', b'd', 1]);
-    assert_eq!(file.write_at(u64::MAX - 1, b"xx"), Err(FileError::TooLarge));
-    assert_eq!(file.truncate(u64::MAX), Err(FileError::TooLarge));
-    file.truncate(0).unwrap();
+    assert_eq!(block_on(file.write_at(u64::MAX - 1, b"xx")), Err(FileError::TooLarge));
+    assert_eq!(block_on(file.truncate(u64::MAX)), Err(FileError::TooLarge));
+    block_on(file.truncate(0)).unwrap();
     let mut written = 0;
     let all = loop {
-        match file.append(&[7; 100_000]) {
+        match block_on(file.append(&[7; 100_000])) {
             Ok((_, count)) => written += count as u64,
             Err(error) => break error,
         }
     };
     assert_eq!(all, FileError::Full);
     assert!(written <= limit && written + (32 << 10) > limit, "{written} of {limit}");
-    file.truncate(5).unwrap();
+    block_on(file.truncate(5)).unwrap();
     memory::set_free_bytes(1 << 20);
-    assert_eq!(file.write_at(5, &[1; 1 << 20]), Err(FileError::Full));
+    assert_eq!(block_on(file.write_at(5, &[1; 1 << 20])), Err(FileError::Full));
     assert_eq!(fs::make_directory("/tmp/more").unwrap_err(), FileError::Full);
 }
 
@@ -188,7 +196,7 @@ fn links_are_followed_but_not_for_ever_and_not_outside() {
         assert!(matches!(error, FileError::Outside | FileError::NotFound), "{path}: {error}");
     }
     root.make_link("made", "/tmp/dangling").unwrap();
-    fs::append("/tmp/dangling", b"x").unwrap();
+    append("/tmp/dangling", b"x").unwrap();
     assert_eq!(fs::stat("/tmp/made").unwrap().size, 1);
     root.link("/tmp/made", true, &root, "/tmp/twin").unwrap();
     fs::remove("/tmp/made").unwrap();
@@ -205,7 +213,7 @@ fn a_directory_is_read_whole_while_it_changes() {
     let _alone = machine(64 << 20);
     fs::make_directory("/tmp/d").unwrap();
     for number in 0..100 {
-        fs::append(&format!("/tmp/d/{number}"), b"").unwrap();
+        append(&format!("/tmp/d/{number}"), b"").unwrap();
     }
     let directory = fs::open("/tmp/d", READ).unwrap();
     let (mut at, mut seen) = (0, Vec::new());
@@ -237,7 +245,7 @@ fn a_directory_is_read_whole_while_it_changes() {
 fn there_is_an_end_to_files() {
     let _alone = machine(64 << 20);
     fs::make_directory("/tmp/many").unwrap();
-    let error = (0..).find_map(|number| fs::append(&format!("/tmp/many/{number}"), b"").err());
+    let error = (0..).find_map(|number| append(&format!("/tmp/many/{number}"), b"").err());
     assert_eq!(error, Some(FileError::TooMany));
 }
 
@@ -438,7 +446,7 @@ proptest! {
                 Step::Write(which, at, bytes) if !open.is_empty() => {
                     let (handle, number) = &open[which % open.len()];
                     let expected = model.write(*number, at as usize, &bytes);
-                    prop_assert_eq!(handle.write_at(at.into(), &bytes), expected.map(|()| bytes.len()));
+                    prop_assert_eq!(block_on(handle.write_at(at.into(), &bytes)), expected.map(|()| bytes.len()));
                 }
                 Step::Append(which, bytes) if !open.is_empty() => {
                     let (handle, number) = &open[which % open.len()];
@@ -447,7 +455,7 @@ proptest! {
                         Node::Directory(_) => 0,
                     };
                     let expected = model.write(*number, end, &bytes);
-                    prop_assert_eq!(handle.append(&bytes), expected.map(|()| (end as u64, bytes.len())));
+                    prop_assert_eq!(block_on(handle.append(&bytes)), expected.map(|()| (end as u64, bytes.len())));
                 }
                 Step::Truncate(which, length) if !open.is_empty() => {
                     let (handle, number) = &open[which % open.len()];
@@ -458,7 +466,7 @@ proptest! {
                         }
                         Node::Directory(_) => Err(FileError::IsDirectory),
                     };
-                    prop_assert_eq!(handle.truncate(length.into()), expected);
+                    prop_assert_eq!(block_on(handle.truncate(length.into())), expected);
                 }
                 Step::Directory(path) => {
                     let expected = model.find(&path).and_then(|(directory, name, there)| match there {
@@ -513,7 +521,7 @@ proptest! {
         let root = Handle::root();
         let _ = root.make_link(&target, &path);
         let _ = fs::make_directory(&path);
-        let _ = fs::append(&path, b"x");
+        let _ = append(&path, b"x");
         let _ = fs::rename(&path, &target);
         let _ = fs::remove(&path);
         let _ = names(&path);
@@ -524,13 +532,29 @@ proptest! {
 #[test]
 fn names_have_an_end_and_a_file_knows_all_of_its_own() {
     let _alone = machine(64 << 20);
-    fs::append("/tmp/a", b"x").unwrap();
+    append("/tmp/a", b"x").unwrap();
     let root = Handle::root();
     let at = |number: usize| format!("/tmp/{number}");
     let count = (0..).find(|&number| root.link("/tmp/a", false, &root, &at(number)).is_err()).unwrap();
-    assert!(count > 1000 && count < fs::MAX_NAMES, "{count}");
+    // As many as its item has room for.
+    assert!(count > 200 && count < 500, "{count}");
     assert_eq!(root.link("/tmp/a", false, &root, "/b"), Err(FileError::TooMany));
+    // And so many in all.
+    fs::make_directory("/many").unwrap();
+    let mut others = 0;
+    let error = (0..fs::MAX_NAMES).find_map(|number| {
+        let at = format!("/many/{number}");
+        match number % 200 {
+            0 => others = number,
+            _ => return root.link(&format!("/many/{others}"), false, &root, &at).err(),
+        }
+        append(&at, b"").err()
+    });
+    assert_eq!(error, Some(FileError::TooMany));
     assert_eq!(root.make_directory("/b"), Err(FileError::TooMany));
+    for name in 0..50 {
+        fs::remove(&format!("/many/{name}")).unwrap();
+    }
     let vid = fs::stat("/tmp/a").unwrap().vid;
     let path = || fs::rows(vid.index(), 1)[0].path.clone().unwrap();
     // Whichever name goes, it is found by another one: also the one that it was known by.

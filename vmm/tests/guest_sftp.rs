@@ -24,7 +24,10 @@ macro_rules! log {
 
 use std::sync::MutexGuard;
 
-use kernel::{heap, memory, time, vid};
+use kernel::{
+    executor::{self, block_on},
+    heap, memory, time, vid, virtio,
+};
 use packet::{Fields, Status, kind};
 use proptest::prelude::*;
 use server::Server;
@@ -56,6 +59,7 @@ fn bytes(bytes: &[u8]) -> Vec<u8> {
 /// Gives a request and takes its only reply: its kind and what follows.
 fn ask(server: &mut Server, request: &[u8]) -> (u8, Vec<u8>) {
     assert_eq!(server.input(request), request.len());
+    block_on(server.answer());
     let output = server.output().to_vec();
     server.sent(output.len());
     let length = u32::from_be_bytes(output[..4].try_into().unwrap()) as usize;
@@ -126,6 +130,7 @@ fn handles_and_packets_are_limited() {
         let mut write = vec![0; 100];
         write[0] = 1;
         let _ = server.input(&packet(kind::READ, &read));
+        block_on(server.answer());
     }
     let waiting = server.output().len();
     assert!(waiting < 300 << 10);
@@ -174,6 +179,7 @@ proptest! {
             while !rest.is_empty() {
                 let taken = server.input(&rest[..rest.len().min(cut)]);
                 prop_assert!(taken > 0);
+                block_on(server.answer());
                 rest = &rest[taken..];
             }
             // Every request is answered once, with its number.
@@ -196,6 +202,7 @@ proptest! {
         let mut rest = &bytes[..];
         while !rest.is_empty() && !server.is_broken() {
             let taken = server.input(rest);
+            block_on(server.answer());
             rest = &rest[taken..];
             let waiting = server.output().len();
             server.sent(waiting);

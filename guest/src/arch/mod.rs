@@ -117,6 +117,8 @@ pub struct Mail {
     pub heartbeat_on: bool,
     /// Round of the heartbeat's figures.
     pub heartbeat_round: u32,
+    /// Counts requests to make all files safe.
+    pub sync_wanted: u32,
 }
 
 /// An upcall has served the machine since it last knocked.
@@ -215,6 +217,7 @@ pub fn mail() -> Mail {
         config_version: page.config_version,
         heartbeat_on: page.heartbeat_on != 0,
         heartbeat_round: page.heartbeat_round,
+        sync_wanted: page.sync_wanted,
     }
 }
 
@@ -228,6 +231,16 @@ pub fn set_status(status: u32) {
 pub fn publish_heartbeat(figures: kage_abi::Heartbeat) {
     // SAFETY: as in `door`.
     unsafe { (&raw mut (*BOOT).heartbeat).write_volatile(figures) }
+}
+
+/// Answers a request to make all files safe.
+pub fn publish_sync(request: u32, status: u32) {
+    note_queued();
+    // SAFETY: as in `door`.
+    unsafe {
+        (&raw mut (*BOOT).sync_status).write_volatile(status);
+        (&raw mut (*BOOT).sync_done).write_volatile(request);
+    }
 }
 
 /// Takes the generation's seed and erases it from the mailbox.

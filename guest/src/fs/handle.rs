@@ -1,10 +1,15 @@
 //! What programs hold.
 
 use alloc::rc::Rc;
-use core::{cell::Cell, time::Duration};
+use core::{
+    cell::Cell,
+    future::poll_fn,
+    task::{Context, Poll, ready},
+    time::Duration,
+};
 
 use super::{
-    FILES, FileError, MAX_PATH,
+    FILES, FileError, MAX_TARGET,
     store::Number,
     tree::{Body, Directory, Entry, Facts, Kind, Tree},
     walk::Found,
@@ -93,22 +98,14 @@ impl Handle {
                 Kind::File if options.directory => return Err(FileError::NotDirectory),
                 Kind::Directory if options.create || options.truncate => return Err(FileError::IsDirectory),
                 Kind::File if options.truncate => {
-                    tree.store.truncate(number, 0)?;
+                    tree.store.writable()?;
+                    tree.store.cut(number, 0)?;
                     tree.touch(number);
                 }
                 Kind::File | Kind::Directory => {}
             }
             tree.open(number)?;
             Ok(Self { number, ceiling: number })
-        })
-    }
-
-    /// Makes a file of the image's bytes.
-    pub(super) fn place(&self, path: &str, bytes: &'static [u8]) -> Result<(), FileError> {
-        found(self, path, true, |tree, found| {
-            let number = tree.make(found.directory, found.name(FileError::Exists)?, Body::File)?;
-            tree.store.create(number, bytes);
-            Ok(())
         })
     }
 
@@ -127,7 +124,7 @@ impl Handle {
     pub fn make_link(&self, target: &str, path: &str) -> Result<(), FileError> {
         match target.len() {
             0 => Err(FileError::NotFound),
-            length if length > MAX_PATH => Err(FileError::NameTooLong),
+            length if length > MAX_TARGET => Err(FileError::NameTooLong),
             _ if target.contains('\0') => Err(FileError::Invalid),
             _ => self.make(path, Body::Link(Rc::from(target)), false),
         }
@@ -255,6 +252,14 @@ impl Handle {
         FILES.get().set_times(self.number, accessed, modified)
     }
 
+    /// Sets its mode bits.
+    ///
+    /// # Errors
+    /// [`FileError`].
+    pub fn set_mode(&self, mode: u16) -> Result<(), FileError> {
+        FILES.get().set_mode(self.number, mode)
+    }
+
     /// Entries of this directory from number `from` on, until `take` has enough. It must not use files.
     ///
     /// # Errors
@@ -263,56 +268,125 @@ impl Handle {
         FILES.get().entries(self.number, from, take)
     }
 
-    /// Reads from `offset`; 0 at the end.
+    /// Reads from `offset`; 0 only at the end, and fewer than wanted where the rest has to be waited for.
     ///
     /// # Errors
-    /// [`FileError::IsDirectory`].
-    pub fn read_at(&self, offset: u64, into: &mut [u8]) -> Result<usize, FileError> {
-        let tree = FILES.get();
+    /// [`FileError`].
+    pub fn poll_read_at(
+        &self,
+        context: &Context<'_>,
+        offset: u64,
+        into: &mut [u8],
+    ) -> Poll<Result<usize, FileError>> {
+        let mut tree = FILES.get();
         match tree.kind(self.number)? {
-            Kind::File => Ok(tree.store.read(self.number, offset, into)),
-            Kind::Directory => Err(FileError::IsDirectory),
-            Kind::Link => Err(FileError::Invalid),
+            Kind::File => tree.store.poll_read(context, self.number, offset, into),
+            Kind::Directory => Poll::Ready(Err(FileError::IsDirectory)),
+            Kind::Link => Poll::Ready(Err(FileError::Invalid)),
         }
+    }
+
+    /// Reads from `offset`: all that is wanted, or up to the end, or up to what cannot be read.
+    ///
+    /// # Errors
+    /// [`FileError`]; nothing was read then.
+    pub async fn read_at(&self, offset: u64, into: &mut [u8]) -> Result<usize, FileError> {
+        let mut done = 0;
+        loop {
+            let rest = into.get_mut(done..).unwrap_or_default();
+            let read =
+                poll_fn(|context| self.poll_read_at(context, offset.saturating_add(done as u64), rest));
+            match read.await {
+                Ok(0) => break,
+                Ok(count) => done += count,
+                Err(_) if done > 0 => break,
+                Err(error) => return Err(error),
+            }
+            if done == into.len() {
+                break;
+            }
+        }
+        Ok(done)
+    }
+
+    /// Writes at `offset`, or at the end where that is `None`; returns where that was and how much was written, less
+    /// than all where the rest has to wait or finds no room.
+    ///
+    /// # Errors
+    /// [`FileError`]; nothing was written then.
+    pub fn poll_write_at(
+        &self,
+        context: &Context<'_>,
+        offset: Option<u64>,
+        bytes: &[u8],
+    ) -> Poll<Result<(u64, usize), FileError>> {
+        self.poll_change(|tree, number| {
+            let offset = offset.unwrap_or_else(|| tree.store.length(number));
+            tree.store.poll_write(context, number, offset, bytes).map_ok(|count| (offset, count))
+        })
     }
 
     /// Writes at `offset` and returns how much, less than all only when there is no room for the rest.
     ///
     /// # Errors
     /// [`FileError`]; nothing was written then.
-    pub fn write_at(&self, offset: u64, bytes: &[u8]) -> Result<usize, FileError> {
-        self.change(|tree, number| tree.store.write(number, offset, bytes))
+    pub async fn write_at(&self, offset: u64, bytes: &[u8]) -> Result<usize, FileError> {
+        let mut done = 0;
+        loop {
+            let rest = bytes.get(done..).unwrap_or_default();
+            let at = offset.saturating_add(done as u64);
+            match poll_fn(|context| self.poll_write_at(context, Some(at), rest)).await {
+                Ok((_, count)) => done += count,
+                Err(_) if done > 0 => return Ok(done),
+                Err(error) => return Err(error),
+            }
+            if done == bytes.len() {
+                return Ok(done);
+            }
+        }
     }
 
-    /// Writes at the end; returns where that was, and how much was written.
+    /// Writes at the end; returns where that was, and how much was written. Another writer may come between two parts
+    /// only where one of them had to wait.
     ///
     /// # Errors
     /// [`FileError`]; nothing was written then.
-    pub fn append(&self, bytes: &[u8]) -> Result<(u64, usize), FileError> {
-        self.change(|tree, number| {
-            let end = tree.store.length(number);
-            Ok((end, tree.store.write(number, end, bytes)?))
-        })
+    pub async fn append(&self, bytes: &[u8]) -> Result<(u64, usize), FileError> {
+        let (at, mut done) = poll_fn(|context| self.poll_write_at(context, None, bytes)).await?;
+        while let Some(rest) = bytes.get(done..).filter(|rest| !rest.is_empty()) {
+            match poll_fn(|context| self.poll_write_at(context, None, rest)).await {
+                Ok((_, count)) => done += count,
+                Err(_) => break,
+            }
+        }
+        Ok((at, done))
     }
 
     /// Sets the length.
     ///
     /// # Errors
     /// [`FileError`].
-    pub fn truncate(&self, length: u64) -> Result<(), FileError> {
-        self.change(|tree, number| tree.store.truncate(number, length))
+    pub async fn truncate(&self, length: u64) -> Result<(), FileError> {
+        let cut = |context: &Context<'_>| {
+            self.poll_change(|tree, number| tree.store.poll_truncate(context, number, length))
+        };
+        poll_fn(|context| cut(context)).await
     }
 
-    fn change<R>(&self, act: impl FnOnce(&mut Tree, Number) -> Result<R, FileError>) -> Result<R, FileError> {
+    fn poll_change<R>(
+        &self,
+        act: impl FnOnce(&mut Tree, Number) -> Poll<Result<R, FileError>>,
+    ) -> Poll<Result<R, FileError>> {
         let mut tree = FILES.get();
         match tree.kind(self.number)? {
             Kind::File => {
-                let result = act(&mut tree, self.number)?;
+                tree.store.writable()?;
+                let result = ready!(act(&mut tree, self.number))?;
                 tree.touch(self.number);
-                Ok(result)
+                Poll::Ready(Ok(result))
             }
-            Kind::Directory => Err(FileError::IsDirectory),
-            Kind::Link => Err(FileError::Invalid),
+            Kind::Directory => Poll::Ready(Err(FileError::IsDirectory)),
+            Kind::Link => Poll::Ready(Err(FileError::Invalid)),
         }
     }
 }
@@ -334,25 +408,48 @@ impl OpenFile {
         Self { handle, offset: Cell::new(0), append: Cell::new(append) }
     }
 
-    /// Reads on; 0 at the end.
+    /// Reads on, what is in memory; 0 only at the end.
     ///
     /// # Errors
     /// [`FileError`].
-    pub fn read(&self, into: &mut [u8]) -> Result<usize, FileError> {
-        let count = self.handle.read_at(self.offset.get(), into)?;
+    pub fn poll_read(&self, context: &Context<'_>, into: &mut [u8]) -> Poll<Result<usize, FileError>> {
+        let count = ready!(self.handle.poll_read_at(context, self.offset.get(), into))?;
+        self.offset.set(self.offset.get() + count as u64);
+        Poll::Ready(Ok(count))
+    }
+
+    /// Reads on, all that is wanted or up to the end.
+    ///
+    /// # Errors
+    /// [`FileError`].
+    pub async fn read(&self, into: &mut [u8]) -> Result<usize, FileError> {
+        let count = self.handle.read_at(self.offset.get(), into).await?;
         self.offset.set(self.offset.get() + count as u64);
         Ok(count)
     }
 
-    /// Writes on, and returns how much.
+    fn place(&self) -> Option<u64> {
+        Some(self.offset.get()).filter(|_| !self.append.get())
+    }
+
+    /// Writes on, and returns how much: less than all where the rest has to wait.
     ///
     /// # Errors
     /// [`FileError`]; nothing was written then.
-    pub fn write(&self, bytes: &[u8]) -> Result<usize, FileError> {
-        let (at, count) = if self.append.get() {
-            self.handle.append(bytes)?
-        } else {
-            (self.offset.get(), self.handle.write_at(self.offset.get(), bytes)?)
+    pub fn poll_write(&self, context: &Context<'_>, bytes: &[u8]) -> Poll<Result<usize, FileError>> {
+        let (at, count) = ready!(self.handle.poll_write_at(context, self.place(), bytes))?;
+        self.offset.set(at + count as u64);
+        Poll::Ready(Ok(count))
+    }
+
+    /// Writes on, and returns how much, less than all only when there is no room for the rest.
+    ///
+    /// # Errors
+    /// [`FileError`]; nothing was written then.
+    pub async fn write(&self, bytes: &[u8]) -> Result<usize, FileError> {
+        let (at, count) = match self.place() {
+            None => self.handle.append(bytes).await?,
+            Some(at) => (at, self.handle.write_at(at, bytes).await?),
         };
         self.offset.set(at + count as u64);
         Ok(count)

@@ -1,41 +1,69 @@
-//! The machine's files: a tree of inodes in memory.
+//! The machine's files: a tree of inodes in memory, kept on the disk if the machine has one.
 //!
 //! - [`tree`]: the namespace: inodes, directories, links, and who has what open; [`walk`]: from paths to inodes.
-//! - [`store`]: what files hold. Nothing else knows how, so that another store can take its place.
+//! - [`store`], [`content`]: what files hold, a cache over the disk; [`map`]: where it lies there; [`load`]: reads of it.
 //! - [`handle`]: what programs hold: a [`Handle`] keeps its inode alive, whatever happens to its names.
+//! - [`format`]: what lies on the disk; [`items`], [`records`], [`space`], [`volume`]: the same in memory, with what is
+//!   to be written; [`commit`]: the writing; [`mount`] and [`image`]: how the tree begins; [`check`]: whether all fits together.
+//!
+//! The namespace is wholly in memory: what asks only for it is done at once. What reads or writes bytes may wait: for
+//! the disk, or because too much has yet to be written. Nobody waits for a mount but who needs files ([`ready`]).
+//!
+//! **What a crash leaves**: all files as they were at one instant, which lies behind the last [`sync_all`] that
+//! returned and at most some seconds back.
 //!
 //! Every inode has a VID for life. Inodes come from two layers: the image's read-only tree, whose bytes are shared
-//! with every machine of the host, and what the machine wrote; a chunk is copied at the first write to it. Everything
-//! is bounded: bytes, inodes, names, paths. A file's own time of reading is not kept: a read writes nothing, and what
-//! is not written need not move.
+//! with every machine of the host, and what the machine wrote. Everything is bounded: bytes, inodes, names, paths. A
+//! file's own time of reading is not kept: a read writes nothing, and what is not written need not move.
 //!
-//! Not here: owners and permissions (a machine has one user), locks, devices.
+//! Not here: owners, locks, devices, and any use of mode bits but to keep them (a machine has one user).
 
+mod check;
+mod commit;
+mod content;
+mod format;
 mod handle;
+mod image;
+mod items;
+mod load;
+mod map;
+mod mount;
+mod records;
+mod space;
 mod store;
 mod tree;
+mod volume;
+mod wait;
 mod walk;
 
+pub use check::check;
+pub use commit::sync_all;
 pub use handle::{Handle, OpenFile, OpenOptions};
 pub use tree::{Facts, Kind, Row};
 pub use walk::resolve;
 
-use alloc::{format, vec::Vec};
+use alloc::{rc::Rc, vec::Vec};
+use core::{future::poll_fn, task::Poll};
 
-use crate::local::Local;
+use crate::{executor, local::Local, log, virtio::block};
+use format::LEAST_BLOCKS;
+use image::Image;
+use store::Store;
 use tree::Tree;
 
 /// Inodes, the image's included.
-pub const MAX_NODES: usize = 16 << 10;
-/// Names in all directories: a file may have several.
+pub const MAX_NODES: usize = 64 << 10;
+/// Names in all directories: a file may have several, as many as its item on the disk has room for.
 pub const MAX_NAMES: usize = 2 * MAX_NODES;
 /// Longest name.
 pub const MAX_NAME: usize = 255;
 /// Longest path.
 pub const MAX_PATH: usize = 4096;
+/// Longest path that a link leads to: with a name it fits in a metadata block.
+pub const MAX_TARGET: usize = 3072;
 /// Longest file; most of one that long is a hole.
 const MAX_LENGTH: u64 = 1 << 40;
-/// Most of memory that files may hold: one part in this many.
+/// Most of memory that files may hold without a disk: one part in this many.
 const SHARE: u64 = 2;
 
 /// Why a file cannot be used.
@@ -71,6 +99,15 @@ pub enum FileError {
     /// Links that lead to links without end.
     #[error("too many levels of links")]
     Loop,
+    /// The disk does not give the bytes, or did not take them.
+    #[error("input/output error")]
+    Damaged,
+    /// Nothing can be changed; the log says why.
+    #[error("read-only file system")]
+    ReadOnly,
+    /// The disk is still being mounted.
+    #[error("files are not ready yet")]
+    NotReady,
     /// A path that leads out of the directory it starts in.
     #[error("leads outside")]
     Outside,
@@ -95,34 +132,44 @@ pub enum Base {
     Link(&'static str),
 }
 
-/// Makes the tree of a new machine: the image's, in which parents come first, then what every machine has.
+/// Makes the tree of a machine: what is on the disk, over the image's, in which parents come first, and what every
+/// machine has. Without a disk it is there at once, else once [`ready`] says so.
 pub fn start(user: &str, memory: u64, base: impl Iterator<Item = (&'static str, Base)>) {
-    FILES.set(Tree::new(memory / SHARE));
-    let root = Handle::root();
-    for (path, what) in base {
-        // An image that holds more than a machine takes is refused when it is built, and a name in it that cannot
-        // be made is missing here, not fatal.
-        let made = match what {
-            Base::Directory => root.make_directory(path),
-            Base::File(bytes) => root.place(path, bytes),
-            Base::Link(target) => root.make_link(target, path),
-        };
-        if let Err(error) = made
-            && error != FileError::Exists
-        {
-            crate::log!("image file {path}: {error}");
+    let image = Image { user: user.into(), memory, base: base.collect() };
+    let blocks = block::blocks();
+    if blocks < LEAST_BLOCKS {
+        if blocks > 0 {
+            log!("files: a disk of {blocks} blocks is too small to be used");
         }
+        let mut tree = Tree::new(Store::new(memory / SHARE, None));
+        image.furnish_memory(&mut tree);
+        FILES.set(tree);
+        return;
     }
-    let home = format!("/home/{user}");
-    for directory in ["/etc", "/home", home.as_str(), "/tmp"] {
-        let _ = make_directory(directory);
-    }
-    let motd = format!("This is {user}'s machine. It follows you; type `help` for what it can do.\n");
-    for (path, text) in [("/etc/motd", motd.as_str()), ("/etc/hostname", "kage\n")] {
-        if stat(path).is_err() {
-            let _ = append(path, text.as_bytes());
+    FILES.set(Tree::empty(Store::new(0, None)));
+    executor::spawn("files", async move {
+        mount::mount(image).await;
+        commit::keep().await;
+    });
+}
+
+/// Takes over a tree whose mount is done.
+fn install(tree: Tree) {
+    let mut old = core::mem::replace(&mut *FILES.get(), tree);
+    old.mounted.wake();
+}
+
+/// Returns once there are files.
+pub async fn ready() {
+    poll_fn(|context| {
+        let mut tree = FILES.get();
+        if !tree.mounting {
+            return Poll::Ready(());
         }
-    }
+        tree.mounted.add(context);
+        Poll::Pending
+    })
+    .await;
 }
 
 /// Opens what is at an absolute path.
@@ -131,20 +178,6 @@ pub fn start(user: &str, memory: u64, base: impl Iterator<Item = (&'static str, 
 /// [`FileError`].
 pub fn open(path: &str, options: OpenOptions) -> Result<Handle, FileError> {
     Handle::root().open(path, options)
-}
-
-/// Appends, making the file if there is none. All of it or, when there is no room, a part.
-///
-/// # Errors
-/// [`FileError`].
-pub fn append(path: &str, bytes: &[u8]) -> Result<(), FileError> {
-    let file = open(path, OpenOptions { create: true, ..OpenOptions::default() })?;
-    let mut rest = bytes;
-    while !rest.is_empty() {
-        let (_, count) = file.append(rest)?;
-        rest = rest.get(count..).unwrap_or_default();
-    }
-    Ok(())
 }
 
 /// Makes a directory.
@@ -190,7 +223,52 @@ pub fn rows(from: u64, most: usize) -> Vec<Row> {
     FILES.get().rows(from, most)
 }
 
-/// Bytes that files hold, and may hold.
+/// Bytes that files hold, and may hold: on the disk, or in memory where there is none.
 pub fn usage() -> (u64, u64) {
-    FILES.get().usage()
+    FILES.get().store.usage()
+}
+
+/// How the files are kept.
+#[derive(Clone, Debug)]
+pub struct State {
+    /// On a disk, not in memory alone.
+    pub disk: bool,
+    /// Why nothing can be changed, if so.
+    pub read_only: Option<Rc<str>>,
+    /// Inodes.
+    pub inodes: usize,
+    /// Bytes of files in memory, and the most there may be.
+    pub cached: (u64, u64),
+    /// Bytes of files that no commit has begun to write.
+    pub dirty: u64,
+    /// Commits since the disk was made.
+    pub commits: u64,
+    /// Metadata blocks in use.
+    pub records: usize,
+}
+
+/// How the files are kept.
+pub fn state() -> State {
+    let tree = FILES.get();
+    let store = &tree.store;
+    let volume = store.volume.as_ref();
+    State {
+        disk: volume.is_some(),
+        read_only: store.read_only.clone(),
+        inodes: tree.inodes(),
+        cached: store.cached(),
+        dirty: volume.map_or(0, |volume| u64::from(volume.dirty) * block::BLOCK as u64),
+        commits: volume.map_or(0, |volume| volume.superblock.sequence),
+        records: volume.map_or(0, |volume| volume.records.full()),
+    }
+}
+
+/// Drops some of what is in memory and can be read again, since memory is short.
+pub fn drop_some() {
+    FILES.get().store.drop_some();
+}
+
+/// Gives up what damage has cost and lets files be written again; false when there is no disk that could be.
+pub fn repair() -> bool {
+    FILES.get().repair()
 }

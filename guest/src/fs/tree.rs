@@ -4,17 +4,14 @@
 //! Entries of a directory carry a number that only grows, so that reading one in pieces neither misses nor repeats
 //! an entry, whatever is added and removed meanwhile.
 
-use alloc::{
-    collections::{BTreeMap, BTreeSet},
-    rc::Rc,
-    string::String,
-    vec::Vec,
-};
+use alloc::{collections::BTreeMap, rc::Rc, string::String, vec::Vec};
 use core::{ops::Bound, time::Duration};
 
 use super::{
     FileError, MAX_NAME, MAX_NAMES, MAX_NODES, MAX_PATH,
+    format::{PathHash, ROOM, node_bytes},
     store::{Number, Store},
+    wait::Waiters,
 };
 use crate::{
     memory, time,
@@ -59,6 +56,8 @@ pub struct Facts {
     pub size: u64,
     /// Names that lead to it.
     pub links: u32,
+    /// Mode bits, as others have them; nothing here asks for them.
+    pub mode: u16,
     /// Its times.
     pub times: Times,
 }
@@ -86,24 +85,22 @@ pub struct Entry {
 
 #[derive(Default)]
 pub(super) struct Directory {
-    names: BTreeMap<Rc<str>, (u64, Number)>,
+    pub names: BTreeMap<Rc<str>, (u64, Number)>,
     order: BTreeMap<u64, Rc<str>>,
     next: u64,
 }
 
 impl Directory {
-    fn insert(&mut self, name: &str, number: Number) -> Rc<str> {
-        let name: Rc<str> = Rc::from(name);
+    pub fn insert(&mut self, name: Rc<str>, number: Number) {
         let entry = self.next.max(FIRST_ENTRY);
         self.next = entry + 1;
         if let Some((old, _)) = self.names.insert(Rc::clone(&name), (entry, number)) {
             self.order.remove(&old);
         }
-        self.order.insert(entry, Rc::clone(&name));
-        name
+        self.order.insert(entry, name);
     }
 
-    fn remove(&mut self, name: &str) {
+    pub fn remove(&mut self, name: &str) {
         if let Some((entry, _)) = self.names.remove(name) {
             self.order.remove(&entry);
         }
@@ -116,57 +113,60 @@ pub(super) enum Body {
     Link(Rc<str>),
 }
 
-struct Node {
-    vid: Vid,
-    body: Body,
-    /// A name that leads here: the directory and the name in it. The root is its own parent.
-    at: Option<(Number, Rc<str>)>,
-    /// Its other names.
-    others: BTreeSet<(Number, Rc<str>)>,
-    links: u32,
-    opens: u32,
-    times: Times,
+pub(super) struct Node {
+    pub vid: Vid,
+    pub body: Body,
+    /// The names that lead here: directories and the names in them. The root has none.
+    pub names: Vec<(Number, Rc<str>)>,
+    pub opens: u32,
+    pub mode: u16,
+    pub times: Times,
+    /// Where it comes from in the image.
+    pub base: Option<PathHash>,
+    /// The metadata block that holds it; 0 = none yet.
+    pub home: u32,
 }
 
-impl Node {
-    /// Notes a name that leads here.
-    fn note(&mut self, directory: Number, name: Rc<str>) {
-        self.links += 1;
-        if let Some(before) = self.at.replace((directory, name)) {
-            self.others.insert(before);
-        }
-    }
-
-    /// Forgets a name that led here.
-    fn forget(&mut self, directory: Number, name: &str) {
-        self.links = self.links.saturating_sub(1);
-        if self.at.as_ref().is_some_and(|(at, known)| *at == directory && **known == *name) {
-            self.at = self.others.pop_first();
-        } else {
-            self.others.remove(&(directory, Rc::from(name)));
-        }
+/// Mode bits of what is made.
+pub(super) const fn default_mode(body: &Body) -> u16 {
+    match body {
+        Body::Directory(_) => 0o755,
+        Body::File => 0o644,
+        Body::Link(_) => 0o777,
     }
 }
 
 /// All inodes.
 pub struct Tree {
-    nodes: BTreeMap<Number, Node>,
+    pub(super) nodes: BTreeMap<Number, Node>,
     root: Number,
     /// Entries of all directories.
-    names: usize,
+    pub(super) names: usize,
     pub(super) store: Store,
+    /// What is on the disk is not known yet.
+    pub(super) mounting: bool,
+    /// Who waits until it is.
+    pub(super) mounted: Waiters,
 }
 
 impl Tree {
-    /// A tree with an empty root, whose files hold at most `bytes` bytes.
-    pub fn new(bytes: u64) -> Self {
-        let mut tree = Self { nodes: BTreeMap::new(), root: 0, names: 0, store: Store::new(bytes) };
+    /// A tree whose root is still to be made.
+    pub fn empty(store: Store) -> Self {
+        Self { nodes: BTreeMap::new(), root: 0, names: 0, store, mounting: true, mounted: Waiters::new() }
+    }
+
+    /// A tree with an empty root.
+    pub fn new(store: Store) -> Self {
+        let mut tree = Self::empty(store);
+        tree.mounting = false;
         tree.root = tree.add(Body::Directory(Directory::default()));
-        if let Some(root) = tree.nodes.get_mut(&tree.root) {
-            root.links = 1;
-            root.at = Some((tree.root, Rc::from("")));
-        }
+        tree.mark(tree.root);
         tree
+    }
+
+    /// Says which inode is the root.
+    pub fn set_root(&mut self, root: Number) {
+        self.root = root;
     }
 
     /// The root's number.
@@ -174,16 +174,11 @@ impl Tree {
         self.root
     }
 
-    /// Bytes held, and the most there may be.
-    pub const fn usage(&self) -> (u64, u64) {
-        self.store.usage()
-    }
-
-    fn node(&self, number: Number) -> Result<&Node, FileError> {
+    pub(super) fn node(&self, number: Number) -> Result<&Node, FileError> {
         self.nodes.get(&number).ok_or(FileError::NotFound)
     }
 
-    fn node_mut(&mut self, number: Number) -> Result<&mut Node, FileError> {
+    pub(super) fn node_mut(&mut self, number: Number) -> Result<&mut Node, FileError> {
         self.nodes.get_mut(&number).ok_or(FileError::NotFound)
     }
 
@@ -225,20 +220,28 @@ impl Tree {
 
     /// The directory that a directory lies in; a removed one lies nowhere.
     pub fn parent(&self, directory: Number) -> Result<Number, FileError> {
-        self.node(directory)?.at.as_ref().map(|(parent, _)| *parent).ok_or(FileError::NotFound)
+        if directory == self.root {
+            return Ok(directory);
+        }
+        self.node(directory)?.names.first().map(|(parent, _)| *parent).ok_or(FileError::NotFound)
     }
 
     fn add(&mut self, body: Body) -> Number {
-        let vid = vid::next(vid::Kind::File);
+        // A disk that could only be read may hold identities that this machine gives out.
+        let vid = loop {
+            let vid = vid::next(vid::Kind::File);
+            if !self.nodes.contains_key(&vid.index()) {
+                break vid;
+            }
+        };
         let now = time::wall();
         if matches!(body, Body::File) {
             self.store.create(vid.index(), &[]);
         }
         let times = Times { accessed: now, modified: now, changed: now };
-        self.nodes.insert(
-            vid.index(),
-            Node { vid, body, at: None, others: BTreeSet::new(), links: 0, opens: 0, times },
-        );
+        let mode = default_mode(&body);
+        let node = Node { vid, body, names: Vec::new(), opens: 0, mode, times, base: None, home: 0 };
+        self.nodes.insert(vid.index(), node);
         vid.index()
     }
 
@@ -252,6 +255,8 @@ impl Tree {
             return Err(FileError::TooMany);
         }
         self.has_room()?;
+        let target = if let Body::Link(target) = &body { target.len() } else { 0 };
+        self.room_for(node_bytes([name].into_iter(), target))?;
         let number = self.add(body);
         self.name(directory, name, number);
         Ok(number)
@@ -267,28 +272,45 @@ impl Tree {
 
     /// Whether a name may be added to a directory: that is one, has a name itself, and the name is not too long.
     fn nameable(&self, directory: Number, name: &str) -> Result<(), FileError> {
+        self.store.writable()?;
         if name.len() > MAX_NAME {
             return Err(FileError::NameTooLong);
         }
         self.directory(directory)?;
-        if self.node(directory)?.links == 0 { Err(FileError::NotFound) } else { Ok(()) }
+        if self.is_named(directory) { Ok(()) } else { Err(FileError::NotFound) }
+    }
+
+    /// Whether any name leads to an inode.
+    pub fn is_named(&self, number: Number) -> bool {
+        number == self.root || self.node(number).is_ok_and(|node| !node.names.is_empty())
     }
 
     fn name(&mut self, directory: Number, name: &str, number: Number) {
         let Ok(entries) = self.directory_mut(directory) else { return };
-        let name = entries.insert(name, number);
+        let name: Rc<str> = Rc::from(name);
+        entries.insert(Rc::clone(&name), number);
         self.names += 1;
         if let Ok(node) = self.node_mut(number) {
-            node.note(directory, name);
+            if node.names.is_empty() {
+                node.names.reserve_exact(1);
+            }
+            node.names.push((directory, name));
         }
         self.touch(directory);
         self.change(number);
+        let bytes = self.item_bytes(number, None);
+        if let Some(volume) = &mut self.store.volume {
+            volume.mark(number, bytes);
+        }
     }
 
-    fn unname(&mut self, directory: Number, name: &str, number: Number) {
+    pub(super) fn unname(&mut self, directory: Number, name: &str, number: Number) {
         self.forget(directory, name, number);
         self.touch(directory);
         self.change(number);
+        if !self.is_named(number) {
+            self.lose(number);
+        }
         self.reap(number);
     }
 
@@ -299,13 +321,14 @@ impl Tree {
             self.names = self.names.saturating_sub(1);
         }
         if let Ok(node) = self.node_mut(number) {
-            node.forget(directory, name);
+            node.names.retain(|(at, known)| (*at, &**known) != (directory, name));
         }
     }
 
     /// Forgets an inode to which nothing leads.
     fn reap(&mut self, number: Number) {
-        if self.nodes.get(&number).is_some_and(|node| node.links == 0 && node.opens == 0) {
+        let nothing = |node: &Node| node.names.is_empty() && node.opens == 0;
+        if number != self.root && self.nodes.get(&number).is_some_and(nothing) {
             self.nodes.remove(&number);
             self.store.remove(number);
         }
@@ -334,13 +357,19 @@ impl Tree {
         if self.directory(directory)?.names.contains_key(name) {
             return Err(FileError::Exists);
         }
+        let bytes = self.item_bytes(number, Some(name));
+        if bytes > ROOM {
+            return Err(FileError::TooMany);
+        }
         self.has_room()?;
+        self.room_for(bytes)?;
         self.name(directory, name, number);
         Ok(())
     }
 
     /// Removes a name of a file or a link.
     pub fn unlink(&mut self, directory: Number, name: &str) -> Result<(), FileError> {
+        self.store.writable()?;
         let number = self.find(directory, name)?.ok_or(FileError::NotFound)?;
         if self.kind(number)? == Kind::Directory {
             return Err(FileError::IsDirectory);
@@ -351,6 +380,7 @@ impl Tree {
 
     /// Removes an empty directory.
     pub fn remove_directory(&mut self, directory: Number, name: &str) -> Result<(), FileError> {
+        self.store.writable()?;
         let number = self.find(directory, name)?.ok_or(FileError::NotFound)?;
         if !self.directory(number)?.names.is_empty() {
             return Err(FileError::NotEmpty);
@@ -370,6 +400,13 @@ impl Tree {
         let moves_directory = self.kind(number)? == Kind::Directory;
         if moves_directory && self.lies_in(to, number) {
             return Err(FileError::Invalid);
+        }
+        let bytes = self.item_bytes(number, Some(new));
+        if new.len() > old.len() {
+            if bytes > ROOM {
+                return Err(FileError::TooMany);
+            }
+            self.room_for(bytes)?;
         }
         if let Some(replaced) = self.find(to, new)? {
             if replaced == number {
@@ -437,7 +474,8 @@ impl Tree {
             Body::File => (Kind::File, self.store.length(number)),
             Body::Link(target) => (Kind::Link, target.len() as u64),
         };
-        Ok(Facts { vid: node.vid, kind, size, links: node.links, times: node.times })
+        let links = node.names.len() as u32 + u32::from(number == self.root);
+        Ok(Facts { vid: node.vid, kind, size, links, mode: node.mode, times: node.times })
     }
 
     /// Notes a change of content.
@@ -447,6 +485,7 @@ impl Tree {
             node.times.modified = now;
             node.times.changed = now;
         }
+        self.mark(number);
     }
 
     fn change(&mut self, number: Number) {
@@ -454,6 +493,7 @@ impl Tree {
         if let Ok(node) = self.node_mut(number) {
             node.times.changed = now;
         }
+        self.mark(number);
     }
 
     /// Sets the times that are given.
@@ -463,10 +503,20 @@ impl Tree {
         accessed: Option<Duration>,
         modified: Option<Duration>,
     ) -> Result<(), FileError> {
+        self.store.writable()?;
         let times = &mut self.node_mut(number)?.times;
         times.accessed = accessed.unwrap_or(times.accessed);
         times.modified = modified.unwrap_or(times.modified);
         times.changed = time::wall();
+        self.mark(number);
+        Ok(())
+    }
+
+    /// Sets the mode bits.
+    pub fn set_mode(&mut self, number: Number, mode: u16) -> Result<(), FileError> {
+        self.store.writable()?;
+        self.node_mut(number)?.mode = mode & 0o7777;
+        self.change(number);
         Ok(())
     }
 
@@ -475,7 +525,7 @@ impl Tree {
         let mut parts: Vec<&str> = Vec::new();
         let (mut at, mut length) = (number, 0);
         while at != self.root {
-            let (parent, name) = self.node(at).ok()?.at.as_ref()?;
+            let (parent, name) = self.node(at).ok()?.names.first()?;
             parts.push(name);
             length += name.len() + 1;
             if length > MAX_PATH {

@@ -115,6 +115,9 @@ impl Tree {
         path: &str,
         follow: bool,
     ) -> Result<Found, FileError> {
+        if self.mounting {
+            return Err(FileError::NotReady);
+        }
         if path.is_empty() || path.contains('\0') {
             return Err(if path.is_empty() { FileError::NotFound } else { FileError::Invalid });
         }

@@ -212,7 +212,7 @@ async fn load_file(path: &str) -> Result<Rc<Program>, LoadError> {
         return Ok(program);
     }
     let mut magic = [0; MAGIC.len()];
-    let count = handle.read_at(0, &mut magic).map_err(LoadError::File)?;
+    let count = handle.read_at(0, &mut magic).await.map_err(LoadError::File)?;
     if count < magic.len() || magic != *MAGIC {
         return Err(LoadError::NotAProgram);
     }
@@ -284,7 +284,8 @@ fn kept(version: &Version) -> Option<Rc<Program>> {
 }
 
 async fn compile_file(handle: &Handle, size: u64) -> Result<Compiled, LoadError> {
-    compile::compile(size, |offset, into| handle.read_at(offset, into).ok()).await.map_err(LoadError::Compile)
+    let read = async |offset, into: &mut [u8]| handle.read_at(offset, into).await.ok();
+    compile::compile(size, read).await.map_err(LoadError::Compile)
 }
 
 /// Frees the code of files that no process runs, so that its memory can be used.

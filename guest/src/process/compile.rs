@@ -83,7 +83,7 @@ pub struct Compiled {
 /// [`CompileError`].
 pub async fn compile(
     length: u64,
-    read: impl Fn(u64, &mut [u8]) -> Option<usize>,
+    read: impl AsyncFn(u64, &mut [u8]) -> Option<usize>,
 ) -> Result<Compiled, CompileError> {
     let Some(short) = u32::try_from(length).ok().filter(|_| length <= MOST) else {
         return Err(CompileError::TooLarge);
@@ -119,7 +119,7 @@ impl From<CompileError> for Failed {
     }
 }
 
-async fn ask(length: u32, read: &impl Fn(u64, &mut [u8]) -> Option<usize>) -> Result<Compiled, Failed> {
+async fn ask(length: u32, read: &impl AsyncFn(u64, &mut [u8]) -> Option<usize>) -> Result<Compiled, Failed> {
     let mut stream = Stream::connect(Ipv6Addr::from(GATEWAY), PORT, BUFFERS).await?;
     // Who gives up before the reply is there wants nothing compiled any more.
     stream.set_abrupt(true);
@@ -134,8 +134,8 @@ async fn ask(length: u32, read: &impl Fn(u64, &mut [u8]) -> Option<usize>) -> Re
     let mut at = 0;
     while at < u64::from(length) {
         let room = buffer.len().min((u64::from(length) - at) as usize);
-        let count =
-            read(at, &mut buffer[..room]).filter(|count| *count > 0).ok_or(CompileError::Unreadable)?;
+        let count = read(at, &mut buffer[..room]).await.filter(|count| *count > 0);
+        let count = count.ok_or(CompileError::Unreadable)?;
         stream.write_all(&buffer[..count]).await?;
         at += count as u64;
         executor::work(count as u64 * COPY_COST / 16).await;

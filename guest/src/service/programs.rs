@@ -11,7 +11,7 @@ use alloc::{format, string::String, vec::Vec};
 use core::{future::poll_fn, time::Duration};
 
 use crate::{
-    executor, log,
+    executor, fs, log,
     process::{
         self, Allowed, Exit, Spec,
         code::{self, Found},
@@ -47,7 +47,10 @@ pub fn start(user: &str) {
     process::table::set_limits(most, memory);
     for service in programs::services() {
         let home = format!("/home/{user}");
-        executor::spawn(service.name, async move { keep(service, &home).await });
+        executor::spawn(service.name, async move {
+            fs::ready().await;
+            keep(service, &home).await;
+        });
     }
 }
 

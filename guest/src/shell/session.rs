@@ -78,6 +78,7 @@ pub fn start(user: &str, what: What, columns: Option<u32>) -> Running {
     let task = executor::spawn(name, async move {
         // Jobs may hold the ends of output too, and live on: what they write then has no reader.
         let _ends = Ends([out.clone(), err.clone()]);
+        fs::ready().await;
         let status = match (what, columns) {
             (What::Line(line), None) => {
                 let stdio =
@@ -165,7 +166,7 @@ async fn interactive(session: &Rc<Session>, keys: &pipe::Reader, screen: &pipe::
         }
     }
     loop {
-        editor.prompt(&prompt(session));
+        editor.prompt(&prompt(session).await);
         let typed = loop {
             let echo = editor.take_echo();
             if screen.write_all(echo.as_bytes()).await.is_err() {
@@ -205,9 +206,9 @@ async fn interactive(session: &Rc<Session>, keys: &pipe::Reader, screen: &pipe::
     }
 }
 
-fn prompt(session: &Session) -> String {
+async fn prompt(session: &Session) -> String {
+    let host = host_name().await;
     let directory = session.directory.borrow();
-    let host = host_name();
     match directory.strip_prefix(session.home.as_str()) {
         Some(rest) if rest.is_empty() || rest.starts_with('/') => {
             format!("{}@{host}:~{rest}$ ", session.user)
@@ -217,10 +218,13 @@ fn prompt(session: &Session) -> String {
 }
 
 /// The machine's name, as `/etc/hostname` has it.
-pub fn host_name() -> String {
+pub async fn host_name() -> String {
     let mut bytes = [0; 64];
     let file = fs::open("/etc/hostname", fs::OpenOptions::default());
-    let count = file.and_then(|file| file.read_at(0, &mut bytes)).unwrap_or(0);
+    let count = match file {
+        Ok(file) => file.read_at(0, &mut bytes).await.unwrap_or(0),
+        Err(_) => 0,
+    };
     let text = String::from_utf8_lossy(&bytes[..count]);
     text.lines().next().unwrap_or_default().chars().filter(|character| !character.is_control()).collect()
 }

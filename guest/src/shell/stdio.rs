@@ -58,7 +58,7 @@ impl Input {
                 taken.map(|count| Ok(count.unwrap_or(0)))
             }
             Self::Terminal(terminal) => terminal.0.borrow_mut().poll_read(context, into).map(Ok),
-            Self::File(named) => Poll::Ready(named.file.read(into).map_err(|error| named.failure(error))),
+            Self::File(named) => named.file.poll_read(context, into).map_err(|error| named.failure(error)),
         }
     }
 
@@ -151,7 +151,7 @@ impl Output {
                 });
                 Poll::Ready(written.map_err(|pipe::Broken| Failure::Broken))
             }
-            Self::File(named) => Poll::Ready(named.file.write(bytes).map_err(|error| named.failure(error))),
+            Self::File(named) => named.file.poll_write(context, bytes).map_err(|error| named.failure(error)),
         }
     }
 

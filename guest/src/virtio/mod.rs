@@ -1,7 +1,6 @@
 //! Virtio drivers over virtio-mmio (virtio 1.2 §4.2), notifications suppressed: the door is the notice.
 #![expect(unsafe_code, reason = "device registers and rings shared with the VMM")]
 
-#[expect(dead_code, reason = "nothing is kept on the disk yet")]
 pub mod block;
 pub mod entropy;
 pub mod net;

@@ -78,6 +78,11 @@ impl Queue {
         [self.base as u64, self.avail() as u64, self.used() as u64]
     }
 
+    /// Descriptors left.
+    pub fn room(&self) -> usize {
+        self.free.len()
+    }
+
     /// Queues one request; returns its number, or `None` when there is no room.
     pub fn push(&mut self, parts: &[Part]) -> Option<u16> {
         if parts.is_empty() || self.free.len() < parts.len() {

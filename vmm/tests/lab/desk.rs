@@ -51,6 +51,12 @@ impl<'a> Desk<'a> {
         Self { lab, machine: Some(machine), key }
     }
 
+    /// The key that the machine lets in.
+    #[allow(dead_code, reason = "not every test logs in twice")]
+    pub fn public_key(&self) -> String {
+        public(&self.key)
+    }
+
     pub fn machine(&mut self) -> &mut RemoteMachine {
         self.machine.as_mut().expect("the desk has a machine")
     }

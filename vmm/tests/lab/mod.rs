@@ -31,6 +31,9 @@ pub struct Lab {
     vid: Vid,
     tap: OwnedFd,
     dir: PathBuf,
+    disk_bytes: u64,
+    /// Which file is the disk of the machine that runs, or ran last.
+    disk: Cell<u32>,
     /// IPv4 address of machines that log in from now on.
     pub ipv4: Cell<Option<Ipv4Addr>>,
     /// One past the last index that they may give out.
@@ -45,9 +48,15 @@ impl Lab {
 
     /// The same with machines of another image.
     pub fn run_with(image: ImageFile, test: impl FnOnce(&Lab) + Send + 'static) {
+        Self::run_with_disk(image, 0, test);
+    }
+
+    /// The same with machines that have a disk: the same one after each other.
+    #[allow(dead_code, reason = "not every test has one")]
+    pub fn run_with_disk(image: ImageFile, disk_bytes: u64, test: impl FnOnce(&Lab) + Send + 'static) {
         let body = move || {
             enter_namespace();
-            let lab = Lab::new(image);
+            let lab = Lab::new(image, disk_bytes);
             test(&lab);
         };
         let result = std::thread::spawn(body).join();
@@ -56,7 +65,7 @@ impl Lab {
         }
     }
 
-    fn new(image: ImageFile) -> Self {
+    fn new(image: ImageFile, disk_bytes: u64) -> Self {
         for line in [
             "link set lo up",
             "link add under type veth peer name far",
@@ -92,13 +101,14 @@ impl Lab {
             NEXT.fetch_add(1, Ordering::Relaxed)
         ));
         fs::create_dir_all(&dir).unwrap();
-        let pool = start_pool(&dir, &image);
-        Self { fabric, pool, image, vid, tap, dir, ipv4: Cell::new(None), indices: Cell::new(1 << 20) }
+        let pool = start_pool(&dir, &image, disk_bytes);
+        let (ipv4, indices) = (Cell::new(None), Cell::new(1 << 20));
+        Self { fabric, pool, image, vid, tap, dir, disk_bytes, disk: Cell::new(0), ipv4, indices }
     }
 
     /// A second pool, as a daemon has one for each image and size.
     pub fn another_pool(&self) -> Pool {
-        start_pool(&self.dir, &self.image)
+        start_pool(&self.dir, &self.image, self.disk_bytes)
     }
 
     pub fn address(&self) -> Ipv6Addr {
@@ -119,6 +129,7 @@ impl Lab {
     ) -> RemoteMachine {
         let mut machine = self.pool.take_login().unwrap();
         machine.set_label(b"alice".to_vec()).unwrap();
+        self.attach_disk(&mut machine);
         machine.attach_tap(self.tap.as_fd()).unwrap();
         let identity = Identity {
             user: "alice".into(),
@@ -133,6 +144,18 @@ impl Lab {
         machine
     }
 
+    /// Gives a machine the disk, if it is to have one; that of a machine that arrives is blank.
+    fn attach_disk(&self, machine: &mut RemoteMachine) {
+        if self.disk_bytes == 0 {
+            return;
+        }
+        let path = self.dir.join(format!("disk-{}", self.disk.get()));
+        let file =
+            fs::File::options().read(true).write(true).create(true).truncate(false).open(path).unwrap();
+        file.set_len(self.disk_bytes).unwrap();
+        machine.attach_disk(file.into()).unwrap();
+    }
+
     /// A directory that is removed with the lab.
     pub fn dir(&self) -> &std::path::Path {
         &self.dir
@@ -144,6 +167,8 @@ impl Lab {
     pub fn move_machine(&self, mut source: RemoteMachine) -> (RemoteMachine, Duration) {
         let mut target = self.pool.take_shell().unwrap();
         target.set_label(b"alice".to_vec()).unwrap();
+        self.disk.set(self.disk.get() + 1);
+        self.attach_disk(&mut target);
         target.attach_tap(self.tap.as_fd()).unwrap();
         let (from, to) = (source.memory(), target.memory());
         let mut bytes = [0; PAGE_SIZE];
@@ -182,7 +207,7 @@ impl Lab {
     }
 }
 
-fn start_pool(dir: &Path, image: &ImageFile) -> Pool {
+fn start_pool(dir: &Path, image: &ImageFile, disk_bytes: u64) -> Pool {
     let spec = PoolSpec {
         spawn: Spawn {
             program: env!("CARGO_BIN_EXE_kage-vmm").into(),
@@ -190,7 +215,7 @@ fn start_pool(dir: &Path, image: &ImageFile) -> Pool {
             jail: Some(0x6b61_0000),
         },
         socket_dir: dir.to_owned(),
-        geometry: Geometry::from_bytes(64 << 20, 0).unwrap(),
+        geometry: Geometry::from_bytes(64 << 20, disk_bytes).unwrap(),
         logins: 1,
         shells: 1,
     };

@@ -34,6 +34,8 @@ pub enum Errno {
     InProgress = 26,
     /// An argument that makes no sense.
     Inval = 28,
+    /// The disk failed.
+    Io = 29,
     /// It is connected.
     IsConn = 30,
     /// A directory where a file is wanted.
@@ -74,6 +76,8 @@ pub enum Errno {
     Pipe = 64,
     /// No such protocol.
     ProtoNoSupport = 66,
+    /// Files cannot be changed.
+    RoFs = 69,
     /// A pipe or a socket, which has no position.
     SPipe = 70,
     /// The descriptor does not have that right, or the path leads out of it.
@@ -94,6 +98,9 @@ impl From<FileError> for Errno {
             FileError::NameTooLong => Self::NameTooLong,
             FileError::Loop => Self::Loop,
             FileError::Invalid => Self::Inval,
+            FileError::Damaged => Self::Io,
+            FileError::ReadOnly => Self::RoFs,
+            FileError::NotReady => Self::Again,
             FileError::Outside | FileError::Refused => Self::Perm,
         }
     }

@@ -10,8 +10,11 @@ use super::{
     errno::Errno,
 };
 use crate::{
-    fs::{Facts, OpenFile},
-    process::{Signal, State, fiber::Killed},
+    fs::{self, Facts, OpenFile},
+    process::{
+        Signal, State,
+        fiber::{self, Killed},
+    },
     time,
 };
 
@@ -50,7 +53,7 @@ pub fn fd_allocate(call: &mut Call<'_>, fd: u32, offset: u64, length: u64) -> Ou
         return Err(Errno::Inval.into());
     }
     if file.handle.stat()?.size < end {
-        file.handle.truncate(end)?;
+        fiber::block_on(file.handle.truncate(end))??;
     }
     Ok(())
 }
@@ -67,13 +70,14 @@ pub fn fd_sync(call: &mut Call<'_>, fd: u32) -> Outcome {
     sync(call, fd, rights::FD_SYNC)
 }
 
-/// What was written is where it belongs at once.
+/// Returns once what was written, by whomever, is safe on the disk.
 fn sync(call: &Call<'_>, fd: u32, right: u64) -> Outcome {
     let descriptor = descriptor(call, fd)?;
     match descriptor.object {
-        Object::File(_) | Object::Directory(_) => descriptor.require(right),
-        Object::Input(_) | Object::Output(_) | Object::Socket(_) => Err(Errno::Inval.into()),
+        Object::File(_) | Object::Directory(_) => descriptor.require(right)?,
+        Object::Input(_) | Object::Output(_) | Object::Socket(_) => return Err(Errno::Inval.into()),
     }
+    Ok(fiber::block_on(fs::sync_all())??)
 }
 
 pub fn fd_fdstat_get(call: &mut Call<'_>, fd: u32, into: u32) -> Outcome {
@@ -143,7 +147,7 @@ pub fn fd_filestat_set_size(call: &mut Call<'_>, fd: u32, size: u64) -> Outcome 
     let file = descriptor.file(rights::FD_FILESTAT_SET_SIZE)?;
     // As a file that is not open for writing elsewhere.
     descriptor.require(rights::FD_WRITE).map_err(|_| Errno::Inval)?;
-    Ok(file.handle.truncate(size)?)
+    Ok(fiber::block_on(file.handle.truncate(size))??)
 }
 
 /// The times that `fstflags` ask to set, and what to.
@@ -259,7 +263,9 @@ pub fn fd_read(call: &mut Call<'_>, fd: u32, vectors: u32, count: u32, into: u32
     let (mut guest, _) = parts(call)?;
     let vectors = guest.vectors(vectors, count)?;
     let read = match &descriptor.object {
-        Object::File(file) => read_file(&mut guest, &vectors, |piece| Ok(file.read(piece)?))?,
+        Object::File(file) => {
+            read_file(&mut guest, &vectors, |piece| Ok(fiber::block_on(file.read(piece))??))?
+        }
         Object::Input(_) | Object::Socket(_) if vectors.is_empty() => 0,
         Object::Input(input) => {
             let piece = guest.part_mut(&first_piece(&vectors));
@@ -298,7 +304,7 @@ pub fn fd_write(call: &mut Call<'_>, fd: u32, vectors: u32, count: u32, into: u3
     let (mut guest, state) = parts(call)?;
     let vectors = guest.vectors(vectors, count)?;
     let written = match &descriptor.object {
-        Object::File(file) => write_file(&guest, &vectors, |piece| Ok(file.write(piece)?))?,
+        Object::File(file) => write_file(&guest, &vectors, |piece| Ok(fiber::block_on(file.write(piece))??))?,
         Object::Output(output) => {
             // Short texts go as one, as they would elsewhere: what several write together is not torn.
             let gathered;
@@ -367,7 +373,7 @@ pub fn fd_pread(call: &mut Call<'_>, fd: u32, vectors: u32, count: u32, offset: 
     let vectors = guest.vectors(vectors, count)?;
     let mut at = offset;
     let read = read_file(&mut guest, &vectors, |piece| {
-        let count = file.handle.read_at(at, piece)?;
+        let count = fiber::block_on(file.handle.read_at(at, piece))??;
         at = at.saturating_add(count as u64);
         Ok(count)
     })?;
@@ -382,8 +388,11 @@ pub fn fd_pwrite(call: &mut Call<'_>, fd: u32, vectors: u32, count: u32, offset:
     let mut at = offset;
     let written = write_file(&guest, &vectors, |piece| {
         // A file open for appending is appended to here too, as on Linux.
-        let count =
-            if file.append.get() { file.handle.append(piece)?.1 } else { file.handle.write_at(at, piece)? };
+        let count = if file.append.get() {
+            fiber::block_on(file.handle.append(piece))??.1
+        } else {
+            fiber::block_on(file.handle.write_at(at, piece))??
+        };
         at = at.saturating_add(count as u64);
         Ok(count)
     })?;

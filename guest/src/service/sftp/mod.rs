@@ -22,6 +22,7 @@ const REQUEST_COST: u64 = 2_000;
 pub async fn serve(home: &str, input: pipe::Reader, output: pipe::Writer) -> u32 {
     let mut server = Server::new(home);
     loop {
+        server.answer().await;
         let mut written = 0;
         while !server.output().is_empty() {
             match poll_fn(|context| output.poll_write(context, server.output())).await {

@@ -111,7 +111,7 @@ impl<'a> Fields<'a> {
             self.u64()?;
         }
         if flags & attribute::PERMISSIONS != 0 {
-            self.u32()?;
+            attributes.mode = Some(self.u32()? as u16 & 0o7777);
         }
         if flags & attribute::TIMES != 0 {
             attributes.times = Some((self.u32()?, self.u32()?));
@@ -135,11 +135,13 @@ mod attribute {
     pub const EXTENDED: u32 = 0x8000_0000;
 }
 
-/// What of a file's attributes a client may set. Owners and permissions there are none.
+/// What of a file's attributes a client may set. Owners there are none.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Attributes {
     /// Its length.
     pub size: Option<u64>,
+    /// Its mode bits.
+    pub mode: Option<u16>,
     /// Last read and last written, seconds since 1970.
     pub times: Option<(u32, u32)>,
 }
@@ -160,13 +162,14 @@ pub fn put_bytes(out: &mut Vec<u8>, bytes: &[u8]) {
     out.extend_from_slice(bytes);
 }
 
-/// Mode bits as others have them: everybody's to read, the user's to change.
-fn mode(kind: Kind) -> u32 {
-    match kind {
-        Kind::Directory => 0o040_755,
-        Kind::File => 0o100_644,
-        Kind::Link => 0o120_777,
-    }
+/// Kind and mode bits as others have them.
+fn mode(facts: &Facts) -> u32 {
+    let kind = match facts.kind {
+        Kind::Directory => 0o040_000,
+        Kind::File => 0o100_000,
+        Kind::Link => 0o120_000,
+    };
+    kind | u32::from(facts.mode)
 }
 
 /// Writes a file's attributes.
@@ -174,7 +177,7 @@ pub fn put_facts(out: &mut Vec<u8>, facts: &Facts) {
     put_u32(out, attribute::SIZE | attribute::OWNER | attribute::PERMISSIONS | attribute::TIMES);
     put_u64(out, if facts.kind == Kind::Directory { 0 } else { facts.size });
     put_u64(out, 0);
-    put_u32(out, mode(facts.kind));
+    put_u32(out, mode(facts));
     for time in [facts.times.accessed, facts.times.modified] {
         put_u32(out, u32::try_from(time.as_secs()).unwrap_or(u32::MAX));
     }
@@ -182,11 +185,14 @@ pub fn put_facts(out: &mut Vec<u8>, facts: &Facts) {
 
 /// A line about a file as `ls -l` has it.
 pub fn long_name(facts: &Facts, user: &str, name: &str) -> String {
-    let mode = match facts.kind {
-        Kind::Directory => "drwxr-xr-x",
-        Kind::File => "-rw-r--r--",
-        Kind::Link => "lrwxrwxrwx",
-    };
+    let mut mode = String::from(match facts.kind {
+        Kind::Directory => "d",
+        Kind::File => "-",
+        Kind::Link => "l",
+    });
+    for (bit, letter) in (0..9).rev().zip("rwxrwxrwx".chars()) {
+        mode.push(if facts.mode >> bit & 1 == 1 { letter } else { '-' });
+    }
     let modified = facts.times.modified.as_secs();
     let (year, month, day) = date(modified / 86_400);
     let (hour, minute) = (modified / 3600 % 24, modified / 60 % 60);

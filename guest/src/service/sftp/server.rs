@@ -79,6 +79,8 @@ pub struct Server {
     sent: usize,
     open: BTreeMap<u32, Open>,
     next: u32,
+    /// A whole request has arrived and is not answered yet.
+    whole: bool,
     broken: bool,
 }
 
@@ -92,13 +94,15 @@ impl Server {
             sent: 0,
             open: BTreeMap::new(),
             next: 0,
+            whole: false,
             broken: false,
         }
     }
 
-    /// Takes bytes, up to the end of a request, which is answered; none while much output waits.
+    /// Takes bytes, up to the end of a request, which [`Server::answer`] then answers; none while one is there or much
+    /// output waits.
     pub fn input(&mut self, bytes: &[u8]) -> usize {
-        if self.broken || self.output().len() > MAX_OUTPUT {
+        if self.broken || self.whole || self.output().len() > MAX_OUTPUT {
             return 0;
         }
         let mut taken = 0;
@@ -126,13 +130,21 @@ impl Server {
             self.input.extend_from_slice(now);
             taken += now.len();
         }
+        self.whole = true;
+        taken
+    }
+
+    /// Answers the request that is there, if one is.
+    pub async fn answer(&mut self) {
+        if !core::mem::take(&mut self.whole) {
+            return;
+        }
         let mut packet = core::mem::take(&mut self.input);
-        self.packet(packet.get(4..).unwrap_or_default());
+        self.packet(packet.get(4..).unwrap_or_default()).await;
         packet.clear();
         if packet.capacity() <= KEPT {
             self.input = packet;
         }
-        taken
     }
 
     /// Bytes for the client.
@@ -178,7 +190,7 @@ impl Server {
         });
     }
 
-    fn packet(&mut self, packet: &[u8]) {
+    async fn packet(&mut self, packet: &[u8]) {
         let mut fields = Fields(packet);
         let Ok(number) = fields.u8() else { return };
         if number == kind::INIT {
@@ -194,7 +206,7 @@ impl Server {
             self.broken = true;
             return;
         };
-        let refused = match self.request(number, id, &mut fields) {
+        let refused = match self.request(number, id, &mut fields).await {
             Ok(true) => return,
             Ok(false) => return self.status(id, Status::Ok, "done"),
             Err(refused) => refused,
@@ -208,7 +220,7 @@ impl Server {
             Refused::File(error) => {
                 let status = match error {
                     FileError::NotFound => Status::NoSuchFile,
-                    FileError::Refused | FileError::Outside => Status::Denied,
+                    FileError::Refused | FileError::Outside | FileError::ReadOnly => Status::Denied,
                     _ => Status::Failure,
                 };
                 self.status(id, status, &format!("{error}"));
@@ -259,7 +271,7 @@ impl Server {
     }
 
     /// Does a request; whether it was answered, or only done.
-    fn request(&mut self, number: u8, id: u32, fields: &mut Fields<'_>) -> Result<bool, Refused> {
+    async fn request(&mut self, number: u8, id: u32, fields: &mut Fields<'_>) -> Result<bool, Refused> {
         let root = Handle::root();
         match number {
             kind::OPEN => return self.open_file(id, fields),
@@ -267,7 +279,7 @@ impl Server {
                 let (number, _) = self.handle(fields)?;
                 self.open.remove(&number);
             }
-            kind::READ => return self.read(id, fields),
+            kind::READ => return self.read(id, fields).await,
             kind::WRITE => {
                 let (_, open) = self.handle(fields)?;
                 let (offset, bytes) = (fields.u64()?, fields.bytes()?);
@@ -275,9 +287,9 @@ impl Server {
                 let mut done = 0;
                 while let Some(rest) = bytes.get(done..).filter(|rest| !rest.is_empty()) {
                     done += if *append {
-                        handle.append(rest)?.1
+                        handle.append(rest).await?.1
                     } else {
-                        handle.write_at(offset.saturating_add(done as u64), rest)?
+                        handle.write_at(offset.saturating_add(done as u64), rest).await?
                     };
                 }
             }
@@ -293,12 +305,12 @@ impl Server {
             }
             kind::SETSTAT => {
                 let path = self.path(fields)?;
-                change(&fs::open(&path, OpenOptions::default())?, fields.attributes()?)?;
+                change(&fs::open(&path, OpenOptions::default())?, fields.attributes()?).await?;
             }
             kind::FSETSTAT => {
                 let (_, open) = self.handle(fields)?;
                 let (Open::File { handle, .. } | Open::Directory { handle, .. }) = open;
-                change(handle, fields.attributes()?)?;
+                change(handle, fields.attributes()?).await?;
             }
             kind::OPENDIR => {
                 let path = self.path(fields)?;
@@ -331,7 +343,7 @@ impl Server {
                 let target = fields.text()?;
                 root.make_link(target, &self.path(fields)?)?;
             }
-            kind::EXTENDED => return self.extended(id, fields),
+            kind::EXTENDED => return self.extended(id, fields).await,
             _ => return Err(Refused::Unsupported),
         }
         Ok(false)
@@ -344,8 +356,9 @@ impl Server {
     fn open_file(&mut self, id: u32, fields: &mut Fields<'_>) -> Result<bool, Refused> {
         let path = self.path(fields)?;
         let flags = fields.u32()?;
-        fields.attributes()?;
+        let attributes = fields.attributes()?;
         self.has_room()?;
+        let fresh = flags & open::CREATE != 0 && fs::stat(&path).is_err();
         let options = OpenOptions {
             create: flags & open::CREATE != 0,
             exclusive: flags & open::EXCLUSIVE != 0,
@@ -356,15 +369,18 @@ impl Server {
         if handle.stat()?.kind == Kind::Directory && flags & open::WRITE != 0 {
             return Err(FileError::IsDirectory.into());
         }
+        if let Some(mode) = attributes.mode.filter(|_| fresh) {
+            handle.set_mode(mode)?;
+        }
         self.add(id, Open::File { handle, append: flags & open::APPEND != 0 })
     }
 
-    fn read(&mut self, id: u32, fields: &mut Fields<'_>) -> Result<bool, Refused> {
+    async fn read(&mut self, id: u32, fields: &mut Fields<'_>) -> Result<bool, Refused> {
         let (_, open) = self.handle(fields)?;
         let (offset, length) = (fields.u64()?, fields.u32()?);
         let Open::File { handle, .. } = open else { return Err(FileError::IsDirectory.into()) };
         let mut bytes = alloc::vec![0; length.min(MAX_DATA) as usize];
-        let count = handle.read_at(offset, &mut bytes)?;
+        let count = handle.read_at(offset, &mut bytes).await?;
         if count == 0 && length > 0 {
             return Err(Refused::Eof);
         }
@@ -409,7 +425,7 @@ impl Server {
         Ok(true)
     }
 
-    fn extended(&mut self, id: u32, fields: &mut Fields<'_>) -> Result<bool, Refused> {
+    async fn extended(&mut self, id: u32, fields: &mut Fields<'_>) -> Result<bool, Refused> {
         let root = Handle::root();
         match fields.text()? {
             "posix-rename@openssh.com" => {
@@ -422,6 +438,7 @@ impl Server {
             }
             "fsync@openssh.com" => {
                 self.handle(fields)?;
+                fs::sync_all().await?;
             }
             "lsetstat@openssh.com" => {
                 let path = self.path(fields)?;
@@ -474,9 +491,12 @@ fn times(attributes: Attributes) -> (Option<Duration>, Option<Duration>) {
     (times.map(|(accessed, _)| seconds(accessed)), times.map(|(_, modified)| seconds(modified)))
 }
 
-fn change(handle: &Handle, attributes: Attributes) -> Result<(), Refused> {
+async fn change(handle: &Handle, attributes: Attributes) -> Result<(), Refused> {
     if let Some(size) = attributes.size {
-        handle.truncate(size)?;
+        handle.truncate(size).await?;
+    }
+    if let Some(mode) = attributes.mode {
+        handle.set_mode(mode)?;
     }
     if attributes.times.is_some() {
         let (accessed, modified) = times(attributes);

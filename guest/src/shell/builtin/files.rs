@@ -1,6 +1,6 @@
 //! Commands on files.
 
-use alloc::{collections::BTreeSet, format, rc::Rc, string::String, vec};
+use alloc::{collections::BTreeSet, format, rc::Rc, string::String, vec, vec::Vec};
 
 use super::say;
 use crate::{
@@ -172,4 +172,30 @@ pub fn mv(session: &Session, arguments: &[String]) -> Result<u32, Failure> {
     }
     fs::rename(&source, &target).map_err(at(from))?;
     Ok(0)
+}
+
+pub async fn sync(arguments: &[String]) -> Result<u32, Failure> {
+    if !arguments.is_empty() {
+        return Err(Failure::Usage("sync"));
+    }
+    fs::sync_all().await.map_err(at("disk"))?;
+    Ok(0)
+}
+
+/// Tells what is wrong with the files; 1 if anything is.
+pub async fn check(arguments: &[String], stdio: &Stdio) -> Result<u32, Failure> {
+    let mut deep = false;
+    for argument in arguments {
+        match argument.as_str() {
+            "-a" => deep = true,
+            "--repair" if fs::repair() => fs::sync_all().await.map_err(at("disk"))?,
+            "--repair" => return Err(Failure::File("disk".into(), FileError::ReadOnly)),
+            _ => return Err(Failure::Usage("fsck [-a] [--repair]")),
+        }
+    }
+    let wrong: Vec<String> = fs::check(deep).await;
+    let mut text = wrong.join("\n");
+    text.push_str(if wrong.is_empty() { "all is well\n" } else { "\n" });
+    say(stdio, &text).await?;
+    Ok(u32::from(!wrong.is_empty()))
 }

@@ -7,7 +7,7 @@ use smoltcp::wire::IpEndpoint;
 
 use super::say;
 use crate::{
-    arch, kernel, memory, net, service,
+    arch, fs, kernel, memory, net, service,
     shell::{Failure, stdio::Stdio},
     time,
 };
@@ -22,6 +22,29 @@ pub async fn free(stdio: &Stdio) -> Result<u32, Failure> {
     let (total, free) = (memory::total_bytes(), memory::free_bytes());
     let machine = arch::memory_bytes();
     say(stdio, &format!("machine {machine}\nheap {total}\nused {}\nfree {free}\n", total - free)).await
+}
+
+pub async fn df(stdio: &Stdio) -> Result<u32, Failure> {
+    let ((used, limit), state) = (fs::usage(), fs::state());
+    let (cached, most) = state.cached;
+    let mut text = format!(
+        "{} {limit}\nused {used}\nfree {}\ninodes {} of {}\n",
+        if state.disk { "disk" } else { "memory" },
+        limit.saturating_sub(used),
+        state.inodes,
+        fs::MAX_NODES,
+    );
+    if state.disk {
+        let (dirty, commits, records) = (state.dirty, state.commits, state.records);
+        let _ = writeln!(
+            text,
+            "cached {cached} of {most}\nunwritten {dirty}\ncommits {commits}\nmetadata blocks {records}"
+        );
+    }
+    if let Some(reason) = state.read_only {
+        let _ = writeln!(text, "read-only: {reason}");
+    }
+    say(stdio, &text).await
 }
 
 pub async fn date(stdio: &Stdio) -> Result<u32, Failure> {
