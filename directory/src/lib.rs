@@ -26,8 +26,8 @@ mod store;
 
 pub use embedded::Embedded;
 pub use records::{
-    ApRecord, DeviceRecord, HostRecord, ImageRecord, Intent, Ipv4Record, Mobility, Profile, Record, Records,
-    Versioned, Wanted, allocate_image_number,
+    ApRecord, DeviceRecord, DiskOrigin, HostRecord, ImageRecord, Intent, Ipv4Record, Mobility, Profile,
+    Record, Records, Versioned, Wanted, allocate_image_number,
 };
 pub use remote::{Remote, Transport, serve};
 pub use store::{

@@ -198,8 +198,20 @@ pub struct ImageRecord {
     pub indices: Range<u64>,
     /// Its IPv4 address, if it has one.
     pub ipv4: Option<Ipv4Addr>,
+    /// The host that has the blocks of its disk which the owner has not fetched yet, and the term under which it gave
+    /// the image away. Until a start under a later term nothing of the disk is at the owner.
+    pub disk_origin: Option<DiskOrigin>,
     /// What any host needs to start it.
     pub profile: Profile,
+}
+
+/// Where the rest of a disk is.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DiskOrigin {
+    /// The host; it keeps the disk as it was.
+    pub host: HostName,
+    /// The record's term when the image was given away.
+    pub since: Term,
 }
 
 impl ImageRecord {
@@ -248,7 +260,7 @@ impl ImageRecord {
 impl Record for ImageRecord {
     type Key = UserName;
     const PREFIX: &'static str = "image/";
-    const VERSION: u8 = 2;
+    const VERSION: u8 = 3;
 }
 
 /// An IPv4 address that belongs to a user's image, so that it is given out once.
@@ -380,6 +392,7 @@ mod tests {
             number: ImageNumber(7),
             indices: 5..9,
             ipv4: Some(Ipv4Addr::new(10, 77, 0, 5)),
+            disk_origin: Some(DiskOrigin { host: "h4".parse().unwrap(), since: Term(2) }),
             profile: Profile {
                 image: "default".into(),
                 memory_bytes: 64 << 20,
@@ -393,8 +406,8 @@ mod tests {
     #[test]
     fn an_image_record_keeps_its_bytes() {
         let bytes = encode(&image());
-        assert_eq!(bytes[..10], [2, 3, 2, b'h', b'1', 1, 2, b'h', b'2', 9]);
-        assert_eq!(bytes[25..38], [0, 0, 7, 5, 9, 1, 10, 77, 0, 5, 7, b'd', b'e']);
+        assert_eq!(bytes[..10], [3, 3, 2, b'h', b'1', 1, 2, b'h', b'2', 9]);
+        assert_eq!(bytes[25..43], [0, 0, 7, 5, 9, 1, 10, 77, 0, 5, 1, 2, b'h', b'4', 2, 7, b'd', b'e']);
         assert_eq!(decode::<ImageRecord>("image/a", &bytes), Ok(image()));
         for end in 0..bytes.len() {
             assert!(decode::<ImageRecord>("image/a", &bytes[..end]).is_err(), "cut at {end}");
@@ -408,7 +421,7 @@ mod tests {
         let error = decode::<ImageRecord>("image/a", &bytes).unwrap_err();
         assert_eq!(
             error.to_string(),
-            "directory record image/a is unreadable: version 1, this host reads version 2"
+            "directory record image/a is unreadable: version 1, this host reads version 3"
         );
     }
 

@@ -38,8 +38,10 @@ pub struct MachineSpec {
     pub profile: Profile,
     /// Largest IP packet of the fabric.
     pub mtu: u16,
-    /// Where its disk is kept on this host.
+    /// Where the log of its disk is kept on this host.
     pub disk: PathBuf,
+    /// Where there is no log yet, another host has the disk: every block is missing, instead of zeros.
+    pub disk_elsewhere: bool,
     /// Made on the spot even when one is ready.
     pub cold: bool,
 }
@@ -66,7 +68,8 @@ impl MachineSpec {
             geometry: Geometry::from_bytes(record.profile.memory_bytes, record.profile.disk_bytes)?,
             profile: record.profile.clone(),
             mtu,
-            disk: disks.join(format!("{}.disk", record.number.0)),
+            disk: disks.join(format!("{}.log", record.number.0)),
+            disk_elsewhere: record.disk_origin.is_some(),
             cold: false,
         })
     }
@@ -91,6 +94,7 @@ impl MachineSpec {
             },
             mtu,
             disk: PathBuf::new(),
+            disk_elsewhere: false,
             cold: false,
         }
     }

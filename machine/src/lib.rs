@@ -8,6 +8,7 @@
 //! - [`state`]: the versioned saved state of vCPU, devices and clock.
 //! - [`control`]: messages between the daemon and one VMM process.
 //! - [`identity`]: names that never change: VIDs, hosts, users, terms, epochs.
+//! - [`disk`]: blocks known by their digests, and the handle on a machine's disk.
 //! - [`Machine`]: the handle. Every method is fallible, since the machine is another process.
 //!
 //! Deliberately not here: sockets, clocks, threads, KVM.
@@ -15,6 +16,7 @@
 //! [`kage_vmm`'s remote handle]: https://docs.rs/kage-vmm
 
 pub mod control;
+pub mod disk;
 pub mod identity;
 mod machine;
 pub mod page;

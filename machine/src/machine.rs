@@ -4,7 +4,7 @@ use std::{sync::Arc, time::Duration};
 
 use serde::{Deserialize, Serialize};
 
-use crate::{Geometry, PageBytes, PageIndex, PageSet, SavedState};
+use crate::{Geometry, PAGE_SIZE, PageBytes, PageIndex, PageSet, SavedState, disk::Block};
 
 /// The machine's process is gone: killed, crashed, or its control socket closed.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -68,8 +68,24 @@ pub trait Memory: Send + Sync {
     fn write(&self, page: PageIndex, bytes: &PageBytes);
     /// Makes one page zero, giving its backing back where that is possible.
     fn zero(&self, page: PageIndex);
-    /// Pages that may hold something other than zeros.
+    /// Pages that may hold something other than zeros, or are missing.
     fn populated(&self) -> PageSet;
+    /// What is known of a page of the disk without reading it, where it is kept by its digest.
+    fn block(&self, page: PageIndex) -> Block {
+        let mut bytes = [0; PAGE_SIZE];
+        self.read(page, &mut bytes);
+        Block::of(&bytes)
+    }
+    /// Reads a page of the disk; the bytes are its own unless it is missing.
+    fn read_block(&self, page: PageIndex, into: &mut PageBytes) -> Block {
+        self.read(page, into);
+        Block::of(into)
+    }
+    /// Makes a page of the disk missing here; a host that has a block of this digest has it. Unless that is what is
+    /// held already. False where pages cannot be missing.
+    fn leave_missing(&self, _page: PageIndex, _digest: u64) -> bool {
+        false
+    }
 }
 
 /// What asked for a pause; shown in events.

@@ -129,6 +129,7 @@ pub(crate) mod tests {
             number: ImageNumber(1),
             indices: ImageRecord::FIRST_INDICES,
             ipv4: None,
+            disk_origin: None,
             profile: Profile {
                 image: "default".into(),
                 memory_bytes: 16 << 20,

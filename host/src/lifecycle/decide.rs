@@ -105,6 +105,7 @@ mod tests {
             number: ImageNumber(7),
             indices: ImageRecord::FIRST_INDICES,
             ipv4: None,
+            disk_origin: None,
             profile: Profile {
                 image: "default".into(),
                 memory_bytes: 64 << 20,

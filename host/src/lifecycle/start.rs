@@ -174,6 +174,7 @@ impl Daemon {
             number: self.take_number()?,
             indices: ImageRecord::FIRST_INDICES,
             ipv4: self.assign_ipv4(user, None)?,
+            disk_origin: None,
             profile,
         })
     }

@@ -32,6 +32,7 @@ fn records() -> Records {
             number: ImageNumber(number),
             indices: ImageRecord::FIRST_INDICES,
             ipv4: None,
+            disk_origin: None,
             profile: crate::fake::profile(),
         };
         records.images.insert(user.parse().unwrap(), record);

@@ -174,6 +174,7 @@ impl Record {
             number: ImageNumber(1),
             indices: ImageRecord::FIRST_INDICES,
             ipv4: None,
+            disk_origin: None,
             profile: Profile {
                 image: String::new(),
                 memory_bytes: 0,
