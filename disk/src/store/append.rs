@@ -161,6 +161,17 @@ impl<B: Backing> Store<B> {
         self.set_ranges(&blocks, Word::ZEROS)
     }
 
+    /// The same for blocks that lie anywhere.
+    ///
+    /// # Errors
+    /// As [`Store::discard`].
+    pub fn discard_each(&mut self, blocks: &[u32]) -> Result<(), StoreError> {
+        for block in blocks {
+            self.inside(&(u64::from(*block)..u64::from(*block) + 1))?;
+        }
+        self.set_each(blocks.iter().copied(), Word::ZEROS)
+    }
+
     /// Makes blocks missing: another host has them, and what this one had is out of date.
     ///
     /// # Errors

@@ -501,6 +501,12 @@ impl<B: Backing> Store<B> {
         }
     }
 
+    /// Whether no sync has failed.
+    #[must_use]
+    pub fn is_usable(&self) -> bool {
+        !self.broken
+    }
+
     fn usable(&self) -> Result<(), StoreError> {
         if self.broken { Err(StoreError::Broken) } else { Ok(()) }
     }
