@@ -1,6 +1,7 @@
 //! What each command does.
 
 mod doctor;
+mod exec;
 mod image;
 mod images;
 mod migrate;
@@ -16,7 +17,7 @@ use crate::{
     bench,
     cli::{BenchCommand, Cli, Command},
     client::{Client, Failure},
-    demo,
+    copy, demo,
     output::{Output, print},
     testbed,
 };
@@ -48,6 +49,11 @@ pub fn run(cli: Cli) -> Result<(), Failure> {
         Command::Ps(user) => wait_for(resources::processes(client()?, user.user, output)),
         Command::Files(user) => wait_for(resources::files(client()?, user.user, output)),
         Command::Sockets(user) => wait_for(resources::sockets(client()?, user.user, output)),
+        Command::Exec(args) => exec::run(&client()?, args),
+        Command::Cp(args) => {
+            let client = client()?;
+            runtime()?.block_on(copy::run(&client, args, output))
+        }
         Command::Wait { user, state, at, timeout } => {
             wait_for(watch::wait(client()?, user, state, at, timeout.duration(), output))
         }
