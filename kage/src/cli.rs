@@ -470,6 +470,19 @@ pub enum BenchCommand {
         #[arg(long, default_value = "64MiB", value_name = "SIZE")]
         memory: Size,
     },
+    /// Files in a machine beside its host's, the block store beneath them, and what a disk costs in a move
+    #[command(
+        after_help = "Takes some minutes, and up to 3 GB under $TMPDIR, where the host's file system is measured.\n\
+        Example: kage bench files --quick"
+    )]
+    Files {
+        /// Runs of each load
+        #[arg(long, default_value_t = 5, value_name = "N")]
+        runs: u32,
+        /// Fewer runs and a smaller store
+        #[arg(long)]
+        quick: bool,
+    },
     /// Programs in a machine beside the same on its host, and what a busy one does to an SSH session
     #[command(after_help = "Example: kage bench processes --runs 5")]
     Processes {

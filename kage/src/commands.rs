@@ -86,14 +86,19 @@ pub fn run(cli: Cli) -> Result<(), Failure> {
         Command::Bench(BenchCommand::Start { runs, quick, memory }) => {
             bench::start::run(runs, quick, memory, output)
         }
+        Command::Bench(BenchCommand::Files { runs, quick }) => bench::files::run(runs, quick, output),
         Command::Bench(BenchCommand::Processes { runs, quick }) => bench::processes::run(runs, quick, output),
     }
 }
 
 /// Runs a client command on a thread of its own.
 fn wait_for(command: impl Future<Output = Result<(), Failure>>) -> Result<(), Failure> {
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(Failure::new)?;
-    runtime.block_on(command)
+    runtime()?.block_on(command)
+}
+
+/// A runtime on this thread.
+fn runtime() -> Result<tokio::runtime::Runtime, Failure> {
+    tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(Failure::new)
 }
 
 /// Sends the log to stderr; `RUST_LOG` chooses what.
