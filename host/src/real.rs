@@ -16,6 +16,7 @@ use kage_machine::{
     BaseHash, Geometry, HostInstant, HostName, ImageNumber, Machine, MachineError, Memory, PageSet,
     PauseCause, Paused, SavedState, Started, UserName, Vid,
     control::{Identity, Phase},
+    disk::{Disk, DiskEvents},
     identity::ApName,
 };
 use kage_migrate::{recover::Found, report::Drained};
@@ -32,7 +33,8 @@ use rustix::{
 use crate::{
     compile::Compiler,
     config::Config,
-    machines::{Adopted, Hosted, Inspect, Label, MachineSpec, Machines, Net, NoTable, OnEnd, Via},
+    disks::LogDisk,
+    machines::{Adopted, DiskLog, Hosted, Inspect, Label, MachineSpec, Machines, Net, NoTable, OnEnd, Via},
 };
 
 /// Name of the image that is part of this program.
@@ -385,6 +387,11 @@ impl Machines for VmmMachines {
             .map_err(|error| format!("/dev/kvm: {error}; `kage doctor` says how to get it"))
     }
 
+    fn open_disk(&self, log: &DiskLog) -> Result<Option<Box<dyn Disk>>, String> {
+        let opened = LogDisk::open(log).map_err(|error| format!("{}: {error}", log.path.display()))?;
+        Ok(opened.map(|disk| Box::new(disk) as Box<dyn Disk>))
+    }
+
     fn ready(&self) -> (usize, usize) {
         let places = self.places();
         let entries = places.values().filter_map(|place| place.entry.get());
@@ -425,6 +432,14 @@ impl Hosted for VmmMachine {
     fn inspector(&self) -> Option<Arc<dyn Inspect>> {
         self.inspector.clone().map(|inspector| inspector as Arc<dyn Inspect>)
     }
+
+    // MERGE: `self.machine.disk()`.
+    fn disk(&self) -> Option<Arc<dyn Disk>> {
+        None
+    }
+
+    // MERGE: `self.machine.watch_disk(events)`.
+    fn watch_disk(&mut self, _events: Arc<dyn DiskEvents>) {}
 
     fn found(&mut self) -> Found {
         if !self.machine.is_alive() {
