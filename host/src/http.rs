@@ -25,7 +25,7 @@ pub struct Call {
     /// JSON, bytes, or nothing.
     pub body: Bytes,
     /// What the body is.
-    content: &'static str,
+    pub content: &'static str,
     /// Whether it changes nothing, so that it may be asked twice.
     pub repeatable: bool,
     /// How long the whole may take.
