@@ -16,6 +16,7 @@ use kage_machine::{
     BaseHash, Geometry, HostInstant, HostName, ImageNumber, Machine, MachineError, Memory, PageSet,
     PauseCause, Paused, SavedState, Started, UserName, Vid,
     control::{Identity, Phase},
+    disk::{Disk, DiskEvents},
     identity::ApName,
 };
 use kage_migrate::{recover::Found, report::Drained};
@@ -32,7 +33,8 @@ use rustix::{
 use crate::{
     compile::Compiler,
     config::Config,
-    machines::{Adopted, Hosted, Inspect, Label, MachineSpec, Machines, Net, NoTable, OnEnd, Via},
+    disks::LogDisk,
+    machines::{Adopted, DiskLog, Hosted, Inspect, Label, MachineSpec, Machines, Net, NoTable, OnEnd, Via},
 };
 
 /// Name of the image that is part of this program.
@@ -387,6 +389,11 @@ impl Machines for VmmMachines {
             .map_err(|error| format!("/dev/kvm: {error}; `kage doctor` says how to get it"))
     }
 
+    fn open_disk(&self, log: &DiskLog) -> Result<Option<Box<dyn Disk>>, String> {
+        let opened = LogDisk::open(log).map_err(|error| format!("{}: {error}", log.path.display()))?;
+        Ok(opened.map(|disk| Box::new(disk) as Box<dyn Disk>))
+    }
+
     fn ready(&self) -> (usize, usize) {
         let places = self.places();
         let entries = places.values().filter_map(|place| place.entry.get());
@@ -426,6 +433,16 @@ impl Inspect for Inspector {
 impl Hosted for VmmMachine {
     fn inspector(&self) -> Option<Arc<dyn Inspect>> {
         self.inspector.clone().map(|inspector| inspector as Arc<dyn Inspect>)
+    }
+
+    fn disk(&self) -> Option<Arc<dyn Disk>> {
+        self.machine.disk()
+    }
+
+    fn watch_disk(&mut self, events: Arc<dyn DiskEvents>) {
+        if let Err(error) = self.machine.watch_disk(events) {
+            tracing::error!(%error, "what a machine's disk lacks will not be heard");
+        }
     }
 
     fn found(&mut self) -> Found {

@@ -196,7 +196,13 @@ async fn show(
         // A name that is asked for is not one that is here.
         let mut changed = app.known(&user).map(|image| image.changed.subscribe());
         let (daemon, name) = (app.clone(), user.clone());
-        let record = blocking(move || daemon.record(&name)).await?;
+        let record = blocking(move || {
+            if timeout.is_zero() {
+                daemon.look_at_disk(&name);
+            }
+            daemon.record(&name)
+        })
+        .await?;
         let view = match record {
             Some(found) if found.record.owner == app.me => Some(app.view(&user, &found.record)),
             Some(found) => Some(app.ask_owner(app.view(&user, &found.record), LOOK).await),
@@ -244,20 +250,12 @@ async fn login(
     let mut request: LoginRequest = body(&bytes)?;
     // Whoever is asked first knows what "here" means.
     let at = match &request.at {
-        Some(at) => Some(app.place(at)?),
-        None => None,
+        Some(at) => app.place(at)?,
+        None => app.me.clone(),
     };
-    request.at = at.as_ref().map(ToString::to_string);
+    request.at = Some(at.to_string());
     match app.login(&user, &request).await? {
-        Login::Done(reply) => {
-            if let Some(at) = at
-                && at != reply.host
-                && !reply.found
-            {
-                return Ok(Json(app.bring_near(reply, at).await).into_response());
-            }
-            Ok(Json(reply).into_response())
-        }
+        Login::Done(reply) => Ok(Json(reply).into_response()),
         Login::Ask(host) => {
             let path = format!("/v1/images/{user}");
             app.pass_on(&host, hops, Call::new(Method::PUT, path).json(&request).patience(START)).await
@@ -280,9 +278,10 @@ async fn stop(State(app): State<App>, Path(user): Path<String>, hops: Hops) -> R
         let path = format!("/v1/images/{user}/stop");
         return app.pass_on(&owner, hops, Call::new(Method::POST, path).patience(START)).await;
     }
-    app.stop(&user).await?;
+    let unsynced = app.stop(&user).await?;
     let daemon = app.clone();
-    let view = blocking(move || Ok(daemon.view(&user, &daemon.existing(&user)?.record))).await?;
+    let mut view = blocking(move || Ok(daemon.view(&user, &daemon.existing(&user)?.record))).await?;
+    view.note = view.note.or(unsynced);
     Ok(Json(view).into_response())
 }
 
