@@ -144,6 +144,9 @@ struct State {
     /// Those of memory.
     pages: Vec<PageBytes>,
     disk: SimDisk,
+    /// The disk as it was when the machine began to run with its gate shut: nothing written since is kept if it ends
+    /// so, as it may be another host's machine that goes on.
+    uncommitted: Option<SimDisk>,
     dirty: PageSet,
     /// What the guest emitted while its gate was shut.
     held: Vec<Emission>,
@@ -196,6 +199,14 @@ impl State {
         for _ in 0..ticks.min(MAX_TICKS) {
             let emission = self.tick(spec);
             if gate_open { lock(&outside.0).push(emission) } else { self.held.push(emission) }
+        }
+    }
+
+    /// The process ends, however.
+    fn die(&mut self) {
+        self.alive = false;
+        if let Some(committed) = self.uncommitted.take() {
+            self.disk.restore(&committed);
         }
     }
 
@@ -273,6 +284,7 @@ impl SimVmm {
             alive: true,
             pages: vec![[0; PAGE_SIZE]; spec.geometry.memory_pages as usize],
             disk,
+            uncommitted: None,
             dirty: PageSet::empty(pages),
             held: Vec::new(),
             ran_to: clock(),
@@ -331,7 +343,7 @@ impl SimVmm {
         let mut state = lock(&self.shared.state);
         if state.alive {
             state.catch_up(&self.shared.spec, &self.shared.outside);
-            state.alive = false;
+            state.die();
         }
     }
 
@@ -420,12 +432,12 @@ impl SimMachine {
         match mishap {
             Some(Mishap::Refuse) => refused("as told"),
             Some(Mishap::Die) => {
-                state.alive = false;
+                state.die();
                 Err(gone())
             }
             Some(Mishap::DieAfter) => {
                 let _ = work(&shared.spec, &shared.outside, &mut state);
-                state.alive = false;
+                state.die();
                 Err(gone())
             }
             None => work(&shared.spec, &shared.outside, &mut state),
@@ -509,6 +521,7 @@ impl Machine for SimMachine {
                 return refused("it has no state, or runs already");
             }
             state.pass_time();
+            state.uncommitted = Some(state.disk.copy());
             state.phase = Phase::Running { gate_open: false };
             Ok(Started { at: state.ran_to })
         })
@@ -520,6 +533,7 @@ impl Machine for SimMachine {
                 return refused("it does not run");
             }
             state.phase = Phase::Running { gate_open: true };
+            state.uncommitted = None;
             lock(&outside.0).append(&mut state.held);
             Ok(())
         })

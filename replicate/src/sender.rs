@@ -648,4 +648,6 @@ impl Batch {
 }
 
 #[cfg(test)]
+mod disk_tests;
+#[cfg(test)]
 mod tests;

@@ -94,6 +94,18 @@ impl SimDisk {
         wanted
     }
 
+    /// Another disk with the same blocks.
+    #[must_use]
+    pub fn copy(&self) -> Self {
+        Self(Arc::new(Mutex::new(lock(&self.0).clone())))
+    }
+
+    /// Takes another disk's blocks for its own.
+    pub fn restore(&self, other: &Self) {
+        let kept = lock(&other.0).clone();
+        *lock(&self.0) = kept;
+    }
+
     fn set(&self, block: u32, kept: Kept) {
         if let Some(slot) = lock(&self.0).get_mut(block as usize) {
             *slot = kept;
