@@ -328,6 +328,7 @@ impl Daemon {
             vid,
             address: vid,
             ipv4: record.ipv4,
+            host_key: kage_ssh::keys::HostKey::from_seed(&record.profile.host_key_seed).to_line(),
             host: record.owner.clone(),
             term: record.term,
             state: match record.wanted {

@@ -1,10 +1,14 @@
 //! `kage bench`: measurements whose figures mean what SURFACE says they mean.
 //!
+//! - [`files`]: files in a machine beside the same on its host, the store beneath them, and what a disk costs in a move.
 //! - [`start`]: from a login to the machine's first answer, and what an idle machine costs.
 //! - [`processes`]: programs in a machine beside the same programs on its host, and what they do to others.
 
+mod desk;
+pub mod files;
 pub mod processes;
 pub mod start;
+mod store;
 
 use serde::Serialize;
 
@@ -105,6 +109,15 @@ impl Case {
     pub fn beside(self, peer: &str, figures: Vec<f64>) -> Self {
         let median = Self::of(peer, serde_json::Value::Null, self.unit, figures).median;
         Self { ratio: Some(median / self.median), peer: Some(Peer { name: peer.to_owned(), median }), ..self }
+    }
+}
+
+impl Case {
+    /// Beside a peer's figures, of which the larger are the better.
+    #[must_use]
+    pub fn ahead_of(self, peer: &str, figures: Vec<f64>) -> Self {
+        let case = self.beside(peer, figures);
+        Self { ratio: case.ratio.map(|ratio| 1.0 / ratio), ..case }
     }
 }
 

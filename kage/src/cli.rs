@@ -117,6 +117,20 @@ pub enum Command {
         /// Its VID
         vid: Ipv6Addr,
     },
+    /// Run a command in a user's machine, as the operator
+    #[command(
+        after_help = "One word is a line for the machine's shell; several arrive as they are. Over SSH, so it \
+        survives moves.\nExit code: the command's; 255 when the connection fails.\n\
+        Example: kage exec alice -- 'df; ls -l'"
+    )]
+    Exec(ExecArgs),
+    /// Copy a file, or with -r a directory, into or out of a user's machine, as the operator
+    #[command(
+        after_help = "USER:PATH names a file in a machine, from the user's home unless it begins with /. Over \
+        SFTP, so it survives moves; what is copied into a machine is on its disk when this ends.\n\
+        Example: kage cp report.pdf alice:documents/"
+    )]
+    Cp(CpArgs),
     /// List hosts and their access points
     #[command(after_help = "Example: kage hosts")]
     Hosts,
@@ -296,6 +310,36 @@ pub struct LoginArgs {
     pub image: Option<String>,
 }
 
+/// `kage exec`.
+#[derive(Clone, Debug, Args)]
+pub struct ExecArgs {
+    /// The user
+    pub user: UserName,
+    /// The operator's private key [default: the one beside the host's operator_key_file]
+    #[arg(long, value_name = "FILE", env = "KAGE_OPERATOR_KEY")]
+    pub key: Option<PathBuf>,
+    /// The command and its arguments
+    #[arg(last = true, required = true, value_name = "CMD")]
+    pub command: Vec<OsString>,
+}
+
+/// `kage cp`.
+#[derive(Clone, Debug, Args)]
+pub struct CpArgs {
+    /// What to copy: PATH or USER:PATH
+    #[arg(value_name = "SRC")]
+    pub source: OsString,
+    /// Where to: USER:PATH or PATH
+    #[arg(value_name = "DST")]
+    pub target: OsString,
+    /// Directories with all that is in them
+    #[arg(short, long)]
+    pub recursive: bool,
+    /// The operator's private key [default: the one beside the host's operator_key_file]
+    #[arg(long, value_name = "FILE", env = "KAGE_OPERATOR_KEY")]
+    pub key: Option<PathBuf>,
+}
+
 /// `kage migrate`.
 #[derive(Clone, Debug, Args)]
 pub struct MigrateArgs {
@@ -429,6 +473,19 @@ pub enum BenchCommand {
         /// Memory of the machines
         #[arg(long, default_value = "64MiB", value_name = "SIZE")]
         memory: Size,
+    },
+    /// Files in a machine beside its host's, the block store beneath them, and what a disk costs in a move
+    #[command(
+        after_help = "Takes some minutes, and up to 3 GB under $TMPDIR, where the host's file system is measured.\n\
+        Example: kage bench files --quick"
+    )]
+    Files {
+        /// Runs of each load
+        #[arg(long, default_value_t = 5, value_name = "N")]
+        runs: u32,
+        /// Fewer runs and a smaller store
+        #[arg(long)]
+        quick: bool,
     },
     /// Programs in a machine beside the same on its host, and what a busy one does to an SSH session
     #[command(after_help = "Example: kage bench processes --runs 5")]

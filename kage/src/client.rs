@@ -1,11 +1,15 @@
 //! Talking to a daemon: which one, and how.
 
-use std::path::{Path, PathBuf};
+use std::{
+    os::{fd::AsFd, unix::fs::MetadataExt},
+    path::{Path, PathBuf},
+};
 
 use kage_host::{
     api::error::{Code, ErrorBody},
     http::{Call, Connection, unix},
 };
+use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 use serde::de::DeserializeOwned;
 
 use crate::cli::Common;
@@ -66,6 +70,33 @@ impl Client {
     /// A daemon whose socket is known.
     pub fn at(socket: impl Into<PathBuf>) -> Self {
         Self { socket: socket.into() }
+    }
+
+    /// Moves this thread into the network of the daemon's host, which alone has routes to machines: with a testbed,
+    /// or a daemon in a namespace of its own, not the one of the command.
+    ///
+    /// # Errors
+    /// When it is another one and may not be entered.
+    pub fn enter_network(&self) -> Result<(), Failure> {
+        let failed = |error: std::io::Error| {
+            Failure::new(format!(
+                "{}: the network namespace of its daemon cannot be entered: {error}; run this as root, or there",
+                self.socket.display()
+            ))
+        };
+        let stream = std::os::unix::net::UnixStream::connect(&self.socket).map_err(failed)?;
+        let daemon =
+            rustix::net::sockopt::socket_peercred(&stream).map_err(|errno| failed(errno.into()))?.pid;
+        let path = format!("/proc/{}/ns/net", daemon.as_raw_nonzero());
+        // Whoever may not look can only hope that it is the same.
+        let Ok(theirs) = std::fs::metadata(&path) else { return Ok(()) };
+        let ours = std::fs::metadata("/proc/self/ns/net").map_err(failed)?;
+        if (theirs.dev(), theirs.ino()) == (ours.dev(), ours.ino()) {
+            return Ok(());
+        }
+        let network = std::fs::File::open(&path).map_err(failed)?;
+        move_into_link_name_space(network.as_fd(), Some(LinkNameSpaceType::Network))
+            .map_err(|errno| failed(errno.into()))
     }
 
     /// Opens a connection.

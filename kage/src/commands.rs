@@ -1,6 +1,7 @@
 //! What each command does.
 
 mod doctor;
+mod exec;
 mod image;
 mod images;
 mod migrate;
@@ -17,7 +18,7 @@ use crate::{
     bench,
     cli::{BenchCommand, Cli, Command},
     client::{Client, Failure},
-    demo,
+    copy, demo,
     output::{Output, print},
     testbed,
 };
@@ -50,6 +51,11 @@ pub fn run(cli: Cli) -> Result<(), Failure> {
         Command::Ps(user) => wait_for(resources::processes(client()?, user.user, output)),
         Command::Files(user) => wait_for(resources::files(client()?, user.user, output)),
         Command::Sockets(user) => wait_for(resources::sockets(client()?, user.user, output)),
+        Command::Exec(args) => exec::run(&client()?, args),
+        Command::Cp(args) => {
+            let client = client()?;
+            runtime()?.block_on(copy::run(&client, args, output))
+        }
         Command::Wait { user, state, at, timeout } => {
             wait_for(watch::wait(client()?, user, state, at, timeout.duration(), output))
         }
@@ -82,14 +88,19 @@ pub fn run(cli: Cli) -> Result<(), Failure> {
         Command::Bench(BenchCommand::Start { runs, quick, memory }) => {
             bench::start::run(runs, quick, memory, output)
         }
+        Command::Bench(BenchCommand::Files { runs, quick }) => bench::files::run(runs, quick, output),
         Command::Bench(BenchCommand::Processes { runs, quick }) => bench::processes::run(runs, quick, output),
     }
 }
 
 /// Runs a client command on a thread of its own.
 fn wait_for(command: impl Future<Output = Result<(), Failure>>) -> Result<(), Failure> {
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(Failure::new)?;
-    runtime.block_on(command)
+    runtime()?.block_on(command)
+}
+
+/// A runtime on this thread.
+fn runtime() -> Result<tokio::runtime::Runtime, Failure> {
+    tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(Failure::new)
 }
 
 /// Sends the log to stderr; `RUST_LOG` chooses what.

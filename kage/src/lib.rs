@@ -3,7 +3,9 @@
 //! - [`bench`]: what is measured, and how.
 //! - [`cli`]: the tree of commands.
 //! - [`client`]: talking to a daemon.
+//! - [`copy`]: files into and out of a machine.
 //! - [`demo`]: the main job, to be watched.
+//! - [`operator`]: how the operator reaches a machine.
 //! - [`output`]: tables and JSON.
 //! - [`testbed`]: hosts, access points and devices as network namespaces.
 
@@ -11,7 +13,9 @@ pub mod bench;
 pub mod cli;
 pub mod client;
 mod commands;
+pub mod copy;
 pub mod demo;
+pub mod operator;
 pub mod output;
 mod ssh;
 pub mod testbed;

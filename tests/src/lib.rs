@@ -108,7 +108,24 @@ impl Site {
     /// OpenSSH's client on a device, as `user`, which accepts the machine's key once and for all.
     #[must_use]
     pub fn ssh(&self, user: &str, address: &str) -> Command {
-        let mut command = Command::new("ssh");
+        let mut command = self.client("ssh", user);
+        command.arg(format!("{user}@{address}"));
+        command
+    }
+
+    /// Runs a line in a machine and returns what it prints; it must succeed.
+    pub fn say(&self, user: &str, address: &str, line: &str) -> String {
+        let mut ssh = self.ssh(user, address);
+        let output = self.output("d1", ssh.arg(line).stdin(Stdio::null())).expect("ssh is installed");
+        let errors = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "{line:.60}: {}: {errors}{}", output.status, self.daemon_logs());
+        String::from_utf8_lossy(&output.stdout).into_owned()
+    }
+
+    /// One of OpenSSH's clients (`ssh`, `scp`, `sftp`) as [`Site::ssh`] starts it, without a destination.
+    #[must_use]
+    pub fn client(&self, program: &str, user: &str) -> Command {
+        let mut command = Command::new(program);
         let known = self.dir.join("known_hosts");
         command.arg("-i").arg(self.key(user)).arg("-F").arg("/dev/null");
         command.arg("-o").arg(format!("UserKnownHostsFile={}", known.display()));
@@ -117,7 +134,6 @@ impl Site {
         {
             command.args(["-o", option]);
         }
-        command.arg(format!("{user}@{address}"));
         command
     }
 

@@ -15,7 +15,7 @@ use kage_directory::{ApRecord, Records as _};
 
 use super::{
     App, Hops, Reply, Route, body, openapi,
-    types::{ApView, HostView, Ready, RoamReply, RoamRequest},
+    types::{ApView, HostView, OperatorView, Ready, RoamReply, RoamRequest},
 };
 use crate::{
     http::Call,
@@ -37,6 +37,14 @@ pub(super) fn routes() -> Vec<Route> {
     };
     vec![
         route(Method::GET, "/v1/hosts", "All hosts.", None, "HostView[]", get(hosts)),
+        route(
+            Method::GET,
+            "/v1/operator",
+            "Where this host has the operator's key.",
+            None,
+            "OperatorView",
+            get(operator),
+        ),
         route(Method::GET, "/v1/aps", "All access points.", None, "ApView[]", get(aps)),
         route(
             Method::POST,
@@ -90,6 +98,10 @@ async fn hosts(State(app): State<App>) -> Reply<Vec<HostView>> {
         }
     }
     Ok(Json(views))
+}
+
+async fn operator(State(app): State<App>) -> Json<OperatorView> {
+    Json(OperatorView { key_file: app.config.image.operator_key_file.clone() })
 }
 
 async fn aps(State(app): State<App>) -> Reply<Vec<ApView>> {

@@ -8,8 +8,8 @@ use super::{
     types::{
         ApView, DiskView, FileView, GiveRequest, Given, HostView, ImageView, LogView, LoginReply,
         LoginRequest, MigrateRequest, MoveOutcome, MovePlan, MoveReport, Operation, OperationState,
-        PhaseView, Place, ProcessView, Pulse, PulseRequest, Ready, Replica, ReplicaHit, ReplicaKind,
-        Resources, RoamAction, RoamReply, RoamRequest, ScrubReport, SocketView, State,
+        OperatorView, PhaseView, Place, ProcessView, Pulse, PulseRequest, Ready, Replica, ReplicaHit,
+        ReplicaKind, Resources, RoamAction, RoamReply, RoamRequest, ScrubReport, SocketView, State,
     },
 };
 use crate::events::Event;
@@ -126,6 +126,8 @@ fn schemas() -> Value {
     add("Place", serde_json::to_value(&samples.place));
     add("LogView", serde_json::to_value(LogView { text: "ready\n".into(), next: 6, truncated: false }));
     add("HostView", serde_json::to_value(&samples.host));
+    let operator = OperatorView { key_file: Some("/etc/kage/operator.pub".into()) };
+    add("OperatorView", serde_json::to_value(operator));
     add("ApView", serde_json::to_value(&samples.ap));
     add("RoamRequest", serde_json::to_value(&samples.roam));
     add("RoamReply", serde_json::to_value(&samples.roamed));
@@ -206,6 +208,8 @@ impl Samples {
                 vid: address,
                 address,
                 ipv4: Some(std::net::Ipv4Addr::new(10, 77, 0, 5)),
+                host_key: "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIOMqqnkVzrm0SdG6UOoqKLsabgH5C9okWi0dh2l9GKJl"
+                    .into(),
                 host: host("h1"),
                 term,
                 state: State::Running,

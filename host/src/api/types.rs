@@ -1,6 +1,9 @@
 //! What the API speaks, as JSON. Field names are the contract of `kage … -o json`.
 
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::{
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    path::PathBuf,
+};
 
 use kage_machine::{
     HostName, Term, UserName,
@@ -108,6 +111,9 @@ pub struct ImageView {
     /// Its IPv4 address, if it has one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub ipv4: Option<Ipv4Addr>,
+    /// Its SSH host key, as `known_hosts` has it: type and base64.
+    #[serde(default)]
+    pub host_key: String,
     /// Its owner.
     pub host: HostName,
     /// The owner's term.
@@ -343,6 +349,14 @@ pub struct HostView {
     pub images: u64,
     /// Access points that belong to it.
     pub aps: Vec<ApName>,
+}
+
+/// Answer of `/v1/operator`.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct OperatorView {
+    /// Where this host has the operator's public key, which every machine started here lets in; the private half is
+    /// looked for beside it.
+    pub key_file: Option<PathBuf>,
 }
 
 /// An access point.

@@ -6,30 +6,26 @@
 //! of the default image holds when nobody has done anything in it.
 
 use std::{
-    io::{BufRead, BufReader, Write},
-    process::{Child, Command, Stdio},
     thread,
     time::{Duration, Instant},
 };
 
 use http::Method;
-use kage_host::{
-    api::types::{ImageView, LoginReply, LoginRequest},
-    http::Call,
-    units::Size,
-};
+use kage_host::{api::types::ImageView, http::Call, units::Size};
 use serde_json::json;
 
-use super::{Case, MachineInfo, Report, show};
+use super::{
+    Case, MachineInfo, Report,
+    desk::{Desk, USER, runtime},
+    show,
+};
 use crate::{
-    client::{Client, Failure},
+    client::Failure,
     output::Output,
-    ssh::Key,
     testbed::{Cancel, Testbed, TestbedSpec},
 };
 
 const QUICK: u32 = 3;
-const USER: &str = "bench";
 /// Memory of the machine: what the program that takes memory wants, and as much again for all else.
 const MEMORY: Size = Size(256 << 20);
 /// What that program takes.
@@ -68,60 +64,11 @@ pub fn run(runs: u32, quick: bool, output: Output) -> Result<(), Failure> {
         } else {
             cases.push(desk.idle(memory)?);
         }
-        Key::remove(&dir, USER);
     }
     output.result(&Report { machine: MachineInfo::here(), cases }, show)
 }
 
-/// A user who is logged in, at a device.
-struct Desk<'a> {
-    testbed: &'a Testbed,
-    device: String,
-    client: Client,
-    key: Key,
-    login: LoginReply,
-}
-
-impl<'a> Desk<'a> {
-    fn login(testbed: &'a Testbed) -> Result<Self, Failure> {
-        let status = testbed.status().map_err(Failure::new)?;
-        let (Some(host), Some(device)) = (status.hosts.first(), status.devices.first()) else {
-            return Err(Failure::new("the testbed has no host or no device"));
-        };
-        let key = Key::make(testbed.dir(), USER)?;
-        let client = Client::at(&host.socket);
-        let request = LoginRequest { key: Some(key.line()?), ..LoginRequest::default() };
-        let login = Call::new(Method::PUT, format!("/v1/images/{USER}")).json(&request);
-        let login = runtime()?.block_on(client.call(&login))?;
-        Ok(Self { testbed, device: device.name.clone(), client, key, login })
-    }
-
-    fn ssh(&self, line: &str) -> Command {
-        let mut command = self.key.ssh(USER, self.login.address);
-        // A machine that has ended says nothing more.
-        command.args(["-o", "ServerAliveInterval=5", "-o", "ServerAliveCountMax=2", line]);
-        command
-    }
-
-    /// Runs a line and returns what it prints.
-    fn say(&self, line: &str) -> Result<String, Failure> {
-        let output = self
-            .testbed
-            .output(&self.device, self.ssh(line).stdin(Stdio::null()).stderr(Stdio::piped()))
-            .map_err(Failure::new)?;
-        if !output.status.success() {
-            let said = String::from_utf8_lossy(&output.stderr);
-            return Err(Failure::new(format!("{line}: {}: {}", output.status, said.trim())));
-        }
-        Ok(String::from_utf8_lossy(&output.stdout).into_owned())
-    }
-
-    fn spawn(&self, line: &str) -> Result<Running, Failure> {
-        let mut command = self.ssh(line);
-        command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::null());
-        self.testbed.spawn(&self.device, &mut command).map(Running).map_err(Failure::new)
-    }
-
+impl Desk<'_> {
     /// The same work here and there, in turns.
     fn work(&self, runs: u32, output: Output, cancel: &Cancel) -> Result<Vec<Case>, Failure> {
         let mut cases = Vec::new();
@@ -242,39 +189,6 @@ fn touched_kib(smaps: &str) -> Option<u64> {
     let mut lines = smaps.lines().skip_while(|line| !line.contains("memfd:kage-memory"));
     let line = lines.find_map(|line| line.strip_prefix("Rss:"))?;
     line.trim().trim_end_matches(" kB").parse().ok()
-}
-
-fn runtime() -> Result<tokio::runtime::Runtime, Failure> {
-    tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(Failure::new)
-}
-
-/// A session that is ended with this.
-struct Running(Child);
-
-impl Running {
-    /// Writes, and reads up to a line.
-    fn ask(&mut self, text: &str, until: &str) -> Result<(), Failure> {
-        let Some((stdin, stdout)) = self.0.stdin.as_mut().zip(self.0.stdout.as_mut()) else {
-            return Err(Failure::new("ssh has no input or output"));
-        };
-        stdin.write_all(text.as_bytes()).map_err(Failure::new)?;
-        stdin.flush().map_err(Failure::new)?;
-        // One byte at a time: what comes after the line is the next one's.
-        for line in BufReader::with_capacity(1, stdout).lines() {
-            if line.map_err(Failure::new)? == until {
-                return Ok(());
-            }
-        }
-        Err(Failure::new(format!("the session ended before {until:?}")))
-    }
-}
-
-impl Drop for Running {
-    fn drop(&mut self) {
-        // It may have ended by itself.
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
 }
 
 #[cfg(test)]

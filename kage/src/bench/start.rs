@@ -18,7 +18,7 @@ use kage_host::{
 };
 use serde_json::json;
 
-use super::{Case, MachineInfo, Report, show};
+use super::{Case, MachineInfo, Report, desk::runtime, show};
 use crate::{
     client::{Client, Failure},
     output::Output,
@@ -102,10 +102,6 @@ fn measure(
 struct Measured {
     first_reply_ms: f64,
     started_ms: f64,
-}
-
-fn runtime() -> Result<tokio::runtime::Runtime, Failure> {
-    tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(Failure::new)
 }
 
 fn login(

@@ -208,7 +208,7 @@ impl Sim {
                 };
                 let dirty = run.dirty.take().unwrap_or_else(|| PageSet::empty(GEOMETRY.pages()));
                 if connection.is_none() {
-                    return Some(SourceEvent::NotOffered("cut".into()));
+                    return Some(SourceEvent::NotOffered(Cause::LinkLost("cut".into())));
                 }
                 let offer = Offer {
                     pages: read(&*machine.memory(), &dirty),

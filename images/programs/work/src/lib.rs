@@ -1,7 +1,10 @@
-//! Work to measure processors with: the same source runs in a process of a machine and natively on its host.
+//! Work to measure processors with, and [`files`] with: the same source runs in a process of a machine and natively on its
+//! host.
 //!
 //! Each function does `rounds` of its work on data of its own and returns a number that depends on all of it, so that
 //! nothing can be left out and both sides can be compared.
+
+pub mod files;
 
 /// A kind of work.
 #[derive(Clone, Copy, Debug)]

@@ -1,9 +1,17 @@
 //! `work NAME [ROUNDS]`: does work and prints its result and how long it took; `work loop`, `work fill MIB`: keeps a
-//! processor busy, fills memory over and over.
+//! processor busy, fills memory over and over; `work file …`: does work to files.
 
-use std::{env, process::ExitCode, time::Instant};
+use std::{
+    env,
+    io::{self, Write},
+    path::Path,
+    process::ExitCode,
+    time::Instant,
+};
 
-const USAGE: &str = "usage: work sha256|n-body|sort|byte-code [ROUNDS]\n       work loop\n       work fill MIB\n       work nothing";
+use kage_work::files::{self, FILE_LOADS, SMALL_FILES};
+
+const USAGE: &str = "usage: work sha256|n-body|sort|byte-code [ROUNDS]\n       work loop\n       work fill MIB\n       work nothing\n       work file LOAD|create|sync|remove|append|verify PATH [COUNT]";
 
 fn main() -> ExitCode {
     let words: Vec<String> = env::args().skip(1).collect();
@@ -29,6 +37,16 @@ fn main() -> ExitCode {
                 std::hint::black_box(&mut held);
             }
         }
+        (Some("file"), None) => match words.get(1..) {
+            Some([what, path]) => return file(what, Path::new(path), None),
+            Some([what, path, count]) if count.parse::<u32>().is_ok() => {
+                return file(what, Path::new(path), count.parse().ok());
+            }
+            _ => {
+                eprintln!("{USAGE}");
+                return ExitCode::from(2);
+            }
+        },
         (Some(name), _) if words.len() < 3 && (words.len() == 1 || number.is_some()) => {
             let Some(work) = kage_work::ALL.iter().find(|work| work.name == name) else {
                 eprintln!("{USAGE}");
@@ -41,6 +59,41 @@ fn main() -> ExitCode {
         _ => {
             eprintln!("{USAGE}");
             return ExitCode::from(2);
+        }
+    }
+    ExitCode::SUCCESS
+}
+
+/// Does work to a file or a directory, and prints what it came to, how much it was and how long it took.
+fn file(what: &str, path: &Path, count: Option<u32>) -> ExitCode {
+    let done = match what {
+        "append" => {
+            let mut output = io::stdout();
+            let told = |number: u64| writeln!(output, "{number}").and_then(|()| output.flush());
+            files::append(path, told).map(|()| None)
+        }
+        "verify" => files::verify(path).map(|count| {
+            println!("{count}");
+            None
+        }),
+        "create" => files::create(path, count.unwrap_or(SMALL_FILES)).map(Some),
+        "sync" => files::sync(path).map(Some),
+        "remove" => files::remove(path, count.unwrap_or(SMALL_FILES)).map(Some),
+        name => match FILE_LOADS.iter().find(|load| load.name == name) {
+            Some(load) => files::run(load, path, count.unwrap_or(load.pieces)).map(Some),
+            None => {
+                let names: Vec<_> = FILE_LOADS.iter().map(|load| load.name).collect();
+                eprintln!("{USAGE}\nLOAD: {}", names.join(" "));
+                return ExitCode::from(2);
+            }
+        },
+    };
+    match done {
+        Ok(Some(done)) => println!("{:016x} {} {:.6} s", done.sum, done.count, done.seconds),
+        Ok(None) => {}
+        Err(error) => {
+            eprintln!("work file {what} {}: {error}", path.display());
+            return ExitCode::FAILURE;
         }
     }
     ExitCode::SUCCESS
