@@ -19,7 +19,8 @@
 //!
 //! **Giving away** ([`crate::lifecycle`]) never loses a block: a disk that is whole is given away with its owner as
 //! origin. One of which nothing was ever here goes on with the origin it has, or back to it. Any other is only moved,
-//! with its machine: blocks written since it came are here alone, and those that have not come are not.
+//! with its machine: blocks written since it came are here alone, and those that have not come are not. A disk that
+//! was never made has no blocks, and no origin.
 //!
 //! # Invariants
 //! 1. A log is opened here only while nobody else has it, and closed before a machine gets it.
@@ -212,10 +213,17 @@ impl ImageDisk {
         self.pulls.pulled_bytes()
     }
 
-    /// Bytes that are missing, where somebody has the log open.
+    /// Bytes of a disk that are missing right after a start. All of it, but what has come, as long as there is no list:
+    /// the machine does not wait for its log, and whoever asks how it started does not either.
     #[must_use]
-    pub fn missing_bytes(&self) -> u64 {
-        self.held().map_or(0, |held| held.missing_bytes)
+    pub fn missing_at_start(&self, record: &ImageRecord) -> u64 {
+        match &record.disk_origin {
+            None => 0,
+            Some(_) if !self.pulls.is_listed() => {
+                record.profile.disk_bytes.saturating_sub(self.pulled_bytes())
+            }
+            Some(_) => self.held().map_or(0, |held| held.missing_bytes),
+        }
     }
 }
 
@@ -397,6 +405,11 @@ impl Daemon {
         })
     }
 
+    /// Whether the log of a record's disk is here; one that cannot be looked at counts.
+    pub(crate) fn has_log(&self, record: &ImageRecord) -> bool {
+        log::existing(&self.log_of(record, "log").path).map_or(true, |found| found.is_some())
+    }
+
     /// Whether of the disk of a record that came from elsewhere nothing was ever here; blocks.
     pub(crate) fn is_untouched(&self, record: &ImageRecord) -> bool {
         let stay = Stay { dir: &self.disks_dir(), number: record.number };
@@ -406,7 +419,8 @@ impl Daemon {
     /// Hears of a machine's disk from now on.
     pub(crate) fn listen_to_disk(self: &Arc<Self>, image: &Arc<Image>, machine: &mut dyn Hosted) {
         let disk = machine.disk();
-        if let Some(disk) = &disk {
+        image.disk.lent_to(disk.clone());
+        if let Some(disk) = disk {
             let listener = Listener {
                 daemon: Arc::downgrade(self),
                 image: Arc::downgrade(image),
@@ -414,7 +428,6 @@ impl Daemon {
             };
             machine.watch_disk(Arc::new(listener));
         }
-        image.disk.lent_to(disk);
     }
 
     /// What an image's owner says of its disk.

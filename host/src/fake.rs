@@ -283,8 +283,11 @@ impl Machines for FakeMachines {
     }
     fn open_disk(&self, log: &DiskLog) -> Result<Option<Box<dyn Disk>>, String> {
         let Ok(name) = std::fs::read_to_string(&log.path) else { return Ok(None) };
-        let found = self.logs.lock().unwrap().get(&name).cloned();
-        Ok(found.map(|log| Box::new(FakeDisk::open(&log)) as Box<dyn Disk>))
+        let Some(log) = self.logs.lock().unwrap().get(&name).cloned() else { return Ok(None) };
+        if log.open.load(Ordering::SeqCst) {
+            return Err("another process has it open".to_owned());
+        }
+        Ok(Some(Box::new(FakeDisk::open(&log))))
     }
 
     fn check(&self, image: &str, least: Geometry) -> Result<Geometry, String> {
@@ -472,7 +475,7 @@ impl FakeLog {
     }
 }
 
-/// A disk over a log that nobody else has open: whoever opens it twice panics.
+/// A disk over a log that nobody else has open: a machine that gets one which somebody has panics.
 pub struct FakeDisk {
     log: Arc<FakeLog>,
     state: Mutex<FakeDiskState>,
@@ -635,10 +638,8 @@ impl Disk for FakeDisk {
                 (FakeBlock::Missing(None), Fill::Expect(digest)) => {
                     *block = FakeBlock::Missing(Some(*digest))
                 }
-                (_, Fill::Unavailable) => {
-                    if state.waiting.remove(number) {
-                        state.unavailable.insert(*number);
-                    }
+                (_, Fill::Unavailable) if state.waiting.remove(number) => {
+                    state.unavailable.insert(*number);
                 }
                 _ => {}
             }

@@ -309,7 +309,17 @@ impl Daemon {
         result
     }
 
-    /// An image as this host sees it. For the owner that is how it is.
+    /// An image as this host sees it, with its disk; blocks.
+    #[must_use]
+    pub fn full_view(&self, user: &UserName, record: &ImageRecord) -> ImageView {
+        let mut view = self.view(user, record);
+        if record.owner == self.me {
+            view.disk = self.disk_view(self.known(user).as_deref(), record);
+        }
+        view
+    }
+
+    /// An image as this host sees it, but for its disk. For the owner that is how it is.
     #[must_use]
     pub fn view(&self, user: &UserName, record: &ImageRecord) -> ImageView {
         let vid = self.vid(record).address();
@@ -336,9 +346,7 @@ impl Daemon {
         if record.owner != self.me {
             return view;
         }
-        let image = self.known(user);
-        view.disk = self.disk_view(image.as_deref(), record);
-        match image.map(|image| image.status()) {
+        match self.known(user).map(|image| image.status()) {
             Some(status) => {
                 view.state = status.state;
                 view.note = status.note;

@@ -155,12 +155,18 @@ pub(super) fn routes() -> Vec<Route> {
 
 async fn list(State(app): State<App>) -> Reply<Vec<ImageView>> {
     let daemon = app.clone();
-    let records = blocking(move || Ok(daemon.directory.read_all::<ImageRecord>()?.0)).await?;
-    let mut views = Vec::with_capacity(records.len());
+    let all = blocking(move || {
+        let records = daemon.directory.read_all::<ImageRecord>()?.0;
+        let view = |(user, found): (UserName, kage_directory::Versioned<ImageRecord>)| {
+            (daemon.full_view(&user, &found.record), found.record.owner)
+        };
+        Ok(records.into_iter().map(view).collect::<Vec<_>>())
+    })
+    .await?;
+    let mut views = Vec::with_capacity(all.len());
     let mut asked = Vec::new();
-    for (user, found) in records {
-        let view = app.view(&user, &found.record);
-        if found.record.owner == app.me {
+    for (view, owner) in all {
+        if owner == app.me {
             views.push(view);
         } else {
             let app = app.clone();
@@ -200,12 +206,13 @@ async fn show(
             if timeout.is_zero() {
                 daemon.look_at_disk(&name);
             }
-            daemon.record(&name)
+            let found = daemon.record(&name)?;
+            Ok(found.map(|found| (daemon.full_view(&name, &found.record), found.record.owner)))
         })
         .await?;
         let view = match record {
-            Some(found) if found.record.owner == app.me => Some(app.view(&user, &found.record)),
-            Some(found) => Some(app.ask_owner(app.view(&user, &found.record), LOOK).await),
+            Some((view, owner)) if owner == app.me => Some(view),
+            Some((view, _)) => Some(app.ask_owner(view, LOOK).await),
             None if timeout.is_zero() => return Err(ErrorBody::no_user(&user)),
             None => None,
         };
@@ -280,7 +287,7 @@ async fn stop(State(app): State<App>, Path(user): Path<String>, hops: Hops) -> R
     }
     let unsynced = app.stop(&user).await?;
     let daemon = app.clone();
-    let mut view = blocking(move || Ok(daemon.view(&user, &daemon.existing(&user)?.record))).await?;
+    let mut view = blocking(move || Ok(daemon.full_view(&user, &daemon.existing(&user)?.record))).await?;
     view.note = view.note.or(unsynced);
     Ok(Json(view).into_response())
 }

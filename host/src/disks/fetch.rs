@@ -71,19 +71,22 @@ impl Errand {
         errand
     }
 
-    /// Takes in what somebody gave for the first of the open ones.
+    /// Takes in what somebody gave of what was wanted; returns how many blocks of bytes that was.
     fn take(&mut self, given: Vec<Given>, wanted: &[Wanted]) -> usize {
-        let before = self.got.len();
+        let mut blocks = 0;
         for (given, wanted) in given.into_iter().zip(wanted) {
             let fill = match given {
                 Given::Nothing => continue,
-                Given::Bytes(bytes) => Fill::Bytes(bytes),
+                Given::Bytes(bytes) => {
+                    blocks += 1;
+                    Fill::Bytes(bytes)
+                }
                 Given::Zeros => Fill::Zeros,
             };
             self.got.push((wanted.block, fill));
             self.open.retain(|open| open.block != wanted.block);
         }
-        self.got.len() - before
+        blocks
     }
 
     fn known(&self) -> Vec<Wanted> {

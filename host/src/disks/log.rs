@@ -9,13 +9,14 @@ use std::{
     time::Duration,
 };
 
-use kage_disk::{BLOCK_BYTES, Index, OpenError, Place, ReadError, Store, StoreError, Tuning};
+use kage_disk::{BLOCK_BYTES, Backing, Index, OpenError, Place, ReadError, Store, StoreError, Tuning};
 use kage_machine::{
     MachineError, PageBytes,
     disk::{Block, Disk, Fill, Scrubbed, block_digest},
 };
 use rustix::fs::{FlockOperation, flock};
 
+use super::peers::zeros_digest;
 use crate::machines::DiskLog;
 
 /// Why a log cannot be opened.
@@ -70,7 +71,12 @@ impl LogDisk {
             _ if block >= self.blocks => Block::Zeros,
             Place::Zeros => Block::Zeros,
             Place::Missing | Place::Unknown => Block::Missing(self.expected().get(&block).copied()),
-            Place::At(_) => store.digest(u64::from(block)).map_or(Block::Missing(None), Block::Held),
+            Place::At(_) => match store.digest(u64::from(block)) {
+                None => Block::Missing(None),
+                // Zeros that were written are zeros, as on a host where they were not.
+                Some(digest) if digest == zeros_digest() => Block::Zeros,
+                Some(digest) => Block::Held(digest),
+            },
         }
     }
 
@@ -110,13 +116,16 @@ impl LogDisk {
     }
 }
 
-fn existing(path: &Path) -> io::Result<Option<File>> {
+/// The file of a log, where one was made: one whose making was cut short begins with zeros.
+pub(super) fn existing(path: &Path) -> io::Result<Option<File>> {
     let file = match File::options().read(true).write(true).open(path) {
         Ok(file) => file,
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
         Err(error) => return Err(error),
     };
-    Ok(Some(file).filter(|file| !file.metadata().is_ok_and(|found| found.len() == 0)))
+    let mut head = [0; 2 * BLOCK_BYTES];
+    Backing::read_at(&file, 0, &mut head)?;
+    Ok(Some(file).filter(|_| head.iter().any(|byte| *byte != 0)))
 }
 
 fn refused(error: StoreError) -> MachineError {
@@ -135,10 +144,7 @@ impl Disk for LogDisk {
     fn read(&self, block: u32, into: &mut PageBytes) -> Block {
         let store = self.store();
         match store.read(u64::from(block), into) {
-            Ok(()) => match store.index().place(u64::from(block)) {
-                Place::Zeros => Block::Zeros,
-                _ => Block::Held(block_digest(into)),
-            },
+            Ok(()) => Block::of(into),
             Err(ReadError::OutOfRange { .. }) => {
                 into.fill(0);
                 Block::Zeros
@@ -227,6 +233,10 @@ mod tests {
         let scratch = Scratch::new("log-fill");
         let log = log(&scratch);
         assert!(LogDisk::open(&log).unwrap().is_none());
+        std::fs::create_dir_all(scratch.path()).unwrap();
+        File::create(&log.path).unwrap().set_len(1 << 20).unwrap();
+        assert!(LogDisk::open(&log).unwrap().is_none(), "not made to its end");
+        std::fs::remove_file(&log.path).unwrap();
         drop(create(&log, Initial::Missing));
         let disk = LogDisk::open(&log).unwrap().unwrap();
         assert!(matches!(LogDisk::open(&log), Err(LogError::Taken)));

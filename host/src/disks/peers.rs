@@ -8,7 +8,7 @@
 //! ```
 //! Whatever bytes arrive, a decoder takes them or says no, and reserves no more than the disk's size allows.
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use http::Method;
 use kage_directory::ImageRecord;
@@ -35,6 +35,12 @@ const READ: std::time::Duration = std::time::Duration::from_secs(10);
 /// Unknown digest.
 const ANY: u64 = 0;
 
+/// Digest of a block of zeros.
+pub(super) fn zeros_digest() -> u64 {
+    static ZEROS: OnceLock<u64> = OnceLock::new();
+    *ZEROS.get_or_init(|| block_digest(&[0; PAGE_SIZE]))
+}
+
 /// A block that is asked for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Wanted {
@@ -42,6 +48,12 @@ pub struct Wanted {
     pub block: u32,
     /// Its digest; `None`: whatever the origin has.
     pub digest: Option<u64>,
+}
+
+impl Wanted {
+    fn may_be(&self, digest: u64) -> bool {
+        self.digest.is_none_or(|wanted| wanted == digest)
+    }
 }
 
 /// What a host has of a block that was asked for.
@@ -196,13 +208,13 @@ fn decode_given(bytes: &[u8], wanted: &[Wanted]) -> Option<Vec<Given>> {
             1 => {
                 let (block, behind) = rest.split_first_chunk::<PAGE_SIZE>()?;
                 rest = behind;
-                if wanted.digest.is_none_or(|digest| digest == block_digest(block)) {
+                if wanted.may_be(block_digest(block)) {
                     Given::Bytes(Box::new(*block))
                 } else {
                     Given::Nothing
                 }
             }
-            2 if wanted.digest.is_none() => Given::Zeros,
+            2 if wanted.may_be(zeros_digest()) => Given::Zeros,
             2 => Given::Nothing,
             _ => return None,
         });
@@ -211,14 +223,13 @@ fn decode_given(bytes: &[u8], wanted: &[Wanted]) -> Option<Vec<Given>> {
 }
 
 fn given_by(disk: &dyn Disk, wanted: Wanted) -> Given {
-    let fits = |digest| wanted.digest.is_none_or(|wanted| wanted == digest);
     match disk.block(wanted.block) {
-        Block::Zeros if wanted.digest.is_none() => Given::Zeros,
-        Block::Held(digest) if fits(digest) => {
+        Block::Zeros if wanted.may_be(zeros_digest()) => Given::Zeros,
+        Block::Held(digest) if wanted.may_be(digest) => {
             let mut bytes = Box::new([0; PAGE_SIZE]);
             match disk.read(wanted.block, &mut bytes) {
-                Block::Held(digest) if fits(digest) => Given::Bytes(bytes),
-                Block::Zeros if wanted.digest.is_none() => Given::Zeros,
+                Block::Held(digest) if wanted.may_be(digest) => Given::Bytes(bytes),
+                Block::Zeros if wanted.may_be(zeros_digest()) => Given::Zeros,
                 Block::Held(_) | Block::Zeros | Block::Missing(_) => Given::Nothing,
             }
         }

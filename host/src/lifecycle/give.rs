@@ -6,7 +6,7 @@
 use std::sync::Arc;
 
 use kage_directory::{DiskOrigin, ImageRecord, Versioned, Wanted};
-use kage_machine::{HostName, UserName};
+use kage_machine::{HostName, Term, UserName};
 use serde_json::json;
 
 use super::{Daemon, blocking};
@@ -19,16 +19,17 @@ use crate::{
 };
 
 /// Who has the blocks of a disk once its owner has given it to `to` under `term`; `None` within: all of it is there.
-/// `untouched`: nothing of it was ever at the owner. `None`: it cannot be given away.
+/// `untouched`: nothing of it was ever at the owner, or it was never made. `None`: it cannot be given away.
 fn origin_after(
     record: &ImageRecord,
     to: &HostName,
     untouched: bool,
-    term: kage_machine::Term,
+    term: Term,
 ) -> Option<Option<DiskOrigin>> {
     let origin = |host: &HostName| Some(DiskOrigin { host: host.clone(), since: term });
     match &record.disk_origin {
         _ if record.profile.disk_bytes == 0 => Some(None),
+        None if untouched => Some(None),
         None => Some(origin(&record.owner)),
         Some(before) if untouched && before.host == *to => Some(None),
         Some(before) if untouched => Some(origin(&before.host)),
@@ -40,7 +41,15 @@ impl Daemon {
     /// Whether this host, as its owner, may give an image away; blocks.
     pub(super) fn may_give(&self, record: &ImageRecord) -> bool {
         record.owner == self.me
-            && origin_after(record, &record.owner, self.is_untouched(record), record.term).is_some()
+            && origin_after(record, &record.owner, self.has_none_of(record), record.term).is_some()
+    }
+
+    /// Whether nothing of an image's disk was ever at this host, its owner; blocks.
+    fn has_none_of(&self, record: &ImageRecord) -> bool {
+        match record.disk_origin {
+            Some(_) => self.is_untouched(record),
+            None => !self.has_log(record),
+        }
     }
 
     /// Gives an image to another host, if it is stopped and can be given.
@@ -63,7 +72,7 @@ impl Daemon {
                 return Err(ErrorBody::new(Code::Busy, message));
             }
             let term = record.term.next();
-            let Some(disk_origin) = origin_after(&record, &to, daemon.is_untouched(&record), term) else {
+            let Some(disk_origin) = origin_after(&record, &to, daemon.has_none_of(&record), term) else {
                 return stays;
             };
             let mut given = ImageRecord { owner: to, term, disk_origin, wanted: Wanted::Running, ..record };
@@ -94,7 +103,7 @@ impl Daemon {
 
 #[cfg(test)]
 mod tests {
-    use kage_machine::{ImageNumber, Term};
+    use kage_machine::ImageNumber;
 
     use super::*;
 
@@ -122,6 +131,7 @@ mod tests {
         let from = |name: &str| Some(Some(DiskOrigin { host: host(name), since: Term(5) }));
         for (origin, bytes, untouched, to, expected) in [
             (None, 4096, false, "b", from("a")),
+            (None, 4096, true, "b", Some(None)),
             // Some of it is here alone, some of it elsewhere alone.
             (Some("o"), 4096, false, "b", None),
             (Some("b"), 4096, false, "b", None),

@@ -284,9 +284,11 @@ impl Daemon {
         let started_ms = begun.elapsed().as_secs_f64() * 1e3;
         let kind = if found { "found" } else { "login" };
         self.events.emit(kind, Some(user), json!({ "address": vid, "started_ms": started_ms }));
-        let (holder, comes) = (image.clone(), record.disk_origin.is_some());
-        let disk_missing_bytes =
-            if comes { blocking(move || Ok(holder.disk.missing_bytes())).await? } else { 0 };
+        let (holder, comes) = (image.clone(), record.clone());
+        let disk_missing_bytes = match record.disk_origin {
+            Some(_) => blocking(move || Ok(holder.disk.missing_at_start(&comes))).await?,
+            None => 0,
+        };
         let note = (found && how.with_key)
             .then(|| "it was running: a key it did not have opens it from its next start on".to_owned());
         Ok(LoginReply {
@@ -299,7 +301,7 @@ impl Daemon {
             started_ms,
             found,
             disk_missing_bytes,
-            disk_pulled_bytes: if comes { image.disk.pulled_bytes() } else { 0 },
+            disk_pulled_bytes: if record.disk_origin.is_some() { image.disk.pulled_bytes() } else { 0 },
             note,
         })
     }
