@@ -5,7 +5,7 @@ use std::{
     fs::File,
     io,
     os::fd::{AsFd, OwnedFd},
-    sync::Arc,
+    sync::{Arc, OnceLock},
 };
 
 use kage_disk::{
@@ -455,8 +455,8 @@ impl Worker {
             let store = self.store()?;
             let unknown = store.index().known(u64::from(*block)) == Known::Missing(None);
             let offered = match what {
-                Given::Bytes => bytes.next().copied(),
-                Given::Zeros => Some(&[0; PAGE_SIZE]),
+                Given::Bytes => bytes.next().map(|bytes| (*bytes, digest_of(*bytes))),
+                Given::Zeros => Some((&[0; PAGE_SIZE], zeros_digest())),
                 Given::Expect(digest) => {
                     store.expect(u64::from(*block), *digest);
                     None
@@ -466,9 +466,9 @@ impl Worker {
                     None
                 }
             };
-            if let Some(bytes) = offered {
-                match fits(store, *block, bytes) {
-                    Ok(Fits::Missing) if *bytes == [0; PAGE_SIZE] => zeros.push(*block),
+            if let Some((bytes, digest)) = offered {
+                match fits(store, *block, bytes, digest) {
+                    Ok(Fits::Missing) if digest == zeros_digest() => zeros.push(*block),
                     Ok(Fits::Missing) => written.push((u64::from(*block), bytes)),
                     Ok(Fits::There) => {}
                     Ok(Fits::Not) => refused.push(*block),
@@ -585,6 +585,12 @@ fn write_all(store: &mut Store<File>, tasks: &[Task]) -> Result<(), StoreError> 
     store.write_scattered(&blocks)
 }
 
+/// Digest of zeros, of which a disk that comes consists for the most part.
+fn zeros_digest() -> u64 {
+    static ZEROS: OnceLock<u64> = OnceLock::new();
+    *ZEROS.get_or_init(|| digest_of(&[0; PAGE_SIZE]))
+}
+
 /// What offered bytes are to a block.
 enum Fits {
     /// What is missing.
@@ -596,11 +602,11 @@ enum Fits {
 }
 
 /// Says whether bytes are what a block lacks; damage is put right.
-fn fits(store: &mut Store<File>, block: u32, bytes: &PageBytes) -> Result<Fits, StoreError> {
+fn fits(store: &mut Store<File>, block: u32, bytes: &PageBytes, digest: u64) -> Result<Fits, StoreError> {
     let at = u64::from(block);
     match store.index().known(at) {
         Known::Zeros => Ok(Fits::There),
-        Known::Missing(_) if store.is_what_is_missing(at, digest_of(bytes)) => Ok(Fits::Missing),
+        Known::Missing(_) if store.is_what_is_missing(at, digest) => Ok(Fits::Missing),
         Known::Missing(_) => Ok(Fits::Not),
         Known::Held(_) => {
             let mut held = [0; PAGE_SIZE];
