@@ -85,6 +85,15 @@ pub fn filter() -> io::Result<()> {
     seccompiler::apply_filter_all_threads(&program).map_err(io::Error::other)
 }
 
+/// Has all threads allocate from one heap: a thread's own asks the kernel, by a file, whether it may shrink.
+///
+/// Must run before the process has a second thread.
+#[expect(unsafe_code, reason = "sets an option of the allocator in this single-threaded process")]
+pub fn share_heap() {
+    // SAFETY: plain numbers; no other thread allocates meanwhile. Where it fails nothing has changed.
+    unsafe { libc::mallopt(libc::M_ARENA_MAX, 1) };
+}
+
 #[expect(unsafe_code, reason = "unshares namespaces and changes the user of this single-threaded process")]
 fn leave_namespaces() -> io::Result<()> {
     use rustix::thread::{UnshareFlags, unshare_unsafe};

@@ -360,6 +360,7 @@ impl Machine {
         let tables = Tables::new(setup.geometry.memory_bytes()).map_err(text("map the tables"))?;
         let (mut vcpu, tracker) =
             Vcpu::new(kvm, &setup, base.address(), at, &tables).map_err(|error| error.to_string())?;
+        jail::share_heap();
         jail::drop_privileges(setup.jail).map_err(text("jail"))?;
         let block = Block::new(setup.geometry.disk_bytes()).map_err(text("disk worker"))?;
         // Read once before the filter: finding the vDSO takes system calls that reading the clock does not.
