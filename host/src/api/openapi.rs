@@ -199,6 +199,10 @@ impl Samples {
             reordered_frames: 0,
             lost_frames: 0,
             lost_pages: 0,
+            disk_pages_sent: 120,
+            disk_bytes_sent: 480_000,
+            disk_pages_elsewhere: 0,
+            disk_pages_held: 25_000,
             replica_hit: ReplicaHit::None,
             phases: vec![PhaseView { name: "converging".into(), ms: 170.5, bytes: 6_900_000 }],
         };

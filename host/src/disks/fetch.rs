@@ -12,7 +12,7 @@ use serde_json::json;
 use super::{
     BLOCKS, Wanted,
     peers::{Given, give},
-    pull::Step,
+    pull::{Step, disk_error, of_disk},
 };
 use crate::{
     api::error::ErrorBody,
@@ -191,7 +191,7 @@ impl Daemon {
             if why == Why::Needed {
                 got.extend(lost.iter().map(|block| (*block, Fill::Unavailable)));
             }
-            filled.fill(&got)?;
+            filled.fill(&got).map_err(disk_error)?;
             pulls.add_pulled(pulled);
             let mut repaired = Vec::new();
             let mut bytes = [0; PAGE_SIZE];
@@ -228,8 +228,7 @@ impl Daemon {
                     _ => Ok(fetched),
                 }
             }
-            Err(_) if self.is_gone(image, disk) => Err(Step::Again),
-            Err(error) => Err(Step::Later(error)),
+            Err(error) => Err(of_disk(error, self.is_gone(image, disk))),
         }
     }
 }

@@ -18,7 +18,7 @@ use std::{
 
 use kage_directory::{DirectoryError, ImageRecord, Versioned};
 use kage_machine::{
-    PAGE_SIZE, PageIndex, PageSet,
+    MachineError, PAGE_SIZE, PageIndex, PageSet,
     disk::{Block, Disk, Fill},
 };
 use serde_json::json;
@@ -80,6 +80,8 @@ impl Default for Pulls {
 /// Blocks by what is to be done about them: one bit of each map, whatever is asked for.
 pub(super) struct Needs {
     wanted: PageSet,
+    /// Asked for, and not answered yet.
+    in_hand: PageSet,
     /// Nobody has them; not asked for again for a while.
     lost: PageSet,
     /// Said to be lost.
@@ -92,7 +94,14 @@ pub(super) struct Needs {
 impl Default for Needs {
     fn default() -> Self {
         let none = PageSet::empty(0);
-        Self { wanted: none.clone(), lost: none.clone(), told: none, next: 0, ahead: AHEAD }
+        Self {
+            wanted: none.clone(),
+            in_hand: none.clone(),
+            lost: none.clone(),
+            told: none,
+            next: 0,
+            ahead: AHEAD,
+        }
     }
 }
 
@@ -100,7 +109,8 @@ impl Needs {
     fn fit(&mut self, blocks: u32) {
         if self.wanted.pages() != blocks {
             let none = PageSet::empty(blocks);
-            (self.wanted, self.lost, self.told) = (none.clone(), none.clone(), none);
+            (self.wanted, self.in_hand) = (none.clone(), none.clone());
+            (self.lost, self.told) = (none.clone(), none);
         }
     }
 
@@ -118,11 +128,18 @@ impl Needs {
         let in_order = first == self.next;
         self.ahead = if in_order { (self.ahead * 2).min(BLOCKS as u32) } else { AHEAD };
         let room = BLOCKS.saturating_sub(batch.len()).min(self.ahead as usize);
-        let behind =
-            (last.saturating_add(1)..self.wanted.pages()).take(BLOCKS).filter(|block| missing(*block));
+        let behind = (last.saturating_add(1)..self.wanted.pages()).take(BLOCKS);
+        let behind = behind.filter(|block| missing(*block) && !self.in_hand.contains(PageIndex(*block)));
         batch.extend(behind.take(room));
+        self.take_in_hand(&batch);
         self.next = batch.last().map_or(0, |last| last.saturating_add(1));
         batch
+    }
+
+    fn take_in_hand(&mut self, blocks: &[u32]) {
+        for block in blocks {
+            self.in_hand.insert(PageIndex(*block));
+        }
     }
 
     /// These are answered.
@@ -209,17 +226,41 @@ impl Pulls {
 
     /// The next missing blocks from `from` on that somebody may have, and where to go on.
     fn next(&self, disk: &dyn Disk, from: u32) -> (Vec<u32>, u32) {
-        let lost = self.needs(disk.blocks()).lost.clone();
-        let mut batch = Vec::new();
-        for block in from..disk.blocks() {
-            if batch.len() == ROUND {
-                return (batch, block);
+        let passed_over = {
+            let needs = self.needs(disk.blocks());
+            let mut set = needs.lost.clone();
+            set.union(&needs.in_hand);
+            set
+        };
+        let (mut batch, mut next) = (Vec::new(), from);
+        while next < disk.blocks() && batch.len() < ROUND {
+            if matches!(disk.block(next), Block::Missing(_)) && !passed_over.contains(PageIndex(next)) {
+                batch.push(next);
             }
-            if matches!(disk.block(block), Block::Missing(_)) && !lost.contains(PageIndex(block)) {
-                batch.push(block);
-            }
+            next += 1;
         }
-        (batch, disk.blocks())
+        self.needs(disk.blocks()).take_in_hand(&batch);
+        (batch, next)
+    }
+
+    /// These are no longer under way.
+    fn answered(&self, blocks: &[u32]) {
+        let mut needs = locked(&self.needs);
+        for block in blocks {
+            needs.in_hand.remove(PageIndex(*block));
+        }
+    }
+
+    /// Nothing is under way.
+    fn start_over(&self) {
+        let _ = locked(&self.needs).in_hand.take();
+    }
+
+    /// Whether everything that is missing is known to be nobody's.
+    fn only_lost(&self, disk: &dyn Disk) -> bool {
+        let lost = self.needs(disk.blocks()).lost.clone();
+        let missing = |block: &u32| matches!(disk.block(*block), Block::Missing(_));
+        (0..disk.blocks()).filter(missing).all(|block| lost.contains(PageIndex(block)))
     }
 }
 
@@ -233,6 +274,25 @@ pub(super) enum Step {
     Lost,
     /// Another look.
     Again,
+    /// Another look in a moment: the disk is just being closed, or the last blocks are on their way.
+    Soon,
+}
+
+/// What a disk's failure is to whoever fetches for it: one that is gone is soon another, or nobody's.
+pub(super) fn of_disk(error: ErrorBody, gone: bool) -> Step {
+    match error.code {
+        _ if gone => Step::Again,
+        Code::Cancelled => Step::Soon,
+        _ => Step::Later(error),
+    }
+}
+
+/// An error of a disk; of one that is gone as something that was cancelled.
+pub(super) fn disk_error(error: MachineError) -> ErrorBody {
+    match error {
+        MachineError::Gone(gone) => ErrorBody::new(Code::Cancelled, gone.to_string()),
+        error => error.into(),
+    }
 }
 
 impl Daemon {
@@ -279,6 +339,7 @@ impl Daemon {
     }
 
     async fn pull_step(self: &Arc<Self>, image: &Arc<Image>) -> Step {
+        image.disk.pulls.start_over();
         let (daemon, holder) = (self.clone(), image.clone());
         let scene = blocking(move || {
             let Some(found) = daemon.record(&holder.user)? else { return Ok(None) };
@@ -326,7 +387,9 @@ impl Daemon {
                 Ok(batch) => batch,
                 Err(error) => return Step::Later(error),
             };
-            match self.fetch(image, record, disk, &batch, Why::Needed).await {
+            let fetched = self.fetch(image, record, disk, &batch, Why::Needed).await;
+            image.disk.pulls.answered(&batch);
+            match fetched {
                 Ok(fetched) if fetched.unknown => image.disk.pulls.listed_soon().await,
                 Ok(_) => {}
                 Err(step) => return step,
@@ -360,6 +423,7 @@ impl Daemon {
             if let (Err(step), _) | (_, Err(step)) = tokio::join!(fetch(first), fetch(second)) {
                 return step;
             }
+            image.disk.pulls.answered(&batch);
             any |= !batch.is_empty();
             from = next;
             if from >= disk.blocks() {
@@ -386,8 +450,7 @@ impl Daemon {
             let list = self.ask_list(&origin.host, &image.user, record).await.map_err(Step::Later)?;
             let told = disk.clone();
             let taken = blocking(move || tell(&*told, &list)).await;
-            taken
-                .map_err(|error| if self.is_gone(image, disk) { Step::Again } else { Step::Later(error) })?;
+            taken.map_err(|error| of_disk(error, self.is_gone(image, disk)))?;
         }
         image.disk.pulls.listed.send_replace(true);
         Ok(())
@@ -415,9 +478,10 @@ impl Daemon {
                 return Ok(Step::Again);
             }
             if Held::of(&*disk).missing_bytes > 0 {
-                return Ok(Step::Lost);
+                let only_lost = holder.disk.pulls.only_lost(&*disk);
+                return Ok(if only_lost { Step::Lost } else { Step::Soon });
             }
-            disk.flush()?;
+            disk.flush().map_err(disk_error)?;
             loop {
                 let Versioned { revision, mut record } = daemon.existing(&holder.user)?;
                 if record.owner != daemon.me || record.disk_origin != since {
@@ -436,7 +500,7 @@ impl Daemon {
                 }
             }
         });
-        settled.await.unwrap_or_else(Step::Later)
+        settled.await.unwrap_or_else(|error| of_disk(error, false))
     }
 
     fn disk_is_whole(&self, image: &Image, record: &ImageRecord) {
@@ -466,12 +530,11 @@ fn tell(disk: &dyn Disk, list: &List) -> Result<(), ErrorBody> {
             }
         }
         if fills.len() == HINTS {
-            disk.fill(&fills)?;
+            disk.fill(&fills).map_err(disk_error)?;
             fills.clear();
         }
     }
-    disk.fill(&fills)?;
-    Ok(())
+    disk.fill(&fills).map_err(disk_error)
 }
 
 async fn pull_until_over(daemon: Weak<Daemon>, image: Arc<Image>) {
@@ -508,6 +571,7 @@ async fn pull_until_over(daemon: Weak<Daemon>, image: Arc<Image>) {
                 }
                 (pause, false)
             }
+            Step::Soon => (SHORTEST, false),
             Step::Lost => (LOST, true),
         };
         drop(strong);
@@ -544,7 +608,10 @@ mod tests {
         let batch = needs.first(|block| block % 2 == 0);
         assert_eq!(batch[..2], [40, 100]);
         assert_eq!(batch[2..], [102, 104, 106, 108, 110, 112, 114, 116]);
-        needs.settle(batch.clone());
+        needs.need(&[101]);
+        assert_eq!(needs.first(|block| block % 2 == 0)[..4], [40, 100, 101, 118], "not twice at a time");
+        needs.settle(batch);
+        needs.settle([101]);
         assert!(needs.first(|_| true).is_empty());
     }
 

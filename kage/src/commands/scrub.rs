@@ -1,5 +1,7 @@
 //! `scrub`.
 
+use std::ffi::OsStr;
+
 use http::Method;
 use kage_host::{
     api::types::{Operation, OperationState, ScrubReport},
@@ -9,11 +11,15 @@ use kage_machine::UserName;
 
 use crate::{
     client::{Client, Failure},
+    operator::Machine,
     output::{Output, bytes, shown},
 };
 
 /// How long one look at an operation waits for a change.
 const LOOK: &str = "wait=1s";
+
+/// The machine's check of all files.
+const CHECK: &str = "fsck -a";
 
 /// What the machine's check says behind the path of a file that lost something.
 const LOST: &str = ": some of it is lost";
@@ -25,7 +31,9 @@ pub async fn scrub(client: Client, user: UserName, output: Output) -> Result<(),
     if report.lost_blocks > 0 {
         match damaged_files(&client, &user).await {
             Ok(files) => report.files = files,
-            Err(reason) => output.warn(format!("which files lost something is not known: {reason}")),
+            Err(failure) => {
+                output.warn(format!("which files lost something is not known: {}", failure.message));
+            }
         }
     }
     output.result(&report, text)?;
@@ -63,14 +71,20 @@ async fn follow(client: &Client, mut operation: Operation, output: Output) -> Re
 }
 
 /// The files that lost blocks, as the machine's own check names them: it reads every file.
-async fn damaged_files(client: &Client, user: &UserName) -> Result<Vec<String>, String> {
-    Ok(named_in(&check(client, user).await?))
-}
-
-/// What the machine's own check of all files prints.
-// MERGE: `Machine::find(client, user, None).await`, then `.ssh(&["-T"], OsStr::new("fsck -a")).output()`, stdout.
-async fn check(_client: &Client, user: &UserName) -> Result<String, String> {
-    Err(format!("run `fsck -a` in {user}'s machine, which names them"))
+async fn damaged_files(client: &Client, user: &UserName) -> Result<Vec<String>, Failure> {
+    let machine = Machine::find(client, user, None).await?;
+    client.enter_network()?;
+    let checked = machine.ssh(&["-T"], OsStr::new(CHECK)).output();
+    let checked =
+        checked.map_err(|error| Failure::new(format!("ssh: {error}; `apt-get install openssh-client`")))?;
+    // It ends with 1 where anything is wrong.
+    match checked.status.code() {
+        Some(0 | 1) => Ok(named_in(&String::from_utf8_lossy(&checked.stdout))),
+        _ => Err(Failure::new(format!(
+            "`{CHECK}` in {user}'s machine: {}",
+            shown(String::from_utf8_lossy(&checked.stderr).trim())
+        ))),
+    }
 }
 
 /// The files of which a check says that something is lost.

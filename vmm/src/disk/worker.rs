@@ -5,7 +5,7 @@ use std::{
     fs::File,
     io,
     os::fd::{AsFd, OwnedFd},
-    sync::Arc,
+    sync::{Arc, OnceLock},
 };
 
 use kage_disk::{
@@ -448,30 +448,43 @@ impl Worker {
         self.tired = false;
         let mut bytes = bytes.iter();
         let (mut given, mut unavailable, mut refused) = (BTreeSet::new(), BTreeSet::new(), Vec::new());
+        // Whatever is missing of a packet is one record, or two.
+        let (mut written, mut zeros): (Vec<(u64, &PageBytes)>, Vec<u32>) = (Vec::new(), Vec::new());
         let mut changed = Vec::new();
         let result = blocks.iter().try_for_each(|(block, what)| {
             let store = self.store()?;
             let unknown = store.index().known(u64::from(*block)) == Known::Missing(None);
-            let filled = match what {
-                Given::Bytes => bytes.next().map_or(Ok(true), |bytes| fill_one(store, *block, bytes)),
-                Given::Zeros => fill_one(store, *block, &[0; PAGE_SIZE]),
+            let offered = match what {
+                Given::Bytes => bytes.next().map(|bytes| (*bytes, digest_of(*bytes))),
+                Given::Zeros => Some((&[0; PAGE_SIZE], zeros_digest())),
                 Given::Expect(digest) => {
                     store.expect(u64::from(*block), *digest);
-                    Ok(true)
+                    None
                 }
                 Given::Unavailable => {
                     unavailable.insert(*block);
-                    Ok(true)
+                    None
                 }
             };
-            if !self.said(filled)? {
-                refused.push(*block);
+            if let Some((bytes, digest)) = offered {
+                match fits(store, *block, bytes, digest) {
+                    Ok(Fits::Missing) if digest == zeros_digest() => zeros.push(*block),
+                    Ok(Fits::Missing) => written.push((u64::from(*block), bytes)),
+                    Ok(Fits::There) => {}
+                    Ok(Fits::Not) => refused.push(*block),
+                    Err(error) => self.said(Err(error))?,
+                }
             }
             given.insert(*block);
             if unknown {
                 changed.push(*block);
             }
             Ok(())
+        });
+        let result = result.and_then(|()| {
+            let store = self.store()?;
+            let filled = store.write_scattered(&written).and_then(|()| store.discard_each(&zeros));
+            self.said(filled)
         });
         let given_up = self.queue.give_up(&unavailable);
         self.queue.retry(&given);
@@ -572,22 +585,37 @@ fn write_all(store: &mut Store<File>, tasks: &[Task]) -> Result<(), StoreError> 
     store.write_scattered(&blocks)
 }
 
-/// Takes the bytes of a block that is missing or corrupt; false where it is and they are not its own.
-fn fill_one(store: &mut Store<File>, block: u32, bytes: &PageBytes) -> Result<bool, StoreError> {
+/// Digest of zeros, of which a disk that comes consists for the most part.
+fn zeros_digest() -> u64 {
+    static ZEROS: OnceLock<u64> = OnceLock::new();
+    *ZEROS.get_or_init(|| digest_of(&[0; PAGE_SIZE]))
+}
+
+/// What offered bytes are to a block.
+enum Fits {
+    /// What is missing.
+    Missing,
+    /// What is there, which may have been put right just now.
+    There,
+    /// Not its own.
+    Not,
+}
+
+/// Says whether bytes are what a block lacks; damage is put right.
+fn fits(store: &mut Store<File>, block: u32, bytes: &PageBytes, digest: u64) -> Result<Fits, StoreError> {
     let at = u64::from(block);
     match store.index().known(at) {
-        Known::Zeros => Ok(true),
-        Known::Missing(_) if !store.is_what_is_missing(at, digest_of(bytes)) => Ok(false),
-        Known::Missing(_) if bytes.iter().all(|byte| *byte == 0) => store.discard(at..at + 1).map(|()| true),
-        Known::Missing(_) => store.fill(at, bytes).map(|_| true),
+        Known::Zeros => Ok(Fits::There),
+        Known::Missing(_) if store.is_what_is_missing(at, digest) => Ok(Fits::Missing),
+        Known::Missing(_) => Ok(Fits::Not),
         Known::Held(_) => {
             let mut held = [0; PAGE_SIZE];
             if store.read(at, &mut held).is_ok() {
-                return Ok(true);
+                return Ok(Fits::There);
             }
             match store.repair(at, bytes) {
-                Err(StoreError::NotThisBlock { .. }) => Ok(false),
-                repaired => repaired.map(|()| true),
+                Err(StoreError::NotThisBlock { .. }) => Ok(Fits::Not),
+                repaired => repaired.map(|()| Fits::There),
             }
         }
     }
