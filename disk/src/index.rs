@@ -3,7 +3,7 @@
 //! ```text
 //! word 0..512      what the writer tells of itself (IndexHeader)
 //! word 512+2b      block b: 0 zeros · 1 missing · position (40 bits of sectors) ∥ tag (24 bits of the digest)
-//! word 512+2b+1    digest of its bytes (XXH3-64)
+//! word 512+2b+1    digest of its bytes (XXH3-64); of a missing block what is known of it, 0: nothing
 //! ```
 //!
 //! The position word decides; it is stored after the digest and after the bytes it points to are
@@ -47,6 +47,20 @@ pub enum Place {
     /// No word that a store writes.
     Unknown,
 }
+
+/// What an index says of a block.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Known {
+    /// It reads as zeros.
+    Zeros,
+    /// It is in the log; the digest of its bytes.
+    Held(u64),
+    /// Another host has it; the digest of its bytes, where somebody has told it.
+    Missing(Option<u64>),
+}
+
+/// Looks at an entry that changes all the while, before it counts as one that nobody can make out.
+const LOOKS: usize = 64;
 
 impl Word {
     pub(crate) const ZEROS: Self = Self(0);
@@ -168,6 +182,25 @@ impl Index {
         self.word(block).map_or(Place::Unknown, Word::place)
     }
 
+    /// What is known of `block` without reading it. One outside the disk is zeros; one whose entry makes no sense is
+    /// missing.
+    #[must_use]
+    pub fn known(&self, block: u64) -> Known {
+        for _ in 0..LOOKS {
+            let Some(Entry { word, digest }) = self.entry(block) else { return Known::Zeros };
+            match word.place() {
+                Place::Zeros => return Known::Zeros,
+                Place::Missing if self.word(block) == Some(word) => {
+                    return Known::Missing(Some(digest).filter(|digest| *digest != 0));
+                }
+                Place::At(_) if word.tagged(digest) => return Known::Held(digest),
+                Place::At(_) | Place::Missing => {}
+                Place::Unknown => break,
+            }
+        }
+        Known::Missing(None)
+    }
+
     /// Loads a word and makes what its writer did before it visible. A plain load and a fence, since a
     /// read-only mapping allows no stronger load.
     fn load(&self, index: usize) -> Option<u64> {
@@ -254,6 +287,16 @@ mod tests {
         assert_eq!(reader.entry(3), Some(entry));
         assert_eq!(reader.place(3), Place::At(4096));
         assert_eq!((reader.entry(8), reader.place(8)), (None, Place::Unknown));
+        assert_eq!(
+            (reader.known(3), reader.known(4), reader.known(8)),
+            (Known::Held(7), Known::Zeros, Known::Zeros)
+        );
+        writer.set(4, Entry { word: Word::MISSING, digest: 0 });
+        assert_eq!(reader.known(4), Known::Missing(None));
+        writer.set(4, Entry { word: Word::MISSING, digest: 9 });
+        assert_eq!(reader.known(4), Known::Missing(Some(9)));
+        writer.set(4, Entry { word: Word(2), digest: 9 });
+        assert_eq!(reader.known(4), Known::Missing(None), "no word that a store writes");
         assert_eq!(reader.header(), None);
         let header = IndexHeader { life: 9, sequence: 1, commit: 2, uncommitted: 3, held_blocks: 4 };
         writer.set_header(&header);

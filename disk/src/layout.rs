@@ -189,6 +189,13 @@ impl Superblock {
         backing.write_at(0, &[IoSlice::new(&bytes), IoSlice::new(&bytes)])
     }
 
+    /// Whether neither copy was ever written.
+    pub(crate) fn is_blank(backing: &impl Backing) -> std::io::Result<bool> {
+        let mut bytes = [0; 2 * SUPERBLOCK_BYTES];
+        backing.read_at(0, &mut bytes)?;
+        Ok(bytes.iter().all(|byte| *byte == 0))
+    }
+
     /// Reads the first copy that is whole.
     pub(crate) fn read(backing: &impl Backing) -> std::io::Result<Option<Self>> {
         for copy in 0..2 {

@@ -37,7 +37,9 @@
 //! 5. Cleaning and repair change places, never bytes: their records hold without a commit, and hold for
 //!    the last commit's state and the current one alike.
 //! 6. A read returns bytes with the digest that was written, or says zeros, missing or corrupt.
-//! 7. After a failed sync nothing is written any more: what reached the medium is unknown.
+//! 7. What another host had is taken for a missing block only if it has the digest that is expected, where
+//!    one is. Expectations are kept in memory alone.
+//! 8. After a failed sync nothing is written any more: what reached the medium is unknown.
 //!
 //! # Not here
 //! Threads, locks between writers (passing the role on is the caller's), compression, snapshots.
@@ -56,7 +58,7 @@ mod simulated;
 mod store;
 
 pub use backing::Backing;
-pub use index::{Index, IndexHeader, Place, digest_of};
+pub use index::{Index, IndexHeader, Known, Place, digest_of};
 pub use layout::{Geometry, GeometryError};
 pub use reader::{Found, ReadError, Reader};
 pub use recovery::RecoveryError;

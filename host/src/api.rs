@@ -3,6 +3,7 @@
 //! Served on the unix socket, and to other daemons of the site over mutual TLS on the peer port. A request
 //! about an image that another host owns is passed on to that host.
 
+mod disks;
 pub mod error;
 mod hosts;
 mod images;
@@ -26,6 +27,8 @@ use serde::{Deserialize, de::DeserializeOwned};
 
 use crate::{http::Call, http::HOPS, lifecycle::Daemon};
 use error::{Code, ErrorBody};
+
+pub use disks::Peer;
 
 /// What handlers share.
 pub type App = Arc<Daemon>;
@@ -55,6 +58,7 @@ pub struct Route {
 
 fn routes() -> Vec<Route> {
     let mut all = images::routes();
+    all.extend(disks::routes());
     all.extend(hosts::routes());
     all.extend(stream::routes());
     all

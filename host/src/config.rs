@@ -198,7 +198,7 @@ pub struct Image {
     pub default: String,
     /// Read-write memory.
     pub memory: Size,
-    /// Disk.
+    /// Disk: sparse, so that it takes what was written. 0: none.
     pub disk: Size,
     /// x86-64 level every host of the site has.
     pub cpu_baseline: CpuBaseline,
@@ -241,7 +241,7 @@ impl Default for Image {
         Self {
             default: "default".to_owned(),
             memory: Size(64 << 20),
-            disk: Size(64 << 20),
+            disk: Size(1 << 30),
             cpu_baseline: CpuBaseline::default(),
             failover: Failover::default(),
             disk_replicas: 0,

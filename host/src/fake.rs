@@ -5,7 +5,7 @@ use std::{
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
     os::fd::OwnedFd,
     sync::{
-        Arc, Mutex,
+        Arc, Condvar, Mutex,
         atomic::{AtomicBool, Ordering},
     },
     time::Duration,
@@ -14,11 +14,15 @@ use std::{
 use kage_directory::Profile;
 use kage_machine::{
     BaseHash, Geometry, Gone, HostInstant, HostName, ImageNumber, Machine, MachineError, Memory, PageBytes,
-    PageIndex, PageSet, PauseCause, Paused, SavedState, Started, UserName, Vid, identity::ApName,
+    PageIndex, PageSet, PauseCause, Paused, SavedState, Started, UserName, Vid,
+    disk::{Block, Disk, DiskEvents, Fill, Scrubbed, block_digest},
+    identity::ApName,
 };
 use kage_migrate::{recover::Found, report::Drained};
 
-use crate::machines::{Adopted, Hosted, Inspect, Label, MachineSpec, Machines, Net, NoTable, OnEnd, Via};
+use crate::machines::{
+    Adopted, DiskLog, Hosted, Inspect, Label, MachineSpec, Machines, Net, NoTable, OnEnd, Via,
+};
 
 /// A profile.
 pub fn profile() -> Profile {
@@ -125,6 +129,8 @@ pub struct FakeMachines {
     pub table: Mutex<Vec<u8>>,
     /// Whether a daemon that adopts them gets no answer.
     pub silent: AtomicBool,
+    /// What is in the logs of this host's disks, by the number in each log's file.
+    logs: Mutex<BTreeMap<String, Arc<FakeLog>>>,
 }
 
 /// A process that stands for a VMM's.
@@ -134,6 +140,7 @@ pub struct Process {
     base: BaseHash,
     table: Mutex<Vec<u8>>,
     at_end: Mutex<Option<AtEnd>>,
+    disk: Option<Arc<FakeDisk>>,
 }
 
 /// What a machine does in its last moment.
@@ -148,7 +155,7 @@ struct ProcessState {
 }
 
 impl Process {
-    fn new(spec: &MachineSpec, found: Found, base: BaseHash) -> Arc<Self> {
+    fn new(spec: &MachineSpec, found: Found, base: BaseHash, disk: Option<FakeDisk>) -> Arc<Self> {
         let state =
             ProcessState { found, label: Some(spec.label()), on_end: None, failure: None, gone: None };
         Arc::new(Self {
@@ -157,12 +164,18 @@ impl Process {
             base,
             table: Mutex::default(),
             at_end: Mutex::default(),
+            disk: disk.map(Arc::new),
         })
     }
 
     /// What the machine does before it is ended.
     pub fn at_end(&self, act: impl FnOnce(&dyn Memory) + Send + 'static) {
         *self.at_end.lock().unwrap() = Some(Box::new(act));
+    }
+
+    /// What the guest reads and writes.
+    pub fn disk(&self) -> Arc<FakeDisk> {
+        self.disk.clone().unwrap()
     }
 
     /// What the machine holds.
@@ -177,8 +190,15 @@ impl Process {
             state.gone = Some(reason.to_owned());
             state.on_end.take()
         };
+        self.close_disk(reason);
         if let Some(on_end) = on_end {
             on_end(reason.to_owned());
+        }
+    }
+
+    fn close_disk(&self, reason: &str) {
+        if let Some(disk) = &self.disk {
+            disk.close(reason);
         }
     }
 
@@ -203,11 +223,34 @@ impl FakeMachines {
     pub fn unwatch(&self) {
         for process in self.living.lock().unwrap().values() {
             process.state.lock().unwrap().on_end = None;
+            if let Some(disk) = &process.disk {
+                disk.unwatch();
+            }
+        }
+    }
+
+    /// What the file at a path holds, made when there is none.
+    fn log(&self, path: &std::path::Path, make: impl FnOnce() -> FakeLog) -> Arc<FakeLog> {
+        let mut logs = self.logs.lock().unwrap();
+        match std::fs::read_to_string(path).ok().and_then(|name| logs.get(&name).cloned()) {
+            Some(log) => log,
+            None => {
+                let (name, log) = (format!("{}-{}", path.display(), logs.len()), Arc::new(make()));
+                std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+                std::fs::write(path, &name).unwrap();
+                logs.insert(name, log.clone());
+                log
+            }
         }
     }
 
     fn make(&self, spec: &MachineSpec, found: Found) -> Box<dyn Hosted> {
-        let process = Process::new(spec, found, *self.base.lock().unwrap());
+        let blocks = spec.geometry.disk_pages;
+        let disk = (blocks > 0).then(|| {
+            let log = self.log(&spec.disk, || FakeLog::new(blocks, spec.disk_elsewhere));
+            FakeDisk::open(&log)
+        });
+        let process = Process::new(spec, found, *self.base.lock().unwrap(), disk);
         process.table.lock().unwrap().clone_from(&self.table.lock().unwrap());
         self.living.lock().unwrap().insert(spec.user.clone(), process.clone());
         Box::new(FakeMachine { process })
@@ -237,6 +280,14 @@ impl Machines for FakeMachines {
     }
     fn ready(&self) -> (usize, usize) {
         (0, 0)
+    }
+    fn open_disk(&self, log: &DiskLog) -> Result<Option<Box<dyn Disk>>, String> {
+        let Ok(name) = std::fs::read_to_string(&log.path) else { return Ok(None) };
+        let Some(log) = self.logs.lock().unwrap().get(&name).cloned() else { return Ok(None) };
+        if log.open.load(Ordering::SeqCst) {
+            return Err("another process has it open".to_owned());
+        }
+        Ok(Some(Box::new(FakeDisk::open(&log))))
     }
 
     fn check(&self, image: &str, least: Geometry) -> Result<Geometry, String> {
@@ -350,6 +401,7 @@ impl Machine for FakeMachine {
             act(&*self.process.memory);
         }
         self.process.state.lock().unwrap().gone = Some("ended".to_owned());
+        self.process.close_disk("ended");
     }
 }
 
@@ -376,6 +428,14 @@ impl Hosted for FakeMachine {
         let table = self.process.table.lock().unwrap().clone();
         (!table.is_empty()).then(|| Arc::new(FakeTable(table)) as Arc<dyn Inspect>)
     }
+    fn disk(&self) -> Option<Arc<dyn Disk>> {
+        self.process.disk.clone().map(|disk| disk as Arc<dyn Disk>)
+    }
+    fn watch_disk(&mut self, events: Arc<dyn DiskEvents>) {
+        if let Some(disk) = &self.process.disk {
+            disk.watch(events);
+        }
+    }
     fn raise_indices(&mut self, _limit: u64) -> Result<(), MachineError> {
         Ok(())
     }
@@ -391,5 +451,233 @@ impl Hosted for FakeMachine {
     fn relabel(&mut self, label: &Label) -> Result<(), MachineError> {
         self.process.state.lock().unwrap().label = Some(label.clone());
         Ok(())
+    }
+}
+
+/// What is in the log of a disk.
+pub struct FakeLog {
+    blocks: Mutex<Vec<FakeBlock>>,
+    open: AtomicBool,
+}
+
+#[derive(Clone, Default)]
+enum FakeBlock {
+    #[default]
+    Zeros,
+    Held(u64, Box<PageBytes>),
+    Missing(Option<u64>),
+}
+
+impl FakeLog {
+    fn new(blocks: u32, missing: bool) -> Self {
+        let block = if missing { FakeBlock::Missing(None) } else { FakeBlock::Zeros };
+        Self { blocks: Mutex::new(vec![block; blocks as usize]), open: AtomicBool::new(false) }
+    }
+}
+
+/// A disk over a log that nobody else has open: a machine that gets one which somebody has panics.
+pub struct FakeDisk {
+    log: Arc<FakeLog>,
+    state: Mutex<FakeDiskState>,
+    answered: Condvar,
+}
+
+#[derive(Default)]
+struct FakeDiskState {
+    closed: Option<String>,
+    events: Option<Arc<dyn DiskEvents>>,
+    waiting: BTreeSet<u32>,
+    unavailable: BTreeSet<u32>,
+    deaf: Option<String>,
+    synced: u32,
+    flushed: u32,
+    scrubbed: u32,
+}
+
+impl FakeDisk {
+    /// Over a log of its own.
+    pub fn zeros(blocks: u32) -> Self {
+        Self::open(&Arc::new(FakeLog::new(blocks, false)))
+    }
+
+    fn open(log: &Arc<FakeLog>) -> Self {
+        assert!(!log.open.swap(true, Ordering::SeqCst), "a log is opened twice");
+        Self { log: log.clone(), state: Mutex::default(), answered: Condvar::new() }
+    }
+
+    fn close(&self, reason: &str) {
+        let mut state = self.state.lock().unwrap();
+        if state.closed.is_none() {
+            state.closed = Some(reason.to_owned());
+            self.log.open.store(false, Ordering::SeqCst);
+            self.answered.notify_all();
+        }
+    }
+
+    fn watch(&self, events: Arc<dyn DiskEvents>) {
+        let waiting: Vec<u32> = {
+            let mut state = self.state.lock().unwrap();
+            state.events = Some(events.clone());
+            state.waiting.iter().copied().collect()
+        };
+        if !waiting.is_empty() {
+            events.needed(&waiting);
+        }
+    }
+
+    fn unwatch(&self) {
+        self.state.lock().unwrap().events = None;
+    }
+
+    /// The guest writes a block.
+    pub fn put(&self, block: u32, bytes: &PageBytes) {
+        let held = FakeBlock::Held(block_digest(bytes), Box::new(*bytes));
+        self.log.blocks.lock().unwrap()[block as usize] = held;
+    }
+
+    /// A block goes missing.
+    pub fn lose(&self, block: u32, digest: Option<u64>) {
+        self.log.blocks.lock().unwrap()[block as usize] = FakeBlock::Missing(digest);
+    }
+
+    /// A block's bytes change on the medium.
+    pub fn harm(&self, block: u32) {
+        match &mut self.log.blocks.lock().unwrap()[block as usize] {
+            FakeBlock::Held(_, bytes) => bytes[7] ^= 1,
+            _ => panic!("nothing to harm"),
+        }
+    }
+
+    /// The guest will not sync.
+    pub fn deafen(&self, reason: &str) {
+        self.state.lock().unwrap().deaf = Some(reason.to_owned());
+    }
+
+    /// How often the guest was told to sync.
+    pub fn synced(&self) -> u32 {
+        self.state.lock().unwrap().synced
+    }
+
+    /// The guest reads a block, and waits for it; `None`: an I/O error.
+    pub fn get(&self, block: u32) -> Option<PageBytes> {
+        let mut bytes = [0; kage_machine::PAGE_SIZE];
+        let mut asked = false;
+        loop {
+            if !matches!(self.read(block, &mut bytes), Block::Missing(_)) {
+                return Some(bytes);
+            }
+            let mut state = self.state.lock().unwrap();
+            if state.closed.is_some() || (asked && state.unavailable.remove(&block)) {
+                return None;
+            }
+            state.waiting.insert(block);
+            if !std::mem::replace(&mut asked, true) {
+                state.unavailable.remove(&block);
+                let events = state.events.clone();
+                drop(state);
+                if let Some(events) = events {
+                    events.needed(&[block]);
+                }
+                continue;
+            }
+            let (state, _) = self.answered.wait_timeout(state, Duration::from_millis(10)).unwrap();
+            drop(state);
+        }
+    }
+}
+
+impl Drop for FakeDisk {
+    fn drop(&mut self) {
+        self.close("dropped");
+    }
+}
+
+impl Disk for FakeDisk {
+    fn blocks(&self) -> u32 {
+        self.log.blocks.lock().unwrap().len() as u32
+    }
+    fn block(&self, block: u32) -> Block {
+        match self.log.blocks.lock().unwrap().get(block as usize) {
+            None | Some(FakeBlock::Zeros) => Block::Zeros,
+            Some(FakeBlock::Held(digest, _)) => Block::Held(*digest),
+            Some(FakeBlock::Missing(digest)) => Block::Missing(*digest),
+        }
+    }
+    fn read(&self, block: u32, into: &mut PageBytes) -> Block {
+        match self.log.blocks.lock().unwrap().get(block as usize) {
+            None | Some(FakeBlock::Zeros) => {
+                into.fill(0);
+                Block::Zeros
+            }
+            Some(FakeBlock::Held(digest, bytes)) if block_digest(bytes) == *digest => {
+                *into = **bytes;
+                Block::Held(*digest)
+            }
+            Some(FakeBlock::Held(digest, _)) => Block::Missing(Some(*digest)),
+            Some(FakeBlock::Missing(digest)) => Block::Missing(*digest),
+        }
+    }
+    fn fill(&self, fills: &[(u32, Fill)]) -> Result<(), MachineError> {
+        let mut state = self.state.lock().unwrap();
+        if let Some(reason) = &state.closed {
+            return Err(Gone { reason: reason.clone() }.into());
+        }
+        let mut blocks = self.log.blocks.lock().unwrap();
+        for (number, fill) in fills {
+            let block = &mut blocks[*number as usize];
+            match (&*block, fill) {
+                (FakeBlock::Missing(expected), Fill::Bytes(bytes))
+                    if expected.is_none_or(|expected| expected == block_digest(bytes)) =>
+                {
+                    *block = FakeBlock::Held(block_digest(bytes), bytes.clone());
+                }
+                (FakeBlock::Held(digest, _), Fill::Bytes(bytes)) if *digest == block_digest(bytes) => {
+                    *block = FakeBlock::Held(*digest, bytes.clone());
+                }
+                (FakeBlock::Missing(_), Fill::Zeros) => *block = FakeBlock::Zeros,
+                (FakeBlock::Missing(None), Fill::Expect(digest)) => {
+                    *block = FakeBlock::Missing(Some(*digest))
+                }
+                (_, Fill::Unavailable) if state.waiting.remove(number) => {
+                    state.unavailable.insert(*number);
+                }
+                _ => {}
+            }
+        }
+        self.answered.notify_all();
+        Ok(())
+    }
+    fn flush(&self) -> Result<(), MachineError> {
+        self.state.lock().unwrap().flushed += 1;
+        Ok(())
+    }
+    fn scrub(&self, _budget_bytes: u64) -> Result<Scrubbed, MachineError> {
+        // A step looks at 100 blocks.
+        let mut state = self.state.lock().unwrap();
+        let first = state.scrubbed;
+        let mut found = Scrubbed::default();
+        for block in first..self.blocks().min(first + 100) {
+            let mut bytes = [0; kage_machine::PAGE_SIZE];
+            if let Block::Held(_) = self.block(block) {
+                found.checked_bytes += kage_machine::PAGE_SIZE as u64;
+                if matches!(self.read(block, &mut bytes), Block::Missing(_)) {
+                    found.corrupt.push(block);
+                }
+            }
+        }
+        state.scrubbed = first + 100;
+        found.done = state.scrubbed >= self.blocks();
+        if found.done {
+            state.scrubbed = 0;
+        }
+        Ok(found)
+    }
+    fn sync_guest(&self, _patience: Duration) -> Result<(), MachineError> {
+        let mut state = self.state.lock().unwrap();
+        state.synced += 1;
+        match &state.deaf {
+            Some(reason) => Err(MachineError::Refused { reason: reason.clone() }),
+            None => Ok(()),
+        }
     }
 }

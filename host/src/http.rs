@@ -22,8 +22,12 @@ pub struct Call {
     pub method: Method,
     /// Path with query.
     pub path: String,
-    /// JSON, or nothing.
+    /// JSON, bytes, or nothing.
     pub body: Bytes,
+    /// What the body is.
+    pub content: &'static str,
+    /// Whether it changes nothing, so that it may be asked twice.
+    pub repeatable: bool,
     /// How long the whole may take.
     pub patience: Duration,
     /// Hosts it went through; guards against going in circles.
@@ -36,7 +40,23 @@ pub const HOPS: &str = "x-kage-hops";
 impl Call {
     /// A request without a body.
     pub fn new(method: Method, path: impl Into<String>) -> Self {
-        Self { method, path: path.into(), body: Bytes::new(), patience: Duration::from_secs(30), hops: 0 }
+        let repeatable = method == Method::GET;
+        Self {
+            method,
+            path: path.into(),
+            body: Bytes::new(),
+            content: "application/json",
+            repeatable,
+            patience: Duration::from_secs(30),
+            hops: 0,
+        }
+    }
+
+    /// With bytes as its body, to be read and nothing else.
+    #[must_use]
+    pub fn bytes(mut self, bytes: Vec<u8>) -> Self {
+        (self.body, self.content, self.repeatable) = (bytes.into(), "application/octet-stream", true);
+        self
     }
 
     /// With a JSON body.
@@ -59,7 +79,7 @@ impl Call {
             .method(self.method.clone())
             .uri(&self.path)
             .header(header::HOST, "kage")
-            .header(header::CONTENT_TYPE, "application/json")
+            .header(header::CONTENT_TYPE, self.content)
             .header(HOPS, self.hops.to_string())
             .body(Full::new(self.body.clone()))
             .map_err(|error| ErrorBody::bad_request(format!("{}: {error}", self.path)))
@@ -91,8 +111,16 @@ impl Answer {
         if self.status.is_success() {
             serde_json::from_slice(&self.body).map_err(garbled)
         } else {
-            Err(serde_json::from_slice::<ErrorBody>(&self.body).unwrap_or_else(garbled))
+            Err(self.into_error())
         }
+    }
+
+    /// The error that an answer carries which is no success.
+    #[must_use]
+    pub fn into_error(self) -> ErrorBody {
+        serde_json::from_slice(&self.body).unwrap_or_else(|_| {
+            ErrorBody::failed(format!("the daemon's answer ({}) is not understood", self.status))
+        })
     }
 }
 

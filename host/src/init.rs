@@ -299,6 +299,7 @@ underlay = "eth0"         # the interface towards the other hosts
 
 [image]
 memory = "64MiB"
+# disk = "1GiB"             # takes on the host what was written to it; at most 2GiB, "0" for none
 operator_key_file = "{operator}"
 trusted_keys = ["{image_key}"]   # whose images are taken; files lie in <state_dir>/images
 

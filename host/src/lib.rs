@@ -7,6 +7,7 @@
 //! - [`roaming`]: where users are.
 //! - [`events`], [`operations`], [`metrics`], [`logs`]: what is seen of it.
 //! - [`resources`]: what machines consist of.
+//! - [`disks`]: where the blocks of disks are, and fetching those that are elsewhere.
 //! - [`machines`]: the traits behind which machines and the network are.
 //!
 //! Deliberately not here: KVM, netlink, page streams, the rules of a handover.
@@ -15,6 +16,7 @@ pub mod api;
 pub mod compile;
 pub mod config;
 pub mod daemon;
+pub mod disks;
 pub mod events;
 #[cfg(test)]
 mod fake;

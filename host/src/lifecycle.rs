@@ -13,12 +13,14 @@
 //! (directory, machines, routes) runs on blocking threads. What to do is decided in [`decide`].
 //!
 //! Invariants:
+//! - A machine that is stopped goes to the host where its user logs in: [`give`].
 //! - A machine is started only after a swap made this host its record's owner under a new term.
 //! - A daemon that ends leaves machines, taps and routes alone; the next one adopts them.
 
 mod adopt;
 pub mod decide;
 mod follow;
+mod give;
 mod ipv4;
 mod keys;
 mod start;
@@ -42,6 +44,7 @@ use crate::{
         types::{ImageView, State},
     },
     config::Config,
+    disks::{self, ImageDisk},
     events::Events,
     machines::{Hosted, Inspect, MachineSpec, Machines, Net},
     metrics::Metrics,
@@ -89,6 +92,8 @@ pub struct Daemon {
     spare_number: Mutex<Option<ImageNumber>>,
     /// Questions for resources that are waited for.
     pub asked: Arc<tokio::sync::Semaphore>,
+    /// What disks may take of this host.
+    pub disk_limits: disks::Limits,
     images: Mutex<BTreeMap<UserName, Arc<Image>>>,
 }
 
@@ -113,6 +118,8 @@ pub struct Image {
     /// Held by whoever changes it.
     pub slot: Arc<tokio::sync::Mutex<Slot>>,
     status: Mutex<Status>,
+    /// Its disk here.
+    pub disk: ImageDisk,
     /// Held by whoever waits for its table of resources.
     pub asking: Arc<tokio::sync::Mutex<()>>,
     /// Bumped at every change of status.
@@ -165,6 +172,7 @@ impl Image {
             user,
             slot: Arc::default(),
             status: Mutex::default(),
+            disk: ImageDisk::default(),
             asking: Arc::default(),
             changed: watch::Sender::new(0),
         }
@@ -225,6 +233,7 @@ impl Daemon {
             runtime: Handle::current(),
             spare_number: Mutex::default(),
             asked: Arc::new(tokio::sync::Semaphore::new(crate::resources::ASKED)),
+            disk_limits: disks::Limits::default(),
             images: Mutex::default(),
             targets: Targets::new(me.clone(), directory.clone(), Limits::default()),
             operator_keys,
@@ -300,7 +309,17 @@ impl Daemon {
         result
     }
 
-    /// An image as this host sees it. For the owner that is how it is.
+    /// An image as this host sees it, with its disk; blocks.
+    #[must_use]
+    pub fn full_view(&self, user: &UserName, record: &ImageRecord) -> ImageView {
+        let mut view = self.view(user, record);
+        if record.owner == self.me {
+            view.disk = self.disk_view(self.known(user).as_deref(), record);
+        }
+        view
+    }
+
+    /// An image as this host sees it, but for its disk. For the owner that is how it is.
     #[must_use]
     pub fn view(&self, user: &UserName, record: &ImageRecord) -> ImageView {
         let vid = self.vid(record).address();
@@ -317,6 +336,7 @@ impl Daemon {
                 Wanted::Stopped => State::Stopped,
             },
             memory_bytes: record.profile.memory_bytes,
+            disk: None,
             dirty_bytes: 0,
             replicas: Vec::new(),
             pid: None,

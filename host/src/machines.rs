@@ -11,7 +11,9 @@ use std::{
 
 use kage_directory::{ImageRecord, Profile};
 use kage_machine::{
-    Geometry, HostName, ImageNumber, Machine, SitePrefix, Term, UserName, Vid, identity::ApName,
+    Geometry, HostName, ImageNumber, Machine, SitePrefix, Term, UserName, Vid,
+    disk::{Disk, DiskEvents},
+    identity::ApName,
     page::GeometryError,
 };
 use kage_migrate::{Ticket, recover::Found, report::Drained};
@@ -171,6 +173,10 @@ pub enum NoTable {
 pub trait Hosted: Machine {
     /// The way to its table of resources; `None` when there is none.
     fn inspector(&self) -> Option<Arc<dyn Inspect>>;
+    /// Its disk; `None` when it has none.
+    fn disk(&self) -> Option<Arc<dyn Disk>>;
+    /// From now on tells of its disk; also of reads that wait already.
+    fn watch_disk(&mut self, events: Arc<dyn DiskEvents>);
     /// Where it stands.
     fn found(&mut self) -> Found;
     /// Its process.
@@ -202,6 +208,17 @@ pub trait Hosted: Machine {
     /// # Errors
     /// As any call to a machine.
     fn relabel(&mut self, label: &Label) -> Result<(), kage_machine::MachineError>;
+}
+
+/// The log of a disk, as a host keeps it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DiskLog {
+    /// Its file.
+    pub path: PathBuf,
+    /// The image's identity, which is the disk's too.
+    pub vid: Vid,
+    /// Blocks of the disk.
+    pub blocks: u32,
 }
 
 /// What an earlier daemon left of a user's machine.
@@ -241,6 +258,11 @@ pub trait Machines: Send + Sync {
     /// # Errors
     /// In words, with the cure.
     fn check(&self, image: &str, least: Geometry) -> Result<Geometry, String>;
+    /// Opens a disk that no machine has, for this process alone; `None` where there is no log. Dropped, it is closed.
+    ///
+    /// # Errors
+    /// In words: it is no log, another disk's, damaged, or somebody has it open.
+    fn open_disk(&self, log: &DiskLog) -> Result<Option<Box<dyn Disk>>, String>;
     /// Machines that wait for a login, and shells that wait for an arrival.
     fn ready(&self) -> (usize, usize);
 }

@@ -116,8 +116,9 @@ impl Daemon {
         self.operations.get(&id, Duration::ZERO).await
     }
 
-    /// After a login that started a machine far from where its user is: brings it there.
-    pub async fn bring_near(self: &Arc<Self>, mut reply: LoginReply, at: HostName) -> LoginReply {
+    /// After a login that started a machine far from where its user is, since it could not be given away: brings it
+    /// there.
+    pub(crate) async fn bring_near(self: &Arc<Self>, mut reply: LoginReply, at: HostName) -> LoginReply {
         let request = MigrateRequest { to: Some(at.clone()), ..MigrateRequest::default() };
         let moved = match self.begin_move(&reply.user, &request).await {
             Ok(operation) => self.operations.ended(&operation.id, Duration::from_secs(30)).await,

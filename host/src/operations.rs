@@ -107,7 +107,7 @@ impl Operations {
         self.all.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Begins one that brings a user's machine to a host.
+    /// Begins one that leads to a host: where a move brings the machine, or where anything else is done.
     pub fn begin(&self, kind: &str, user: &UserName, to: &HostName) -> Handle {
         let mut table = self.table();
         table.last += 1;
@@ -135,10 +135,13 @@ impl Operations {
         Handle { state, control }
     }
 
-    /// A user's operations that have not ended, with the host that each leads to; the oldest first.
+    /// A user's moves that have not ended, with the host that each leads to; the oldest first.
     pub fn under_way(&self, user: &UserName) -> Vec<(String, HostName)> {
         let table = self.table();
-        let mine = |entry: &&Entry| entry.runs() && entry.state.borrow().user == *user;
+        let mine = |entry: &&Entry| {
+            let operation = entry.state.borrow();
+            entry.runs() && operation.user == *user && operation.kind == "migrate"
+        };
         let entries = table.entries.values().filter(mine);
         entries.map(|entry| (entry.state.borrow().id.clone(), entry.to.clone())).collect()
     }
@@ -243,6 +246,7 @@ mod tests {
     fn ended_operations_are_forgotten_running_ones_are_not() {
         let (operations, alice, h2) = operations();
         let first = operations.begin("migrate", &alice, &h2);
+        let _scrub = operations.begin("scrub", &alice, &h2);
         for _ in 0..2 * KEPT {
             operations.begin("migrate", &alice, &h2).end(Ok(Value::Null));
         }

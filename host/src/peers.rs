@@ -59,9 +59,7 @@ impl Peers {
             None => self.connect(host, address).await?,
         };
         let answer = match connection.call(call).await {
-            Err(error)
-                if error.code == crate::api::error::Code::Unreachable && call.method == http::Method::GET =>
-            {
+            Err(error) if error.code == crate::api::error::Code::Unreachable && call.repeatable => {
                 // A kept connection may have ended unseen; what changes nothing is asked again.
                 connection = self.connect(host, address).await?;
                 connection.call(call).await

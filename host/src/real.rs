@@ -16,6 +16,7 @@ use kage_machine::{
     BaseHash, Geometry, HostInstant, HostName, ImageNumber, Machine, MachineError, Memory, PageSet,
     PauseCause, Paused, SavedState, Started, UserName, Vid,
     control::{Identity, Phase},
+    disk::{Disk, DiskEvents},
     identity::ApName,
 };
 use kage_migrate::{recover::Found, report::Drained};
@@ -32,7 +33,8 @@ use rustix::{
 use crate::{
     compile::Compiler,
     config::Config,
-    machines::{Adopted, Hosted, Inspect, Label, MachineSpec, Machines, Net, NoTable, OnEnd, Via},
+    disks::LogDisk,
+    machines::{Adopted, DiskLog, Hosted, Inspect, Label, MachineSpec, Machines, Net, NoTable, OnEnd, Via},
 };
 
 /// Name of the image that is part of this program.
@@ -50,6 +52,9 @@ const JAIL: u32 = 0x6b61_0000;
 const VXLAN_ID: u32 = 0x6b_61_67;
 /// UDP port of VXLAN (RFC 7348 §5).
 const VXLAN_PORT: u16 = 4789;
+
+/// Longest that a disk takes to open: its log's tail is read, and synced.
+const DISK_OPENS: Duration = Duration::from_secs(30);
 
 /// A tap on which no frame has come for so long after its route went elsewhere is drained …
 const DRAIN_QUIET: Duration = Duration::from_millis(5);
@@ -221,7 +226,8 @@ impl VmmMachines {
         self.sockets.join(format!("user-{user}.sock"))
     }
 
-    /// Gives a machine out of a pool its disk, tap and name.
+    /// Gives a machine out of a pool its disk, tap and name. A machine that arrives needs its disk open: what it brings
+    /// is written there. One that starts here does not wait for that.
     fn dress(
         &self,
         mut machine: RemoteMachine,
@@ -231,14 +237,20 @@ impl VmmMachines {
         arriving: bool,
     ) -> Result<VmmMachine, String> {
         let dressed = (|| {
+            let disk = |error: MachineError| format!("{}: {error}", spec.disk.display());
             if spec.geometry.disk_pages > 0 {
-                let disk = open_disk(&spec.disk, spec.geometry.disk_bytes(), arriving)
-                    .map_err(|error| format!("{}: {error}", spec.disk.display()))?;
-                machine.attach_disk(disk).map_err(|error| error.to_string())?;
+                let log =
+                    open_disk(&spec.disk).map_err(|error| format!("{}: {error}", spec.disk.display()))?;
+                machine.attach_disk(log, disk_identity(spec.vid), spec.disk_elsewhere).map_err(disk)?;
             }
             machine.attach_tap(tap.as_fd()).map_err(|error| error.to_string())?;
             let path = self.socket(&spec.user);
-            machine.move_socket(&path).map_err(|error| format!("{}: {error}", path.display()))
+            machine.move_socket(&path).map_err(|error| format!("{}: {error}", path.display()))?;
+            if arriving {
+                machine.wait_disk(DISK_OPENS).and_then(|()| machine.hold_disk()).map_err(disk)
+            } else {
+                Ok(())
+            }
         })();
         match dressed {
             Ok(()) => Ok(VmmMachine::new(machine, symbols)),
@@ -248,6 +260,12 @@ impl VmmMachines {
             }
         }
     }
+}
+
+/// Whose a disk's log is: an image's, by its identity.
+#[must_use]
+pub fn disk_identity(vid: Vid) -> [u8; 16] {
+    vid.address().octets()
 }
 
 /// Gives a machine the label with which it outlives its daemon. The last step: a machine that lost its daemon earlier ends,
@@ -274,20 +292,10 @@ pub fn images_dir(state_dir: &Path) -> PathBuf {
     state_dir.join("images")
 }
 
-/// Opens an image's disk. A machine that comes from another host brings all of it: what an earlier stay has left
-/// behind is dropped first, since pages that are zero at the source are not sent. The old file is unlinked, not cut
-/// short: whoever still maps it must not fault.
-fn open_disk(path: &Path, bytes: u64, emptied: bool) -> io::Result<OwnedFd> {
-    if emptied {
-        match std::fs::remove_file(path) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-            _ => {}
-        }
-    }
+/// Opens the log of an image's disk, or makes a blank file for it. What an earlier stay left there is what a machine
+/// that comes back need not bring.
+fn open_disk(path: &Path) -> io::Result<OwnedFd> {
     let file = std::fs::File::options().read(true).write(true).create(true).truncate(false).open(path)?;
-    if file.metadata()?.len() != bytes {
-        file.set_len(bytes)?;
-    }
     Ok(file.into())
 }
 
@@ -385,6 +393,11 @@ impl Machines for VmmMachines {
             .map_err(|error| format!("/dev/kvm: {error}; `kage doctor` says how to get it"))
     }
 
+    fn open_disk(&self, log: &DiskLog) -> Result<Option<Box<dyn Disk>>, String> {
+        let opened = LogDisk::open(log).map_err(|error| format!("{}: {error}", log.path.display()))?;
+        Ok(opened.map(|disk| Box::new(disk) as Box<dyn Disk>))
+    }
+
     fn ready(&self) -> (usize, usize) {
         let places = self.places();
         let entries = places.values().filter_map(|place| place.entry.get());
@@ -424,6 +437,16 @@ impl Inspect for Inspector {
 impl Hosted for VmmMachine {
     fn inspector(&self) -> Option<Arc<dyn Inspect>> {
         self.inspector.clone().map(|inspector| inspector as Arc<dyn Inspect>)
+    }
+
+    fn disk(&self) -> Option<Arc<dyn Disk>> {
+        self.machine.disk()
+    }
+
+    fn watch_disk(&mut self, events: Arc<dyn DiskEvents>) {
+        if let Err(error) = self.machine.watch_disk(events) {
+            tracing::error!(%error, "what a machine's disk lacks will not be heard");
+        }
     }
 
     fn found(&mut self) -> Found {

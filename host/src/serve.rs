@@ -15,7 +15,7 @@ use kage_wire::Purpose;
 use tokio::net::{TcpListener, TcpStream, UnixListener};
 use tokio_rustls::TlsAcceptor;
 
-use crate::{api, lifecycle::Daemon, links};
+use crate::{api, lifecycle::Daemon, links, tls};
 
 /// Longest wait for a peer's handshake.
 const HANDSHAKE: Duration = Duration::from_secs(5);
@@ -82,7 +82,14 @@ pub async fn serve_peers(daemon: Arc<Daemon>, listener: TcpListener, embedded: O
                         tracing::warn!(%error, "a link was not taken");
                     }
                 }
-                Ok(Ok(stream)) => serve_http(stream, router).await,
+                Ok(Ok(stream)) => {
+                    let peer = tls::peer_name(stream.get_ref().1.peer_certificates());
+                    let router = match peer {
+                        Some(peer) => router.layer(axum::Extension(api::Peer(peer))),
+                        None => router,
+                    };
+                    serve_http(stream, router).await;
+                }
                 Ok(Err(error)) => tracing::debug!(%error, "a peer's handshake failed"),
                 Err(_) => tracing::debug!("a peer's handshake took too long"),
             }

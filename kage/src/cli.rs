@@ -174,6 +174,10 @@ pub enum Command {
     /// Start a user's stopped machine
     #[command(after_help = "Example: kage start alice")]
     Start(User),
+    /// Look through the disk of a user's machine for damage, and repair what another host still has
+    #[command(after_help = "The machine may run or be stopped. Exit code 1: something is lost.\n\
+        Example: kage scrub alice -o json")]
+    Scrub(User),
     /// Measure
     #[command(subcommand, after_help = "Example: kage bench start --runs 20 -o json")]
     Bench(BenchCommand),

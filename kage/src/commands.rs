@@ -6,6 +6,7 @@ mod image;
 mod images;
 mod migrate;
 mod resources;
+mod scrub;
 mod site;
 mod watch;
 
@@ -43,6 +44,7 @@ pub fn run(cli: Cli) -> Result<(), Failure> {
         Command::Logout(user) => wait_for(images::logout(client()?, user.user, output)),
         Command::Stop(user) => wait_for(images::stop(client()?, user.user, output)),
         Command::Start(user) => wait_for(images::start(client()?, user.user, output)),
+        Command::Scrub(user) => wait_for(scrub::scrub(client()?, user.user, output)),
         Command::Ls => wait_for(images::ls(client()?, output)),
         Command::Show(user) => wait_for(images::show(client()?, user.user, output)),
         Command::Where { vid } => wait_for(resources::find(client()?, vid, output)),

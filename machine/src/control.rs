@@ -17,7 +17,7 @@ use crate::{
 };
 
 /// Version of these messages.
-pub const CONTROL_VERSION: u16 = 4;
+pub const CONTROL_VERSION: u16 = 5;
 
 /// Largest packet: a bitmap of the largest page space, and the rest.
 pub const MAX_PACKET: usize = 192 << 10;
@@ -71,8 +71,16 @@ pub enum Request {
     Setup(Setup),
     /// Use a tap. Descriptor: the tap, or none to detach.
     AttachTap,
-    /// Use a disk of the size set up. Descriptor: the file.
-    AttachDisk,
+    /// Use a disk of the size set up. Descriptors: its log, the index's memory, the connection on which the answer
+    /// and all that concerns the disk comes.
+    AttachDisk {
+        /// Whose log it must be.
+        identity: [u8; 16],
+        /// Where there is no log yet, another host has every block.
+        disk_elsewhere: bool,
+    },
+    /// Speak of the disk on another connection from here on. Descriptor: the connection.
+    AttachDiskLine,
     /// Words of the daemon's own, kept for whoever adopts the machine.
     Label(Vec<u8>),
     /// Start the kernel from its first instruction, gate open.
@@ -151,7 +159,7 @@ pub enum Phase {
     Released,
 }
 
-/// What a machine consists of. Disk and tap come as descriptors, in this order.
+/// What a machine consists of. Disk (its log and the index's memory) and tap come as descriptors, in this order.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Made {
     /// Its page space.

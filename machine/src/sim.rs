@@ -4,9 +4,14 @@
 //! it, and can be killed. Its guest is a function of its own memory: page 0 holds a random state and
 //! a sequence number; every [`TICK`] it writes pages of its working set and emits the next number. So
 //! a machine that was moved wrongly shows: numbers are doubled or missing ([`Outside`]), or page 0 and
-//! the saved state disagree.
+//! the saved state disagree. Now and then it reads, writes or discards a block of its disk ([`SimDisk`]),
+//! which belongs to the host and not to the process.
 //!
 //! Time is an argument: the guest runs up to what the clock says whenever the machine is called.
+
+mod disk;
+#[cfg(test)]
+mod tests;
 
 use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
@@ -17,6 +22,7 @@ use crate::{
     Geometry, Gone, HostInstant, Machine, MachineError, Memory, PAGE_SIZE, PageBytes, PageIndex, PageSet,
     PauseCause, Paused, SavedState, Started,
     control::Phase,
+    disk::Block,
     state::{ClockState, STATE_VERSION, VcpuState},
 };
 
@@ -25,6 +31,11 @@ pub const TICK: Duration = Duration::from_micros(250);
 
 /// Most steps made up for in one call: a simulated second.
 const MAX_TICKS: u64 = 4_000;
+
+pub use disk::{SimDisk, digests};
+
+/// The guest uses its disk every so many steps.
+const DISK_TICKS: u64 = 16;
 
 /// Reads a host's clock.
 pub type Clock = Arc<dyn Fn() -> HostInstant + Send + Sync>;
@@ -130,7 +141,12 @@ struct Shared {
 struct State {
     phase: Phase,
     alive: bool,
+    /// Those of memory.
     pages: Vec<PageBytes>,
+    disk: SimDisk,
+    /// The disk as it was when the machine began to run with its gate shut: nothing written since is kept if it ends
+    /// so, as it may be another host's machine that goes on.
+    uncommitted: Option<SimDisk>,
     dirty: PageSet,
     /// What the guest emitted while its gate was shut.
     held: Vec<Emission>,
@@ -186,6 +202,14 @@ impl State {
         }
     }
 
+    /// The process ends, however.
+    fn die(&mut self) {
+        self.alive = false;
+        if let Some(committed) = self.uncommitted.take() {
+            self.disk.restore(&committed);
+        }
+    }
+
     /// Guest time passes, though the guest does not run.
     fn pass_time(&mut self) {
         let now = (self.clock)();
@@ -208,20 +232,59 @@ impl State {
             }
         }
         guest.sequence += 1;
+        if guest.sequence.is_multiple_of(DISK_TICKS) && spec.geometry.disk_pages > 0 {
+            self.use_disk(spec, guest.random);
+        }
         self.set_guest(guest);
         Emission { vmm: spec.vmm, generation: guest.generation, sequence: guest.sequence }
     }
 }
 
+impl State {
+    /// Reads, writes or discards a block. Half of the disk is only read, so that what is missing of it stays so.
+    fn use_disk(&mut self, spec: &SimSpec, random: u64) {
+        let blocks = spec.geometry.disk_pages;
+        let (what, number) = (random >> 61, (random >> 40) as u32);
+        let block = if what < 5 { number % blocks.div_ceil(2) } else { number % blocks };
+        let mut bytes = [0; PAGE_SIZE];
+        match what {
+            0..3 => {
+                bytes.as_chunks_mut().0.iter_mut().for_each(|word| *word = random.to_le_bytes());
+                self.disk.write(block, &bytes);
+            }
+            3 => self.disk.write(block, &bytes),
+            // The same bytes again.
+            4 => match self.disk.read(block, &mut bytes) {
+                Block::Missing(_) => return,
+                Block::Zeros | Block::Held(_) => self.disk.write(block, &bytes),
+            },
+            _ => {
+                self.disk.read(block, &mut bytes);
+                return;
+            }
+        }
+        self.dirty.insert(PageIndex(spec.geometry.memory_pages + block));
+    }
+}
+
 impl SimVmm {
-    /// A shell: no state yet.
+    /// A shell with a disk of zeros: no state yet.
     #[must_use]
     pub fn shell(spec: SimSpec, clock: Clock, outside: Outside) -> Self {
+        let disk = SimDisk::new(spec.geometry.disk_pages);
+        Self::shell_on(disk, spec, clock, outside)
+    }
+
+    /// A shell on a disk of its host's.
+    #[must_use]
+    pub fn shell_on(disk: SimDisk, spec: SimSpec, clock: Clock, outside: Outside) -> Self {
         let pages = spec.geometry.pages();
         let state = State {
             phase: Phase::Shell,
             alive: true,
-            pages: vec![[0; PAGE_SIZE]; pages as usize],
+            pages: vec![[0; PAGE_SIZE]; spec.geometry.memory_pages as usize],
+            disk,
+            uncommitted: None,
             dirty: PageSet::empty(pages),
             held: Vec::new(),
             ran_to: clock(),
@@ -235,7 +298,21 @@ impl SimVmm {
     /// A machine started from nothing, gate open, some of its memory filled from `seed`.
     #[must_use]
     pub fn started(spec: SimSpec, clock: Clock, outside: Outside, generation: u64, seed: u64) -> Self {
-        let vmm = Self::shell(spec, clock, outside);
+        let disk = SimDisk::new(spec.geometry.disk_pages);
+        Self::started_on(disk, spec, clock, outside, generation, seed)
+    }
+
+    /// As [`Self::started`], on a disk of its host's.
+    #[must_use]
+    pub fn started_on(
+        disk: SimDisk,
+        spec: SimSpec,
+        clock: Clock,
+        outside: Outside,
+        generation: u64,
+        seed: u64,
+    ) -> Self {
+        let vmm = Self::shell_on(disk, spec, clock, outside);
         let mut state = lock(&vmm.shared.state);
         let mut random = seed | 1;
         for page in 1..state.pages.len() {
@@ -266,7 +343,7 @@ impl SimVmm {
         let mut state = lock(&self.shared.state);
         if state.alive {
             state.catch_up(&self.shared.spec, &self.shared.outside);
-            state.alive = false;
+            state.die();
         }
     }
 
@@ -302,7 +379,13 @@ impl SimVmm {
         lock(&self.shared.state).mishap = mishap;
     }
 
-    /// All pages as they are.
+    /// Its disk.
+    #[must_use]
+    pub fn disk(&self) -> SimDisk {
+        lock(&self.shared.state).disk.clone()
+    }
+
+    /// All pages of memory as they are.
     #[must_use]
     pub fn contents(&self) -> Vec<PageBytes> {
         lock(&self.shared.state).pages.clone()
@@ -349,12 +432,12 @@ impl SimMachine {
         match mishap {
             Some(Mishap::Refuse) => refused("as told"),
             Some(Mishap::Die) => {
-                state.alive = false;
+                state.die();
                 Err(gone())
             }
             Some(Mishap::DieAfter) => {
                 let _ = work(&shared.spec, &shared.outside, &mut state);
-                state.alive = false;
+                state.die();
                 Err(gone())
             }
             None => work(&shared.spec, &shared.outside, &mut state),
@@ -438,6 +521,7 @@ impl Machine for SimMachine {
                 return refused("it has no state, or runs already");
             }
             state.pass_time();
+            state.uncommitted = Some(state.disk.copy());
             state.phase = Phase::Running { gate_open: false };
             Ok(Started { at: state.ran_to })
         })
@@ -449,6 +533,7 @@ impl Machine for SimMachine {
                 return refused("it does not run");
             }
             state.phase = Phase::Running { gate_open: true };
+            state.uncommitted = None;
             lock(&outside.0).append(&mut state.held);
             Ok(())
         })
@@ -469,18 +554,35 @@ impl Machine for SimMachine {
     }
 }
 
+impl Shared {
+    /// Which block of the disk a page is.
+    fn block_of(&self, page: PageIndex) -> Option<u32> {
+        page.0.checked_sub(self.spec.geometry.memory_pages)
+    }
+}
+
 impl Memory for Shared {
     fn geometry(&self) -> Geometry {
         self.spec.geometry
     }
 
     fn read(&self, page: PageIndex, into: &mut PageBytes) {
-        *into = lock(&self.state).pages.get(page.0 as usize).copied().unwrap_or([0; PAGE_SIZE]);
+        let state = lock(&self.state);
+        match self.block_of(page) {
+            Some(block) => drop(state.disk.read(block, into)),
+            None => *into = state.pages.get(page.0 as usize).copied().unwrap_or([0; PAGE_SIZE]),
+        }
     }
 
     fn write(&self, page: PageIndex, bytes: &PageBytes) {
-        if let Some(slot) = lock(&self.state).pages.get_mut(page.0 as usize) {
-            *slot = *bytes;
+        let mut state = lock(&self.state);
+        match self.block_of(page) {
+            Some(block) => state.disk.write(block, bytes),
+            None => {
+                if let Some(slot) = state.pages.get_mut(page.0 as usize) {
+                    *slot = *bytes;
+                }
+            }
         }
     }
 
@@ -496,123 +598,35 @@ impl Memory for Shared {
                 set.insert(PageIndex(index as u32));
             }
         }
+        for (index, block) in state.disk.blocks().into_iter().enumerate() {
+            if block != Block::Zeros {
+                set.insert(PageIndex(self.spec.geometry.memory_pages + index as u32));
+            }
+        }
         set
     }
-}
 
-#[cfg(test)]
-mod tests {
-    use std::sync::atomic::{AtomicU64, Ordering};
-
-    use super::*;
-
-    fn spec(vmm: u64) -> SimSpec {
-        SimSpec {
-            geometry: Geometry { memory_pages: 64, disk_pages: 0 },
-            vmm,
-            working_set: 20,
-            writes_per_tick: 2,
-            cpu_baseline: 3,
+    fn block(&self, page: PageIndex) -> Block {
+        let mut bytes = [0; PAGE_SIZE];
+        match self.block_of(page) {
+            Some(block) => lock(&self.state).disk.block(block),
+            None => self.read_block(page, &mut bytes),
         }
     }
 
-    struct Time(Arc<AtomicU64>);
-
-    impl Time {
-        fn new() -> Self {
-            Self(Arc::new(AtomicU64::new(0)))
+    fn read_block(&self, page: PageIndex, into: &mut PageBytes) -> Block {
+        if let Some(block) = self.block_of(page) {
+            return lock(&self.state).disk.read(block, into);
         }
+        self.read(page, into);
+        Block::of(into)
+    }
 
-        fn pass(&self, time: Duration) {
-            self.0.fetch_add(time.as_nanos() as u64, Ordering::Relaxed);
+    fn leave_missing(&self, page: PageIndex, digest: u64) -> bool {
+        let block = self.block_of(page);
+        if let Some(block) = block {
+            lock(&self.state).disk.leave_missing(block, Some(digest));
         }
-
-        fn clock(&self) -> Clock {
-            let ns = self.0.clone();
-            Arc::new(move || HostInstant { ns: ns.load(Ordering::Relaxed) })
-        }
-    }
-
-    fn copy(from: &SimVmm, to: &SimVmm) {
-        let memory = to.handle().memory();
-        for (index, page) in from.contents().iter().enumerate() {
-            memory.write(PageIndex(index as u32), page);
-        }
-    }
-
-    #[test]
-    fn a_move_keeps_the_numbers_in_order_and_guest_time_true() {
-        let (time, outside) = (Time::new(), Outside::default());
-        let a = SimVmm::started(spec(1), time.clock(), outside.clone(), 1, 7);
-        let b = SimVmm::shell(spec(2), time.clock(), outside.clone());
-        time.pass(TICK * 10);
-        let paused = a.handle().pause(PauseCause::Switch).unwrap();
-        assert!(!paused.dirty.is_empty());
-        copy(&a, &b);
-        time.pass(TICK * 4);
-        b.handle().restore(&paused.state, paused.at).unwrap();
-        b.handle().run_gated().unwrap();
-        time.pass(TICK * 5);
-        b.catch_up();
-        assert_eq!(outside.log().len(), 10, "nothing leaves a shut gate");
-        a.handle().release().unwrap();
-        b.handle().open_gate().unwrap();
-        time.pass(TICK * 5);
-        b.catch_up();
-        assert_eq!(outside.log().len(), 20);
-        assert_eq!(outside.check(), Ok(()));
-        assert_eq!(b.guest_time(), TICK * 24);
-    }
-
-    #[test]
-    fn a_released_machine_never_runs_again() {
-        let time = Time::new();
-        let a = SimVmm::started(spec(1), time.clock(), Outside::default(), 1, 7);
-        let mut handle = a.handle();
-        assert!(handle.release().is_err());
-        handle.pause(PauseCause::Switch).unwrap();
-        handle.release().unwrap();
-        assert!(handle.resume().is_err() && handle.open_gate().is_err());
-    }
-
-    #[test]
-    fn two_emitting_copies_are_noticed() {
-        let (time, outside) = (Time::new(), Outside::default());
-        let a = SimVmm::started(spec(1), time.clock(), outside.clone(), 1, 7);
-        let b = SimVmm::shell(spec(2), time.clock(), outside.clone());
-        let paused = a.handle().pause(PauseCause::Switch).unwrap();
-        copy(&a, &b);
-        b.handle().restore(&paused.state, paused.at).unwrap();
-        b.handle().run_gated().unwrap();
-        b.handle().open_gate().unwrap();
-        a.handle().resume().unwrap();
-        time.pass(TICK);
-        a.catch_up();
-        b.catch_up();
-        assert!(outside.check().is_err());
-    }
-
-    #[test]
-    fn pages_and_state_of_two_instants_are_refused() {
-        let time = Time::new();
-        let a = SimVmm::started(spec(1), time.clock(), Outside::default(), 1, 7);
-        let b = SimVmm::shell(spec(2), time.clock(), Outside::default());
-        copy(&a, &b);
-        time.pass(TICK * 3);
-        let paused = a.handle().pause(PauseCause::Switch).unwrap();
-        assert!(matches!(b.handle().restore(&paused.state, paused.at), Err(MachineError::Refused { .. })));
-    }
-
-    #[test]
-    fn mishaps_happen_once_where_they_were_set() {
-        let time = Time::new();
-        let a = SimVmm::started(spec(1), time.clock(), Outside::default(), 1, 7);
-        a.set_mishap(Some((Call::Pause, Mishap::Refuse)));
-        assert!(a.handle().harvest().is_ok());
-        assert!(a.handle().pause(PauseCause::Switch).is_err());
-        assert!(a.handle().pause(PauseCause::Switch).is_ok());
-        a.set_mishap(Some((Call::Release, Mishap::DieAfter)));
-        assert!(matches!(a.handle().release(), Err(MachineError::Gone(_))));
-        assert_eq!(a.phase(), None);
+        block.is_some()
     }
 }

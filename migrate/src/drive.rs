@@ -21,6 +21,7 @@ use std::{
 
 use kage_directory::{Directory, DirectoryError, ImageRecord, Records, Versioned, records};
 use kage_machine::{HostInstant, Memory, PAGE_SIZE, PageIndex};
+use kage_replicate::digest::PageDigest;
 
 use crate::ownership::{Change, Standing, Ticket};
 
@@ -90,14 +91,20 @@ pub fn now() -> HostInstant {
     HostInstant { ns: time.tv_sec as u64 * 1_000_000_000 + time.tv_nsec as u64 }
 }
 
-/// BLAKE3 of all pages in order: proof, where asked for, that both sides hold the same machine.
+/// BLAKE3 of all pages of memory in order, and of what every block of the disk is: proof, where asked for, that
+/// both sides hold the same machine. A block counts as held whether its bytes are here or elsewhere.
 #[must_use]
 pub fn hash_memory(memory: &dyn Memory) -> [u8; 32] {
     let mut hasher = blake3::Hasher::new();
     let mut bytes = [0; PAGE_SIZE];
-    for page in 0..memory.geometry().pages() {
+    let geometry = memory.geometry();
+    for page in 0..geometry.memory_pages {
         memory.read(PageIndex(page), &mut bytes);
         hasher.update(&bytes);
+    }
+    for page in (geometry.memory_pages..geometry.pages()).map(PageIndex) {
+        let block = PageDigest::of_block(page, memory.block(page));
+        hasher.update(&block.map_or([u8::MAX; 16], PageDigest::to_bytes));
     }
     *hasher.finalize().as_bytes()
 }

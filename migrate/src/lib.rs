@@ -16,7 +16,13 @@
 //! 1. At most one copy of an image whose output can leave, at any instant, whatever dies or is cut.
 //! 2. Once everything is back up, one copy emits and its host is the owner; an image is started anew only
 //!    when a machine's process died.
-//! 3. Memory at the target equals the source's at the switch: digests are compared at each epoch.
+//! 3. Memory at the target equals the source's at the switch, and its disk block by block by digest, whatever
+//!    an earlier stay left there: digests are compared at each epoch.
+//! 4. A block that the owner misses is held by some host. That rests on what the hosts keep of a disk:
+//!    - nothing that arrives, and nothing a gated machine writes, is committed before its gate is to open: ended
+//!      sooner, it leaves the disk it found, which may hold what the source misses;
+//!    - where a gate was opened, the disk says so with the handover's ticket: should the machine and its daemon end
+//!      before the record does, that host says it holds a copy, and claims ([`recover::ran_here`]).
 //!
 //! What happens when, before or in a step, something fails. "Kept": the machine runs on at A, connections
 //! alive, and the reason is reported. B drops what it has as soon as it sees the link's end.

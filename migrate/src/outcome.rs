@@ -56,6 +56,9 @@ pub enum Cause {
     /// The directory did not answer.
     #[error("{0}")]
     DirectoryAway(String),
+    /// Its disk is at another host, and which blocks it has is not known yet.
+    #[error("the list of its disk's blocks is still being fetched")]
+    DiskUnknown,
     /// Memory changes faster than it can be sent.
     #[error("not converging: {0}")]
     NotConverging(String),

@@ -115,6 +115,15 @@ pub fn open_handover(user: &UserName, record: &ImageRecord) -> Option<Ticket> {
     })
 }
 
+/// What a host owes to a machine from another host that ran here, gate open, and is gone: `ran` is its ticket, kept with
+/// the disk. What it wrote since is on this disk and nowhere else, so the source must not start its own again: the
+/// record is claimed, and then looked at anew ([`recover`] starts it).
+#[must_use]
+pub fn ran_here(me: &HostName, record: &ImageRecord, ran: &Ticket) -> Option<Change> {
+    let open = open_handover(&ran.user, record)?;
+    (open == *ran && ran.target == *me).then_some(Change::Claim)
+}
+
 fn claim(ticket: Ticket, actions: Vec<target::Action>) -> Recovery {
     Recovery::Target(ticket, Target { state: TargetState::Claiming { alive: true } }, actions)
 }
@@ -182,6 +191,17 @@ mod tests {
         assert_eq!(decide("a", Found::Running, Err(())), Recovery::Keep);
         assert_eq!(decide("a", Found::Paused, Err(())), Recovery::Wait);
         assert_eq!(decide("b", Found::Gated, Err(())), Recovery::Wait);
+    }
+
+    #[test]
+    fn what_ran_here_and_is_gone_is_claimed() {
+        let announced = Change::Announce.apply(&record(), &ticket());
+        let asked = |me: &str, ran: &Ticket| ran_here(&me.parse().unwrap(), &announced, ran);
+        assert_eq!(asked("b", &ticket()), Some(Change::Claim));
+        assert_eq!(asked("a", &ticket()), None);
+        let earlier = Ticket { handover: kage_machine::HandoverId([9; 16]), ..ticket() };
+        assert_eq!(asked("b", &earlier), None);
+        assert_eq!(ran_here(&"b".parse().unwrap(), &record(), &ticket()), None);
     }
 
     #[test]

@@ -66,6 +66,18 @@ pub struct Report {
     pub bytes_wire: u64,
     /// The same pages unencoded.
     pub bytes_raw: u64,
+    /// Of the pages sent, blocks of the disk.
+    #[serde(default)]
+    pub disk_pages_sent: u64,
+    /// Of the bytes on the wire, theirs; about, since pages are compressed together.
+    #[serde(default)]
+    pub disk_bytes_sent: u64,
+    /// Blocks of the disk that the source misses too, sent as their digest.
+    #[serde(default)]
+    pub disk_pages_elsewhere: u64,
+    /// Blocks of the disk that the target held before.
+    #[serde(default)]
+    pub disk_pages_held: u64,
     /// Pages asked for after the switch.
     pub faults: u64,
     /// Time spent waiting for them.

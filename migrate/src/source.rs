@@ -43,7 +43,7 @@ pub enum ToTarget {
 /// What the source's driver is to do.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum Action {
-    /// Send the request to prepare.
+    /// Send the request to prepare; [`SourceEvent::RoundFailed`] where the machine cannot be sent at all.
     Prepare,
     /// Send a message.
     Say(ToTarget),
@@ -97,7 +97,7 @@ pub enum SourceEvent {
     LinkLost(String),
     /// A round was sent and acknowledged.
     RoundSent(Round),
-    /// A round was not acknowledged.
+    /// A round was not acknowledged, or none can be.
     RoundFailed(Cause),
     /// The machine is paused.
     Paused,
@@ -106,7 +106,7 @@ pub enum SourceEvent {
     /// The switch message may have left.
     OfferMade,
     /// Nothing of the switch message has left.
-    NotOffered(String),
+    NotOffered(Cause),
     /// The machine runs on.
     Resumed,
     /// Stored; it never runs again.
@@ -289,6 +289,7 @@ fn preparing(event: SourceEvent) -> Next {
     match event {
         E::TargetReady => (SourceState::Announcing, vec![Action::Swap(Change::Announce)]),
         E::TargetFailed(cause) => (SourceState::Finished(Outcome::KeptHere, cause), vec![]),
+        E::RoundFailed(cause) => kept(cause),
         E::LinkLost(detail) => (SourceState::Finished(Outcome::KeptHere, Cause::LinkLost(detail)), vec![]),
         E::Cancel => kept(Cause::Cancelled),
         E::Timeout => kept(Cause::TimedOut("waiting for the target to prepare")),
@@ -296,7 +297,6 @@ fn preparing(event: SourceEvent) -> Next {
         E::TargetStarted
         | E::TargetRunning
         | E::RoundSent(_)
-        | E::RoundFailed(_)
         | E::Paused
         | E::PauseRefused(_)
         | E::OfferMade
@@ -396,10 +396,7 @@ fn switching(event: SourceEvent) -> Next {
         E::PauseRefused(detail) => close(Cause::MachineRefused(detail)),
         E::MachineGone(detail) => restart_unoffered(detail),
         E::OfferMade => (SourceState::Offered, vec![]),
-        E::NotOffered(detail) => (
-            SourceState::Resuming { cause: Cause::LinkLost(detail), taken_back: false },
-            vec![Action::Resume],
-        ),
+        E::NotOffered(cause) => (SourceState::Resuming { cause, taken_back: false }, vec![Action::Resume]),
         E::TargetReady
         | E::TargetFailed(_)
         | E::TargetStarted

@@ -279,6 +279,8 @@ pub enum Content<'a> {
     Bytes(&'a PageBytes),
     /// What differs from the page held, as [`kage_wire::delta`] reads it; not checked yet.
     Delta(&'a [u8]),
+    /// A block of the disk with this digest, which its sender does not have.
+    Elsewhere(u64),
 }
 
 /// Reads pages out of batches.
@@ -340,6 +342,10 @@ impl Decoder {
             match record.encoding {
                 Encoding::Delta => each(record.index, Content::Delta(record.data))?,
                 Encoding::Zero => each(record.index, Content::Zero)?,
+                Encoding::Elsewhere => {
+                    let digest = record.data.try_into().map_err(|_| damaged)?;
+                    each(record.index, Content::Elsewhere(u64::from_le_bytes(digest)))?;
+                }
                 Encoding::Raw => {
                     let bytes = record.data.try_into().map_err(|_| damaged)?;
                     each(record.index, Content::Bytes(bytes))?;

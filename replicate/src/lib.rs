@@ -35,5 +35,6 @@ mod testing;
 pub use link::{Link, LinkError, TlsIdentity, TlsLink};
 pub use pace::Rate;
 pub use receiver::{ReceiveError, Receiver};
-pub use sender::{EpochStats, LastEpoch, Progress, SendError, Sender};
+pub use sender::{EpochStats, LastEpoch, LastError, Progress, SendError, Sender, UnknownBlock, find_unknown};
+pub use store::ElsewhereError;
 pub use tracker::Tracker;

@@ -8,14 +8,14 @@ use std::{sync::Arc, time::Instant};
 
 use kage_machine::{Epoch, Memory, PageIndex};
 use kage_wire::{
-    BatchError, EpochMark, Frame, Kind, Refusal, RefusalCode, delta,
+    BatchError, EpochMark, Frame, Have, Kind, Refusal, RefusalCode, delta,
     pages::{Batch, split_last_epoch},
 };
 
 use crate::{
     codec::{Content, DecodeError, Decoder},
     link::{Link, LinkError},
-    store::Mirror,
+    store::{ElsewhereError, Mirror},
 };
 
 /// Why a page stream ended.
@@ -35,6 +35,9 @@ pub enum ReceiveError {
         /// Pages of the machine.
         pages: u32,
     },
+    /// A block that is missing at the owner and cannot be so here.
+    #[error(transparent)]
+    Elsewhere(#[from] ElsewhereError),
     /// Epochs never go back.
     #[error("epoch {} after epoch {}", found.0, current.0)]
     Epoch {
@@ -66,7 +69,13 @@ impl ReceiveError {
         match self {
             Self::Link(error) => error.as_refusal(),
             Self::Mismatch { .. } => Some(Refusal::new(RefusalCode::Mismatch, self.to_string())),
-            Self::Decode(_) | Self::Index { .. } | Self::Epoch { .. } => {
+            Self::Elsewhere(ElsewhereError::Refused(_)) => {
+                Some(Refusal::new(RefusalCode::Unavailable, self.to_string()))
+            }
+            Self::Decode(_)
+            | Self::Index { .. }
+            | Self::Epoch { .. }
+            | Self::Elsewhere(ElsewhereError::NoBlock(_)) => {
                 Some(Refusal::new(RefusalCode::Protocol, self.to_string()))
             }
         }
@@ -84,7 +93,7 @@ pub struct Receiver {
 }
 
 impl Receiver {
-    /// An empty replica in `memory`, which is made all zeros.
+    /// A replica in `memory`, as [`Mirror::new`] makes it: empty but for what is held of the disk.
     #[must_use]
     pub fn new(memory: Arc<dyn Memory>) -> Self {
         Self { mirror: Mirror::new(memory), decoder: Decoder::new(), epoch: Epoch(0), records: 0 }
@@ -94,6 +103,12 @@ impl Receiver {
     #[must_use]
     pub const fn mirror(&self) -> &Mirror {
         &self.mirror
+    }
+
+    /// What the owner need not send; for [`crate::Sender::knowing`].
+    #[must_use]
+    pub fn have(&self) -> Have {
+        self.mirror.have()
     }
 
     /// Receives until the next end of an epoch and acknowledges it. On an error of the owner's
@@ -165,6 +180,10 @@ impl Receiver {
             let inside = match content {
                 Content::Zero => mirror.zero(batch.epoch, index),
                 Content::Bytes(bytes) => mirror.write(batch.epoch, index, bytes),
+                Content::Elsewhere(digest) => {
+                    mirror.elsewhere(batch.epoch, index, digest)?;
+                    true
+                }
                 Content::Delta(delta) => {
                     let mut bytes = mirror.read(index);
                     delta::apply(&mut bytes, delta).map_err(|_| DecodeError::Page { index })?;

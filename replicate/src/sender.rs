@@ -8,6 +8,9 @@
 //! is what was sent last is not sent again, a zero page only where something else was. It ends every
 //! epoch by comparing digests of everything held.
 //!
+//! A page of the disk is looked at by its digest first, and read only if the follower holds another. One that
+//! is missing at the owner too goes as its digest alone; when its bytes come later, nothing is sent.
+//!
 //! Deliberately not here: which pages (tracker, planner), when to stop (`kage-migrate`).
 
 use std::{
@@ -15,13 +18,16 @@ use std::{
     time::{Duration, Instant},
 };
 
-use kage_machine::{Epoch, Geometry, Memory, PAGE_SIZE, PageIndex, PageSet};
-use kage_wire::{BatchError, BatchWriter, Encoding, EpochMark, Frame, Kind, pages::append_to_last_epoch};
+use kage_machine::{Epoch, Geometry, Memory, PAGE_SIZE, PageBytes, PageIndex, PageSet, disk::Block};
+use kage_wire::{
+    BatchError, BatchWriter, Encoding, EpochMark, Frame, Have, Kind,
+    pages::{RECORD_HEADER, append_to_last_epoch},
+};
 
 use crate::{
     cache::Cache,
     codec::{Chooser, Encoder, Scheme},
-    digest::{DigestTable, PageDigest},
+    digest::{DigestTable, PageDigest, is_block},
     link::{Link, LinkError},
     pace::{Meter, Rate, TokenBucket},
     planner::StreamRates,
@@ -83,8 +89,14 @@ pub struct EpochStats {
     pub pages_zero: u64,
     /// Pages not sent since the follower holds the same.
     pub pages_unchanged: u64,
+    /// Blocks of the disk sent as their digest, since the owner misses them too.
+    pub pages_elsewhere: u64,
+    /// Of the pages sent with their content, those of the disk.
+    pub disk_pages: u64,
     /// Bytes of the pages sent with their content.
     pub bytes_raw: u64,
+    /// Of the bytes handed to the link, those of the disk's pages; in a batch that was compressed as one, their share.
+    pub disk_bytes_wire: u64,
     /// Bytes handed to the link, frames' headers included.
     pub bytes_wire: u64,
     /// From the start until the link had taken everything.
@@ -99,6 +111,9 @@ impl std::ops::AddAssign for EpochStats {
         self.pages_delta += other.pages_delta;
         self.pages_zero += other.pages_zero;
         self.pages_unchanged += other.pages_unchanged;
+        self.pages_elsewhere += other.pages_elsewhere;
+        self.disk_pages += other.disk_pages;
+        self.disk_bytes_wire += other.disk_bytes_wire;
         self.bytes_raw += other.bytes_raw;
         self.bytes_wire += other.bytes_wire;
         self.sending += other.sending;
@@ -118,6 +133,9 @@ pub enum SendError {
         /// Pages of the epoch that were not sent.
         unsent: PageSet,
     },
+    /// The disk is not known well enough; this sender is of no further use.
+    #[error(transparent)]
+    Unknown(#[from] UnknownBlock),
     /// The follower's acknowledgement is none.
     #[error("the follower's acknowledgement is damaged: {0}")]
     Damaged(#[from] BatchError),
@@ -131,12 +149,40 @@ pub enum SendError {
     },
 }
 
-/// The pages of a last epoch do not fit one message; send them as an epoch of their own.
+/// A block is at another host, and what it is has not been heard from there yet: nothing can be said of it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("the last epoch is larger than {cap} bytes")]
-pub struct TooLarge {
-    /// The limit given.
-    pub cap: usize,
+#[error("the list of its disk's blocks is still being fetched")]
+pub struct UnknownBlock {
+    /// The first such page.
+    pub page: PageIndex,
+}
+
+/// Finds a block of the disk of which nothing can be said yet.
+///
+/// # Errors
+/// [`UnknownBlock`]: a stream of this machine would fail.
+pub fn find_unknown(memory: &dyn Memory) -> Result<(), UnknownBlock> {
+    let geometry = memory.geometry();
+    let populated = memory.populated();
+    let mut blocks = populated.iter().filter(|&page| is_block(geometry, page));
+    match blocks.find(|&page| memory.block(page) == Block::Missing(None)) {
+        Some(page) => Err(UnknownBlock { page }),
+        None => Ok(()),
+    }
+}
+
+/// Why there is no last epoch; nothing is changed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum LastError {
+    /// Its pages do not fit one message; send them as an epoch of their own.
+    #[error("the last epoch is larger than {cap} bytes")]
+    TooLarge {
+        /// The limit given.
+        cap: usize,
+    },
+    /// The disk is not known well enough.
+    #[error(transparent)]
+    Unknown(#[from] UnknownBlock),
 }
 
 /// A last epoch in one buffer.
@@ -155,8 +201,10 @@ pub struct LastEpoch {
 pub struct Sender {
     geometry: Geometry,
     held: DigestTable,
-    /// What `held` has digests of, for some pages; no page that is zero in `held` is looked up.
+    /// What `held` has digests of, for some pages; only pages of `sent` are looked up.
     cache: Cache,
+    /// Pages whose last record had their content.
+    sent: PageSet,
     encoder: Encoder,
     chooser: Chooser,
     link: Meter,
@@ -171,12 +219,24 @@ pub struct Sender {
 }
 
 impl Sender {
-    /// For a follower whose replica is all zeros, as [`crate::Receiver::new`] makes it.
+    /// For a follower whose replica is all zeros.
     #[must_use]
     pub fn new(geometry: Geometry) -> Self {
+        Self::knowing(geometry, &Have::default())
+    }
+
+    /// For a follower whose replica is zeros but for the blocks that [`crate::Receiver::have`] says.
+    #[must_use]
+    pub fn knowing(geometry: Geometry, have: &Have) -> Self {
+        let mut held = DigestTable::new(geometry);
+        for (block, digest) in have {
+            let page = PageIndex(geometry.memory_pages.saturating_add(block));
+            held.set(page, PageDigest::of_block_digest(page, digest));
+        }
         Self {
             geometry,
-            held: DigestTable::new(geometry),
+            held,
+            sent: PageSet::empty(geometry.pages()),
             cache: Cache::new(CACHED_PAGES),
             encoder: Encoder::new(),
             chooser: Chooser::default(),
@@ -187,6 +247,29 @@ impl Sender {
             records: 0,
             owed: 0,
         }
+    }
+
+    /// What the follower lacks of a machine: what its memory holds, and the blocks of its disk that are others there,
+    /// in either direction. Reads no block. What is written after the harvest before this call is found by the
+    /// next one.
+    #[must_use]
+    pub fn due(&self, memory: &dyn Memory) -> PageSet {
+        let mut due = memory.populated();
+        for page in (self.geometry.memory_pages..self.geometry.pages()).map(PageIndex) {
+            let held = self.held.get(page);
+            // What is not populated is zeros: there is no need to ask.
+            let same = if due.contains(page) {
+                PageDigest::of_block(page, memory.block(page)) == Some(held)
+            } else {
+                held.is_zero()
+            };
+            if same {
+                due.remove(page);
+            } else {
+                due.insert(page);
+            }
+        }
+        due
     }
 
     /// Limits the stream's rate from now on, or lifts the limit.
@@ -236,7 +319,8 @@ impl Sender {
         let mut left = pages.iter();
         let mut batch = Batch::new(epoch, self.scheme());
         loop {
-            let more = self.fill(&mut batch, memory, &mut left, &mut progress.pages_done, &mut stats, None);
+            let more =
+                self.fill(&mut batch, memory, &mut left, &mut progress.pages_done, &mut stats, None)?;
             if batch.writer.records() > 0 {
                 self.ship(link, &mut batch, &mut stats)?;
                 (progress.bytes_wire, progress.elapsed) = (stats.bytes_wire, start.elapsed());
@@ -263,7 +347,9 @@ impl Sender {
             watch(&progress)
         })?;
         if stats.bytes_raw > 0 {
-            let ratio = stats.bytes_wire as f64 / stats.bytes_raw as f64;
+            // Names of blocks are no part of what a page costs.
+            let names = stats.pages_elsewhere * (RECORD_HEADER + size_of::<u64>()) as u64;
+            let ratio = stats.bytes_wire.saturating_sub(names) as f64 / stats.bytes_raw as f64;
             self.ratio = Some(self.ratio.map_or(ratio, |before| (before + ratio) / 2.0));
         }
         Ok(stats)
@@ -273,14 +359,14 @@ impl Sender {
     /// at most `cap` bytes for the switch message. The follower is taken to apply it.
     ///
     /// # Errors
-    /// [`TooLarge`]; nothing is changed.
+    /// [`LastError`]; nothing is changed.
     pub fn encode_last(
         &mut self,
         memory: &dyn Memory,
         pages: &PageSet,
         epoch: Epoch,
         cap: usize,
-    ) -> Result<LastEpoch, TooLarge> {
+    ) -> Result<LastEpoch, LastError> {
         let mut stats = EpochStats::default();
         let (records, mut before) = (self.records, Vec::new());
         let mut bytes = vec![0; EpochMark::BYTES];
@@ -290,16 +376,20 @@ impl Sender {
         let (mut left, mut done) = (pages.iter(), 0);
         loop {
             let more = self.fill(&mut batch, memory, &mut left, &mut done, &mut stats, Some(&mut before));
-            if batch.writer.records() > 0 {
-                append_to_last_epoch(&mut bytes, &self.finish(&mut batch));
+            if more.is_ok() && batch.writer.records() > 0 {
+                let body = self.finish(&mut batch, &mut stats);
+                append_to_last_epoch(&mut bytes, &body);
             }
-            if bytes.len() > cap {
+            let failed = match more {
+                Err(unknown) => Some(unknown.into()),
+                Ok(_) if bytes.len() > cap => Some(LastError::TooLarge { cap }),
+                Ok(true) => None,
+                Ok(false) => break,
+            };
+            if let Some(error) = failed {
                 before.into_iter().rev().for_each(|(page, digest)| self.held.set(page, digest));
                 self.records = records;
-                return Err(TooLarge { cap });
-            }
-            if !more {
-                break;
+                return Err(error);
             }
         }
         // It holds the versions before this epoch.
@@ -319,6 +409,30 @@ impl Sender {
         EpochMark { epoch, records: std::mem::take(&mut self.records), digest: self.held.sum() }
     }
 
+    /// Looks at a page, reading it unless it is a block that the follower holds.
+    fn look(
+        &self,
+        memory: &dyn Memory,
+        page: PageIndex,
+        bytes: &mut PageBytes,
+    ) -> Result<Seen, UnknownBlock> {
+        if !is_block(self.geometry, page) {
+            memory.read(page, bytes);
+            return Ok(Seen { digest: PageDigest::of(page, bytes), elsewhere: None });
+        }
+        let known = PageDigest::of_block(page, memory.block(page));
+        if let Some(digest) = known.filter(|&digest| digest == self.held.get(page)) {
+            return Ok(Seen { digest, elsewhere: None });
+        }
+        let block = memory.read_block(page, bytes);
+        let elsewhere = match block {
+            Block::Missing(digest) => digest,
+            Block::Zeros | Block::Held(_) => None,
+        };
+        let digest = PageDigest::of_block(page, block).ok_or(UnknownBlock { page })?;
+        Ok(Seen { digest, elsewhere })
+    }
+
     /// Fills a batch from what is left; whether there may be more. With `before`, as for a last
     /// epoch: it is given every page whose digest changes and what that was, and the cache stays as
     /// it is.
@@ -330,58 +444,94 @@ impl Sender {
         done: &mut u32,
         stats: &mut EpochStats,
         mut before: Option<&mut Vec<(PageIndex, PageDigest)>>,
-    ) -> bool {
+    ) -> Result<bool, UnknownBlock> {
         let link = self.link_rate();
         let limit = (link.bytes_in(BATCH_TIME) as f64 / self.chooser.ratio(link)) as u64;
         let limit = limit.max(MIN_BATCH) as usize;
         let mut bytes = [0; PAGE_SIZE];
         while batch.writer.has_room() && batch.writer.record_bytes().len() < limit {
-            let Some(page) = left.next() else { return false };
+            let Some(page) = left.next() else { return Ok(false) };
             *done += 1;
             if page.0 >= self.geometry.pages() {
                 continue;
             }
-            memory.read(page, &mut bytes);
-            let (digest, old) = (PageDigest::of(page, &bytes), self.held.get(page));
-            if digest == old {
+            let (seen, old) = (self.look(memory, page, &mut bytes)?, self.held.get(page));
+            if seen.digest == old {
                 stats.pages_unchanged += 1;
                 continue;
             }
-            self.held.set(page, digest);
+            self.held.set(page, seen.digest);
             self.records += 1;
             if let Some(before) = &mut before {
                 before.push((page, old));
             }
-            if digest.is_zero() {
+            let start = batch.writer.record_bytes().len();
+            if seen.digest.is_zero() {
                 stats.pages_zero += 1;
                 batch.writer.push(page, Encoding::Zero, &[]);
-                continue;
+                self.forget(page, before.is_none());
+            } else if let Some(digest) = seen.elsewhere {
+                stats.pages_elsewhere += 1;
+                batch.writer.push(page, Encoding::Elsewhere, &digest.to_le_bytes());
+                self.forget(page, before.is_none());
+            } else {
+                stats.pages += 1;
+                stats.disk_pages += u64::from(is_block(self.geometry, page));
+                stats.bytes_raw += PAGE_SIZE as u64;
+                let delta = self.push_content(batch, page, &bytes, link, before.is_none());
+                stats.pages_delta += u64::from(delta);
+                batch.content += batch.writer.record_bytes().len() - start;
             }
-            stats.pages += 1;
-            stats.bytes_raw += PAGE_SIZE as u64;
-            let kept = self.cache.get(page);
-            let again = !old.is_zero() || kept.is_some();
-            let base = kept.filter(|_| !old.is_zero());
-            // LZ4 takes microseconds a page; reading the clock twice is 2 % of that.
-            let start = (batch.scheme == Scheme::Lz4).then(Instant::now);
-            let encoded = self.encoder.push(&mut batch.writer, batch.scheme, page, &bytes, base);
-            batch.encoding += start.map_or(Duration::ZERO, |start| start.elapsed());
-            batch.raw += encoded as u64;
-            stats.pages_delta += u64::from(encoded < PAGE_SIZE);
-            if before.is_none() && (again || link < FAST_LINK) {
-                self.cache.put(page, &bytes, again);
+            if is_block(self.geometry, page) {
+                batch.disk += batch.writer.record_bytes().len() - start;
             }
         }
-        true
+        Ok(true)
+    }
+
+    /// What the cache has of a page is not what the follower holds any more. A last epoch that comes to be sent
+    /// empties the cache as a whole.
+    fn forget(&mut self, page: PageIndex, keep: bool) {
+        if keep {
+            self.sent.remove(page);
+        }
+    }
+
+    /// Adds a page that is neither zero nor elsewhere; whether it went as what differs. `keep`: for later deltas.
+    fn push_content(
+        &mut self,
+        batch: &mut Batch,
+        page: PageIndex,
+        bytes: &PageBytes,
+        link: Rate,
+        keep: bool,
+    ) -> bool {
+        let kept = self.cache.get(page);
+        let again = self.sent.contains(page) || kept.is_some();
+        let base = kept.filter(|_| self.sent.contains(page));
+        // LZ4 takes microseconds a page; reading the clock twice is 2 % of that.
+        let start = (batch.scheme == Scheme::Lz4).then(Instant::now);
+        let encoded = self.encoder.push(&mut batch.writer, batch.scheme, page, bytes, base);
+        batch.encoding += start.map_or(Duration::ZERO, |start| start.elapsed());
+        batch.raw += encoded as u64;
+        if keep {
+            self.sent.insert(page);
+            if again || link < FAST_LINK {
+                self.cache.put(page, bytes, again);
+            }
+        }
+        encoded < PAGE_SIZE
     }
 
     /// Ends a batch and counts what it cost; the next one starts with the same scheme.
-    fn finish(&mut self, batch: &mut Batch) -> Vec<u8> {
-        let start = Instant::now();
+    fn finish(&mut self, batch: &mut Batch, stats: &mut EpochStats) -> Vec<u8> {
+        let (start, records) = (Instant::now(), batch.writer.record_bytes().len().max(1));
         let body = self.encoder.finish(&mut batch.writer, batch.scheme);
         let took = batch.encoding + start.elapsed();
-        self.chooser.record(batch.scheme, batch.raw, body.len() as u64, took);
-        (batch.raw, batch.encoding) = (0, Duration::ZERO);
+        let share = |part: usize| (body.len() as f64 * part as f64 / records as f64) as u64;
+        self.chooser.record(batch.scheme, batch.raw, share(batch.content), took);
+        stats.disk_bytes_wire += share(batch.disk);
+        (batch.raw, batch.content, batch.disk, batch.encoding) = (0, 0, 0, Duration::ZERO);
         body
     }
 
@@ -391,7 +541,7 @@ impl Sender {
         batch: &mut Batch,
         stats: &mut EpochStats,
     ) -> Result<(), SendError> {
-        let frame = Frame::new(Kind::Pages, self.finish(batch));
+        let frame = Frame::new(Kind::Pages, self.finish(batch, stats));
         batch.scheme = self.scheme();
         let bytes = frame.wire_len() as u64;
         if let Some(limit) = &mut self.limit {
@@ -469,15 +619,35 @@ struct Batch {
     scheme: Scheme,
     /// Bytes of its non-zero pages and deltas before compression.
     raw: u64,
+    /// Bytes of these pages' records.
+    content: usize,
+    /// Bytes of the disk's records.
+    disk: usize,
     /// Time spent encoding them.
     encoding: Duration,
 }
 
+/// A page as it is now.
+struct Seen {
+    digest: PageDigest,
+    /// The digest of a block that is missing here.
+    elsewhere: Option<u64>,
+}
+
 impl Batch {
     fn new(epoch: Epoch, scheme: Scheme) -> Self {
-        Self { writer: BatchWriter::new(epoch), scheme, raw: 0, encoding: Duration::ZERO }
+        Self {
+            writer: BatchWriter::new(epoch),
+            scheme,
+            raw: 0,
+            content: 0,
+            disk: 0,
+            encoding: Duration::ZERO,
+        }
     }
 }
 
+#[cfg(test)]
+mod disk_tests;
 #[cfg(test)]
 mod tests;

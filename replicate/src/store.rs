@@ -5,16 +5,34 @@
 //! bytes. A mirror has no consistency and is never promoted as it is; at a handover the last epoch
 //! makes it whole.
 //!
-//! Invariant: the digest table describes the mirror's memory byte for byte, as long as nothing else
-//! writes it. [`Mirror::scrub`] checks that.
+//! Blocks of the disk that an earlier stay left here are kept: what is *held* of them is said to the owner
+//! ([`Mirror::have`]), which sends only what differs. A block that the owner misses too stays missing here.
+//!
+//! Invariant: the digest table describes the mirror's memory byte for byte, and its disk block by block, as
+//! long as nothing else writes them. [`Mirror::scrub`] checks that.
 //!
 //! Deliberately not here: checkpoints (a copy of one whole epoch, applied atomically).
 
 use std::sync::Arc;
 
-use kage_machine::{Epoch, Geometry, Memory, PAGE_SIZE, PageBytes, PageIndex, PageSet};
+use kage_machine::{
+    Epoch, Geometry, Memory, PAGE_SIZE, PageBytes, PageIndex, PageSet,
+    disk::{Block, block_digest},
+};
+use kage_wire::Have;
 
-use crate::digest::{DigestTable, PageDigest};
+use crate::digest::{DigestTable, PageDigest, is_block};
+
+/// Why a page cannot be left missing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum ElsewhereError {
+    /// Memory, or outside the machine.
+    #[error("{0:?} is no block of the disk, so it cannot be at another host")]
+    NoBlock(PageIndex),
+    /// The disk here has no place for that.
+    #[error("{0:?} is at another host, and this host's disk cannot leave a block out")]
+    Refused(PageIndex),
+}
 
 /// A copy of a machine's pages, each with its version.
 pub struct Mirror {
@@ -38,17 +56,24 @@ impl std::fmt::Debug for Mirror {
 }
 
 impl Mirror {
-    /// An empty mirror in `memory`, which is made all zeros: a shell from a pool may hold pages of
-    /// the template it was warmed with.
+    /// A mirror in `memory`. Its pages are made zeros: a shell from a pool may hold those of the template it
+    /// was warmed with. Blocks held of its disk are kept; missing ones are made zeros, since the owner
+    /// names them again where they are still the disk's.
     #[must_use]
     pub fn new(memory: Arc<dyn Memory>) -> Self {
         let geometry = memory.geometry();
+        let mut digests = DigestTable::new(geometry);
         for page in memory.populated().iter() {
-            memory.zero(page);
+            let block = if is_block(geometry, page) { memory.block(page) } else { Block::Missing(None) };
+            match block {
+                Block::Zeros => {}
+                Block::Held(digest) => digests.set(page, PageDigest::of_block_digest(page, digest)),
+                Block::Missing(_) => memory.zero(page),
+            }
         }
         Self {
             geometry,
-            digests: DigestTable::new(geometry),
+            digests,
             versions: vec![0; geometry.pages() as usize],
             stale: PageSet::empty(geometry.pages()),
             epoch: Epoch(0),
@@ -78,6 +103,25 @@ impl Mirror {
     #[must_use]
     pub const fn digest(&self) -> u128 {
         self.digests.sum()
+    }
+
+    /// Which blocks of the disk are held.
+    #[must_use]
+    pub fn have(&self) -> Have {
+        let blocks = (0..self.geometry.disk_pages).map(|block| (block, self.page_of(block)));
+        Have::of(blocks.filter_map(|(block, page)| {
+            if self.digests.get(page).is_zero() {
+                return None;
+            }
+            match self.memory.block(page) {
+                Block::Held(digest) => Some((block, digest)),
+                Block::Zeros | Block::Missing(_) => None,
+            }
+        }))
+    }
+
+    const fn page_of(&self, block: u32) -> PageIndex {
+        PageIndex(self.geometry.memory_pages + block)
     }
 
     /// Pages that are older than their owner's.
@@ -112,7 +156,12 @@ impl Mirror {
         if !self.touch(epoch, page) {
             return false;
         }
-        self.digests.set(page, PageDigest::of(page, bytes));
+        let digest = if is_block(self.geometry, page) {
+            PageDigest::of_block_digest(page, block_digest(bytes))
+        } else {
+            PageDigest::of(page, bytes)
+        };
+        self.digests.set(page, digest);
         self.memory.write(page, bytes);
         true
     }
@@ -128,6 +177,23 @@ impl Mirror {
         true
     }
 
+    /// Notes that a page of an epoch is a block with this digest, which its owner does not have. It is kept
+    /// where it is held here, and otherwise left missing.
+    ///
+    /// # Errors
+    /// [`ElsewhereError`]; nothing is changed.
+    pub fn elsewhere(&mut self, epoch: Epoch, page: PageIndex, digest: u64) -> Result<(), ElsewhereError> {
+        if !is_block(self.geometry, page) {
+            return Err(ElsewhereError::NoBlock(page));
+        }
+        if self.memory.block(page) != Block::Held(digest) && !self.memory.leave_missing(page, digest) {
+            return Err(ElsewhereError::Refused(page));
+        }
+        self.digests.set(page, PageDigest::of_block_digest(page, digest));
+        let _inside = self.touch(epoch, page);
+        Ok(())
+    }
+
     fn touch(&mut self, epoch: Epoch, page: PageIndex) -> bool {
         let Some(version) = self.versions.get_mut(page.0 as usize) else { return false };
         *version = epoch.0;
@@ -136,16 +202,32 @@ impl Mirror {
         true
     }
 
-    /// Reads everything again and returns the pages that are not what the digests say.
+    /// Reads everything that is held again and returns the pages that are not what the digests say.
     #[must_use]
     pub fn scrub(&self) -> PageSet {
         let mut wrong = PageSet::empty(self.geometry.pages());
         for page in (0..self.geometry.pages()).map(PageIndex) {
-            if PageDigest::of(page, &self.read(page)) != self.digests.get(page) {
+            let found = if is_block(self.geometry, page) {
+                self.scrub_block(page)
+            } else {
+                Some(PageDigest::of(page, &self.read(page)))
+            };
+            if found != Some(self.digests.get(page)) {
                 wrong.insert(page);
             }
         }
         wrong
+    }
+
+    /// The digest of a page of the disk; none of one that is not known, or held and damaged.
+    fn scrub_block(&self, page: PageIndex) -> Option<PageDigest> {
+        let said = self.memory.block(page);
+        let mut bytes = [0; PAGE_SIZE];
+        match (said, self.memory.read_block(page, &mut bytes)) {
+            (Block::Held(_), Block::Held(_)) => Some(PageDigest::of_block_digest(page, block_digest(&bytes))),
+            (Block::Held(_), Block::Missing(_)) => None,
+            (Block::Zeros | Block::Missing(_) | Block::Held(_), found) => PageDigest::of_block(page, found),
+        }
     }
 }
 

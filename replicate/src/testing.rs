@@ -1,19 +1,53 @@
 //! A plain memory and page contents for this crate's tests.
 
-use std::sync::Mutex;
+use std::{
+    collections::BTreeMap,
+    sync::{
+        Mutex,
+        atomic::{AtomicU64, Ordering},
+    },
+};
 
-use kage_machine::{Geometry, Memory, PAGE_SIZE, PageBytes, PageIndex, PageSet};
+use kage_machine::{Geometry, Memory, PAGE_SIZE, PageBytes, PageIndex, PageSet, disk::Block};
 use proptest::prelude::*;
 
 pub(crate) struct TestMemory {
     geometry: Geometry,
     pages: Mutex<Vec<PageBytes>>,
+    /// Blocks that are not here; what is in their place is not theirs.
+    missing: Mutex<BTreeMap<u32, Option<u64>>>,
+    /// Whether blocks may be left missing.
+    pub(crate) leaves: bool,
+    /// Blocks of the disk read.
+    pub(crate) reads: AtomicU64,
 }
 
 impl TestMemory {
     pub(crate) fn new(memory_pages: u32, disk_pages: u32) -> Self {
         let geometry = Geometry { memory_pages, disk_pages };
-        Self { geometry, pages: Mutex::new(vec![[0; PAGE_SIZE]; geometry.pages() as usize]) }
+        Self {
+            geometry,
+            pages: Mutex::new(vec![[0; PAGE_SIZE]; geometry.pages() as usize]),
+            missing: Mutex::default(),
+            leaves: true,
+            reads: AtomicU64::new(0),
+        }
+    }
+
+    /// What every block of the disk is.
+    pub(crate) fn blocks(&self) -> Vec<Block> {
+        let pages = self.geometry.memory_pages..self.geometry.pages();
+        pages.map(|page| self.block(PageIndex(page))).collect()
+    }
+
+    /// Takes a block away.
+    pub(crate) fn lose(&self, page: PageIndex, digest: Option<u64>) {
+        self.missing.lock().unwrap().insert(page.0, digest);
+    }
+
+    /// Gives a missing block its bytes.
+    pub(crate) fn fill(&self, page: PageIndex, bytes: &PageBytes) {
+        self.write(page, bytes);
     }
 
     pub(crate) fn contents(&self) -> Vec<PageBytes> {
@@ -34,6 +68,7 @@ impl Memory for TestMemory {
         if let Some(slot) = self.pages.lock().unwrap().get_mut(page.0 as usize) {
             *slot = *bytes;
         }
+        self.missing.lock().unwrap().remove(&page.0);
     }
 
     fn zero(&self, page: PageIndex) {
@@ -47,7 +82,32 @@ impl Memory for TestMemory {
                 set.insert(PageIndex(index as u32));
             }
         }
+        self.missing.lock().unwrap().keys().for_each(|&page| {
+            set.insert(PageIndex(page));
+        });
         set
+    }
+
+    fn block(&self, page: PageIndex) -> Block {
+        if let Some(&digest) = self.missing.lock().unwrap().get(&page.0) {
+            return Block::Missing(digest);
+        }
+        let mut bytes = [0; PAGE_SIZE];
+        self.read(page, &mut bytes);
+        Block::of(&bytes)
+    }
+
+    fn read_block(&self, page: PageIndex, into: &mut PageBytes) -> Block {
+        self.reads.fetch_add(1, Ordering::Relaxed);
+        self.read(page, into);
+        self.block(page)
+    }
+
+    fn leave_missing(&self, page: PageIndex, digest: u64) -> bool {
+        if self.leaves && self.block(page) != Block::Held(digest) {
+            self.lose(page, Some(digest));
+        }
+        self.leaves
     }
 }
 

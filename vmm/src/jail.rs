@@ -38,9 +38,15 @@ pub fn filter() -> io::Result<()> {
         libc::SYS_writev,
         libc::SYS_pread64,
         libc::SYS_pwrite64,
+        libc::SYS_pwritev,
         libc::SYS_fdatasync,
+        libc::SYS_fallocate,
+        libc::SYS_fstat,
+        libc::SYS_newfstatat,
+        libc::SYS_statx,
         libc::SYS_recvmsg,
         libc::SYS_sendmsg,
+        libc::SYS_sendto,
         libc::SYS_accept4,
         libc::SYS_close,
         libc::SYS_fcntl,
@@ -77,6 +83,15 @@ pub fn filter() -> io::Result<()> {
             .map_err(io::Error::other)?;
     let program = BpfProgram::try_from(filter).map_err(io::Error::other)?;
     seccompiler::apply_filter_all_threads(&program).map_err(io::Error::other)
+}
+
+/// Has all threads allocate from one heap: a thread's own asks the kernel, by a file, whether it may shrink.
+///
+/// Must run before the process has a second thread.
+#[expect(unsafe_code, reason = "sets an option of the allocator in this single-threaded process")]
+pub fn share_heap() {
+    // SAFETY: plain numbers; no other thread allocates meanwhile. Where it fails nothing has changed.
+    unsafe { libc::mallopt(libc::M_ARENA_MAX, 1) };
 }
 
 #[expect(unsafe_code, reason = "unshares namespaces and changes the user of this single-threaded process")]

@@ -40,6 +40,7 @@ use crate::{
     clock::GuestClock,
     cpu,
     dirty::{GuestMemory, Tracker},
+    disk::Attach,
     inspect::Answering,
     jail,
     packet::{self, Packet},
@@ -47,7 +48,7 @@ use crate::{
     tables::{MapError, Tables},
     upcall,
     vcpu::Vcpu,
-    virtio::{block::Block, entropy::Entropy, net::Net},
+    virtio::{block::Block, entropy::Entropy, mmio::Misfit, net::Net},
 };
 
 /// Period of the alarm that takes a busy vCPU out of the guest.
@@ -120,7 +121,7 @@ struct Machine {
     _base: Mapping,
     tables: Tables,
     control: Mapping,
-    /// Memory, control page and, once attached, disk: what a daemon that adopts the machine gets.
+    /// Memory, control page and, once attached, the disk's log and index: what a daemon that adopts the machine gets.
     shared: Vec<OwnedFd>,
     net: Net,
     block: Block,
@@ -139,6 +140,8 @@ struct Machine {
     /// The mailbox has news for the guest.
     news: bool,
     inspecting: Answering,
+    /// What the guest was last told to sync for: the number it answers, and the daemon's requests.
+    syncing: Option<(u32, Vec<u64>)>,
 }
 
 enum Entered {
@@ -357,6 +360,7 @@ impl Machine {
         let tables = Tables::new(setup.geometry.memory_bytes()).map_err(text("map the tables"))?;
         let (mut vcpu, tracker) =
             Vcpu::new(kvm, &setup, base.address(), at, &tables).map_err(|error| error.to_string())?;
+        jail::share_heap();
         jail::drop_privileges(setup.jail).map_err(text("jail"))?;
         let block = Block::new(setup.geometry.disk_bytes()).map_err(text("disk worker"))?;
         // Read once before the filter: finding the vDSO takes system calls that reading the clock does not.
@@ -390,6 +394,7 @@ impl Machine {
             alarm: Duration::ZERO,
             news: false,
             inspecting: Answering::default(),
+            syncing: None,
         })
     }
 
@@ -539,6 +544,7 @@ impl Machine {
         let tracker = &mut self.tracker;
         let blocks = self.block.serve(&self.memory, |block| tracker.note_disk(block));
         let entropy = self.entropy.serve(&self.memory);
+        self.relay_syncs();
         received > 0 || blocks || entropy
     }
 
@@ -549,12 +555,19 @@ impl Machine {
                 self.net.attach(descriptors.into_iter().next());
                 Ok(Reply::Done)
             }
-            Request::AttachDisk => {
-                let disk = descriptors.into_iter().next().ok_or("a disk comes with its descriptor")?;
-                let file = File::from(disk.try_clone().map_err(|error| format!("disk: {error}"))?);
-                self.block.attach(file).map_err(|error| format!("disk: {error}"))?;
-                self.shared.truncate(2);
-                self.shared.push(disk);
+            Request::AttachDisk { identity, disk_elsewhere } => {
+                let [log, index, line]: [OwnedFd; 3] =
+                    descriptors.try_into().map_err(|_| "a disk comes with three descriptors")?;
+                let copy = |of: &OwnedFd| of.try_clone().map_err(|error| format!("disk: {error}"));
+                let (shared_log, shared_index) = (copy(&log)?, copy(&index)?);
+                let attach = Attach { log: log.into(), index, identity, elsewhere: disk_elsewhere, line };
+                self.block.attach(attach)?;
+                self.shared.extend([shared_log, shared_index]);
+                Ok(Reply::Done)
+            }
+            Request::AttachDiskLine => {
+                let line = descriptors.into_iter().next().ok_or("a line comes with its connection")?;
+                self.block.attach_line(line);
                 Ok(Reply::Done)
             }
             Request::Boot => {
@@ -668,6 +681,7 @@ impl Machine {
             return Err("this machine is released and never runs again".into());
         }
         self.phase = Phase::Running { gate_open };
+        self.block.go();
         let at = host_now();
         (self.stopped_at, self.knocked_at) = (at, at);
         Ok(Reply::Started { at })
@@ -678,6 +692,14 @@ impl Machine {
     }
 
     fn pause(&mut self) -> Result<Reply, String> {
+        let paused = self.stop();
+        if paused.is_err() {
+            self.block.go();
+        }
+        paused
+    }
+
+    fn stop(&mut self) -> Result<Reply, String> {
         let at = self.stopped_at;
         if self.phase == (Phase::Running { gate_open: true }) {
             self.net.send(&self.memory);
@@ -689,13 +711,15 @@ impl Machine {
         }
         let vcpu = self.vcpu.save().map_err(|error| error.to_string())?;
         self.net.give_back_held();
+        let tracker = &mut self.tracker;
+        let unsettled = self.block.halt(&self.memory, |block| tracker.note_disk(block));
         let state = SavedState {
             version: STATE_VERSION,
             cpu_baseline: cpu::BASELINE_V3,
             vcpu,
             devices: vec![
                 self.net.transport.save(0),
-                self.block.transport.save(self.block.unfinished()),
+                self.block.save(&self.memory, unsettled),
                 self.entropy.transport.save(0),
             ],
             clock: self.clock.save(at, self.generation),
@@ -720,14 +744,10 @@ impl Machine {
         let [net, block, entropy] = state.devices.as_slice() else {
             return Err("the state has not three devices".into());
         };
-        let pairs = [
-            (&mut self.net.transport, net),
-            (&mut self.block.transport, block),
-            (&mut self.entropy.transport, entropy),
-        ];
-        for (device, saved) in pairs {
-            device.restore(saved, &self.memory).map_err(|error| error.to_string())?;
-        }
+        let misfit = |error: Misfit| error.to_string();
+        self.net.transport.restore(net, &self.memory).map_err(misfit)?;
+        self.block.restore(block, &self.memory).map_err(misfit)?;
+        self.entropy.transport.restore(entropy, &self.memory).map_err(misfit)?;
         self.vcpu.restore(&state.vcpu).map_err(|error| error.to_string())?;
         // Nothing of a machine that was here before, or of a restore that failed half way.
         self.forget_mappings()?;

@@ -2,6 +2,8 @@
 
 mod adopted;
 mod channel;
+mod disk;
+mod pages;
 #[cfg(test)]
 mod tests;
 
@@ -15,7 +17,7 @@ use std::{
     },
     path::{Path, PathBuf},
     process::{Command, Stdio},
-    sync::{Arc, PoisonError, RwLock},
+    sync::Arc,
     time::{Duration, Instant},
 };
 
@@ -25,10 +27,11 @@ use kage_machine::{
     BaseHash, Geometry, Gone, HostInstant, Machine, MachineError, Memory, PAGE_SIZE, PageBytes, PageIndex,
     PageSet, PauseCause, Paused, SavedState, Started,
     control::{Identity, NetCounters, Phase, Reply, Request, Setup, control_page},
+    disk::{Disk, DiskEvents},
 };
 use rustix::{
     event::{PollFd, PollFlags, Timespec, poll},
-    fs::{MemfdFlags, SealFlags, SeekFrom, fcntl_add_seals, memfd_create, seek},
+    fs::{MemfdFlags, SealFlags, fcntl_add_seals, memfd_create},
     io::Errno,
     net::{SocketAddrUnix, bind, listen},
     process::{Pid, PidfdFlags, Signal, WaitId, WaitIdOptions, pidfd_open, pidfd_send_signal, waitid},
@@ -37,6 +40,9 @@ use rustix::{
 use crate::{inspect::Inspector, sys::Mapping, users::User};
 use adopted::shared_file;
 use channel::{Channel, seqpacket};
+use pages::Pages;
+
+pub use disk::{Flushing, RemoteDisk};
 
 /// Longest wait for a killed process to be gone: taking down 2 GiB takes some milliseconds.
 const DEATH: Duration = Duration::from_secs(1);
@@ -74,88 +80,6 @@ pub struct Spawn {
     /// First of 65,536 users and groups without rights, one of which each process becomes; `None`
     /// keeps the caller's (tests).
     pub jail: Option<u32>,
-}
-
-/// Memory and disk as this process maps them.
-struct Pages {
-    geometry: Geometry,
-    memory: Mapping,
-    memory_file: OwnedFd,
-    disk: RwLock<Option<(Mapping, OwnedFd)>>,
-}
-
-impl Pages {
-    fn place(&self, page: PageIndex) -> Option<usize> {
-        page.0.checked_sub(self.geometry.memory_pages).map(|block| block as usize)
-    }
-
-    fn with_disk(&self, act: impl FnOnce(&Mapping)) {
-        if let Some((disk, _)) = self.disk.read().unwrap_or_else(PoisonError::into_inner).as_ref() {
-            act(disk);
-        }
-    }
-}
-
-impl Memory for Pages {
-    fn geometry(&self) -> Geometry {
-        self.geometry
-    }
-
-    fn read(&self, page: PageIndex, into: &mut PageBytes) {
-        match self.place(page) {
-            None => self.memory.read_page(page.0 as usize, into),
-            Some(block) => {
-                into.fill(0);
-                self.with_disk(|disk| disk.read_page(block, into));
-            }
-        }
-    }
-
-    fn write(&self, page: PageIndex, bytes: &PageBytes) {
-        match self.place(page) {
-            None => self.memory.write_page(page.0 as usize, bytes),
-            Some(block) => self.with_disk(|disk| disk.write_page(block, bytes)),
-        }
-    }
-
-    fn zero(&self, page: PageIndex) {
-        let clear = |mapping: &Mapping, index| {
-            if mapping.punch(index).is_err() {
-                mapping.write_page(index, &[0; PAGE_SIZE]);
-            }
-        };
-        match self.place(page) {
-            None => clear(&self.memory, page.0 as usize),
-            Some(block) => self.with_disk(|disk| clear(disk, block)),
-        }
-    }
-
-    fn populated(&self) -> PageSet {
-        let mut set = PageSet::empty(self.geometry.pages());
-        add_data(&self.memory_file, 0, &mut set);
-        if let Some((_, file)) = self.disk.read().unwrap_or_else(PoisonError::into_inner).as_ref() {
-            add_data(file, self.geometry.memory_pages, &mut set);
-        }
-        set
-    }
-}
-
-/// Adds the pages of `file` that are no holes, numbered from `first`.
-fn add_data(file: &OwnedFd, first: u32, set: &mut PageSet) {
-    let page = PAGE_SIZE as u64;
-    let mut at = 0;
-    while let Ok(data) = seek(file, SeekFrom::Data(at)) {
-        let end = seek(file, SeekFrom::Hole(data)).unwrap_or(u64::MAX);
-        for index in data / page..end.div_ceil(page) {
-            let Some(index) = u32::try_from(index).ok().and_then(|index| index.checked_add(first)) else {
-                return;
-            };
-            if !set.insert(PageIndex(index)) && index >= set.pages() {
-                return;
-            }
-        }
-        at = end;
-    }
 }
 
 /// A VMM process and the machine in it.
@@ -220,7 +144,7 @@ impl RemoteMachine {
         let pages = machine.pages.clone();
         for segment in &base.base.data {
             if let Some(pages) = &pages {
-                pages.memory.write(segment.offset as usize, &segment.bytes);
+                pages.write_bytes(segment.offset as usize, &segment.bytes);
             }
         }
         machine.done(&Request::Setup(setup), &[kvm, base.file.as_fd(), memory.as_fd(), control.as_fd()])?;
@@ -251,16 +175,7 @@ impl RemoteMachine {
         let failed = |error: io::Error| MachineError::Refused { reason: format!("map memory: {error}") };
         let mapping = Mapping::new(&memory, geometry.memory_bytes() as usize, true).map_err(failed)?;
         self.control = Some(Mapping::new(control, PAGE_SIZE, true).map_err(failed)?);
-        let disk = RwLock::new(None);
-        self.pages = Some(Arc::new(Pages { geometry, memory: mapping, memory_file: memory, disk }));
-        Ok(())
-    }
-
-    fn map_disk(&self, disk: OwnedFd) -> Result<(), MachineError> {
-        let failed = |error: io::Error| MachineError::Refused { reason: format!("map disk: {error}") };
-        let Some(pages) = &self.pages else { return Ok(()) };
-        let mapping = Mapping::new(&disk, pages.geometry.disk_bytes() as usize, true).map_err(failed)?;
-        *pages.disk.write().unwrap_or_else(PoisonError::into_inner) = Some((mapping, disk));
+        self.pages = Some(Arc::new(Pages::new(geometry, mapping, memory)));
         Ok(())
     }
 
@@ -346,13 +261,86 @@ impl RemoteMachine {
         self.done(&Request::AttachTap, &[tap])
     }
 
-    /// Uses a disk file of the geometry's size.
+    /// Has the process open a disk's log of the geometry's size, or make it where the file is blank: every block is
+    /// then zeros or, with `elsewhere`, missing. Returns before that is done, which [`RemoteMachine::wait_disk`] waits
+    /// for; until it is, the guest's requests wait.
     ///
     /// # Errors
     /// [`MachineError`].
-    pub fn attach_disk(&mut self, disk: OwnedFd) -> Result<(), MachineError> {
-        self.done(&Request::AttachDisk, &[disk.as_fd()])?;
-        self.map_disk(disk)
+    pub fn attach_disk(
+        &mut self,
+        log: OwnedFd,
+        identity: [u8; 16],
+        elsewhere: bool,
+    ) -> Result<(), MachineError> {
+        let failed = |error: io::Error| MachineError::Refused { reason: format!("disk: {error}") };
+        let pages = self.pages.clone().ok_or_else(|| refused("it has no memory yet"))?;
+        let blocks = pages.geometry().disk_pages;
+        let index = kage_disk::Index::memory(u64::from(blocks)).map_err(failed)?;
+        let own = File::from(log.try_clone().map_err(failed)?);
+        let (disk, line) =
+            RemoteDisk::new(blocks, own, index.try_clone().map_err(failed)?).map_err(failed)?;
+        let request = Request::AttachDisk { identity, disk_elsewhere: elsewhere };
+        self.done(&request, &[log.as_fd(), index.as_fd(), line.as_fd()])?;
+        pages.set_disk(Arc::new(disk));
+        Ok(())
+    }
+
+    /// Uses the disk that an adopted machine has.
+    fn adopt_disk(&self, log: OwnedFd, index: OwnedFd) -> Result<(), MachineError> {
+        let failed = |error: io::Error| MachineError::Refused { reason: format!("disk: {error}") };
+        let Some(pages) = &self.pages else { return Ok(()) };
+        let (disk, line) = RemoteDisk::new(pages.geometry().disk_pages, log.into(), index).map_err(failed)?;
+        self.done(&Request::AttachDiskLine, &[line.as_fd()])?;
+        pages.set_disk(Arc::new(disk));
+        Ok(())
+    }
+
+    /// Its disk, if it has one: also whoever does not hold the machine may use it.
+    #[must_use]
+    pub fn disk(&self) -> Option<Arc<dyn Disk>> {
+        self.pages.as_ref()?.disk().map(|disk| disk as Arc<dyn Disk>)
+    }
+
+    /// Has what happens to its disk told from here on, and what has happened.
+    ///
+    /// # Errors
+    /// When threads run out.
+    pub fn watch_disk(&self, events: Arc<dyn DiskEvents>) -> io::Result<()> {
+        match self.pages.as_ref().and_then(|pages| pages.disk()) {
+            Some(disk) => disk.watch(events),
+            None => Ok(()),
+        }
+    }
+
+    /// Waits until its disk is open, if it has one.
+    ///
+    /// # Errors
+    /// Refused with the reason when it cannot be opened, or is not in `patience`.
+    pub fn wait_disk(&self, patience: Duration) -> Result<(), MachineError> {
+        match self.pages.as_ref().and_then(|pages| pages.disk()) {
+            Some(disk) => disk.wait_open(patience),
+            None => Ok(()),
+        }
+    }
+
+    /// Has nothing of its disk committed until its gate opens: a shell for a machine that its source may yet keep.
+    ///
+    /// # Errors
+    /// [`MachineError`].
+    pub fn hold_disk(&self) -> Result<(), MachineError> {
+        match self.pages.as_ref().and_then(|pages| pages.disk()) {
+            Some(disk) => disk.hold(),
+            None => Ok(()),
+        }
+    }
+
+    /// Waits until what was written to its disk's pages is there.
+    fn settle_disk(&self) -> Result<(), MachineError> {
+        match self.pages.as_ref().and_then(|pages| pages.disk()) {
+            Some(disk) => disk.settle(),
+            None => Ok(()),
+        }
     }
 
     /// Starts the kernel from its first instruction.
@@ -407,6 +395,7 @@ impl RemoteMachine {
         paused_at: HostInstant,
         moved: bool,
     ) -> Result<(), MachineError> {
+        self.settle_disk()?;
         self.done(&Request::Restore { state: state.encode(), paused_at, moved }, &[])?;
         self.phase = Phase::Restored;
         Ok(())
@@ -417,6 +406,7 @@ impl RemoteMachine {
     /// # Errors
     /// [`MachineError`].
     pub fn run(&mut self, gate_open: bool) -> Result<Started, MachineError> {
+        self.settle_disk()?;
         match self.ask(&Request::Run { gate_open })? {
             Reply::Started { at } => {
                 self.phase = Phase::Running { gate_open };
@@ -511,7 +501,7 @@ impl RemoteMachine {
     fn word<const N: usize>(&self, at: u64) -> [u8; N] {
         let mut bytes = [0; N];
         if let Some(pages) = &self.pages {
-            pages.memory.read(at as usize, &mut bytes);
+            pages.read_bytes(at as usize, &mut bytes);
         }
         bytes
     }
@@ -542,7 +532,7 @@ impl RemoteMachine {
         let size = abi::LOG_BYTES as u64;
         let mut ring = vec![0; abi::LOG_BYTES];
         if let Some(pages) = &self.pages {
-            pages.memory.read(offset::LOG as usize + std::mem::offset_of!(LogRing, text), &mut ring);
+            pages.read_bytes(offset::LOG as usize + std::mem::offset_of!(LogRing, text), &mut ring);
         }
         let kept = written.min(size);
         let text: Vec<u8> = (written - kept..written).map(|at| ring[(at % size) as usize]).collect();
@@ -567,7 +557,7 @@ impl RemoteMachine {
             let mut message = vec![0; length as usize];
             if let Some(pages) = &self.pages {
                 let from = offset::FAULT as usize + std::mem::offset_of!(FaultRecord, message);
-                pages.memory.read(from, &mut message);
+                pages.read_bytes(from, &mut message);
             }
             format!("guest panic: {}\n", String::from_utf8_lossy(&message))
         } else {
@@ -594,6 +584,10 @@ impl RemoteMachine {
         }
         text
     }
+}
+
+fn refused(reason: &str) -> MachineError {
+    MachineError::Refused { reason: reason.to_owned() }
 }
 
 fn unexpected(reply: &Reply) -> MachineError {
@@ -658,7 +652,18 @@ impl Machine for RemoteMachine {
         self.run(false)
     }
 
+    /// What was synced where it comes from is durable here before anybody hears of it. A disk that fails keeps the
+    /// gate shut no longer than it takes to say so: the guest hears it too.
     fn open_gate(&mut self) -> Result<(), MachineError> {
+        if self.phase == (Phase::Running { gate_open: false }) {
+            let disk = self.pages.as_ref().and_then(|pages| pages.disk());
+            let flushing = disk.as_ref().and_then(|disk| disk.begin_settled_flush().ok());
+            if let (Some(disk), Some(flushing)) = (disk, flushing)
+                && let Err(MachineError::Gone(gone)) = disk.finish_flush(flushing)
+            {
+                return Err(self.is_gone(&gone.reason));
+            }
+        }
         self.done(&Request::OpenGate, &[])?;
         self.phase = Phase::Running { gate_open: true };
         Ok(())
@@ -693,7 +698,7 @@ impl Machine for RemoteMachine {
 impl RemoteMachine {
     /// Whether a set from the VMM is one of this machine's pages.
     fn has_pages_of(&self, set: &PageSet) -> bool {
-        let pages = self.pages.as_ref().map_or(0, |pages| pages.geometry.pages());
+        let pages = self.pages.as_ref().map_or(0, |pages| pages.geometry().pages());
         set.is_well_formed() && set.pages() == pages
     }
 

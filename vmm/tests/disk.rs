@@ -51,12 +51,13 @@ fn files_outlive_the_machine_and_move_with_it() {
         assert!(desk.say("sum big").starts_with(&sum), "after a move");
         assert_eq!(desk.say("fsck"), "all is well\n");
         println!("{}", desk.say("df"));
-        // The power is taken at once. The plain file keeps what was written and not flushed, too.
+        // The process is killed: what was written and not flushed is gone, all of it or none.
         desk.machine().end();
         desk.machine = None;
         let again = lab.login_with(desk.public_key(), HOST_SEED, [11; 32]);
         desk.machine = Some(again);
         assert_eq!(desk.say("cat d/kept"), "kept\n");
+        assert!(!desk.exec("cat lost").status.success());
         assert_eq!(desk.say("stat big"), vid, "with its identity");
         let back = lab.dir().join("back");
         copy(&desk, &desk.remote("big"), back.to_str().unwrap());

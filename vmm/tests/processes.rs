@@ -479,13 +479,9 @@ fn calls(imports: &[(&str, usize)], pages: u32, data: &str, text: &str) -> Strin
     )
 }
 
-/// Makes names of one file until it is refused, and leaves with the reason.
-fn links() -> String {
-    calls(
-        &[("path_link", 7)],
-        1,
-        "(data (i32.const 0) \"a\")",
-        "(loop $more
+/// Makes names until it is refused, and leaves with the reason.
+fn names(import: (&str, usize), call: &str) -> String {
+    let text = "(loop $more
            (local.set $r (i32.const 7))
            (loop $digit
              (i32.store8 (i32.add (i32.const 16) (local.get $r))
@@ -493,11 +489,23 @@ fn links() -> String {
                  (i32.shr_u (local.get $n) (i32.mul (i32.const 4) (local.get $r))))))
              (br_if $digit (i32.ge_s (local.tee $r (i32.sub (local.get $r) (i32.const 1))) (i32.const 0))))
            (local.set $n (i32.add (local.get $n) (i32.const 1)))
-           (local.set $r (call $path_link (i32.const 4) (i32.const 0) (i32.const 0) (i32.const 1)
-             (i32.const 4) (i32.const 16) (i32.const 8)))
+           (local.set $r CALL)
            (br_if $more (i32.eqz (local.get $r))))
-         (call $exit (local.get $r))",
-    )
+         (call $exit (local.get $r))";
+    calls(&[import], 1, "(data (i32.const 0) \"a\")", &text.replace("CALL", call))
+}
+
+/// Names of one file.
+fn links() -> String {
+    let call = "(call $path_link (i32.const 4) (i32.const 0) (i32.const 0) (i32.const 1) \
+                 (i32.const 4) (i32.const 16) (i32.const 8))";
+    names(("path_link", 7), call)
+}
+
+/// Names of as many directories.
+fn directories() -> String {
+    let call = "(call $path_create_directory (i32.const 4) (i32.const 16) (i32.const 8))";
+    names(("path_create_directory", 3), call)
 }
 
 #[test]
@@ -558,11 +566,14 @@ fn endless_calls_delay_no_echo() {
             };
             put(&desk, name, &text);
         }
-        desk.say("mkdir many; echo x > many/a");
+        desk.say("mkdir few many; echo x > few/a; echo x > many/a");
         put(&desk, "links", &links());
+        put(&desk, "directories", &directories());
         // Every name there may be, and the machine is none the worse.
-        let full = desk.exec("cd many; ../links");
-        assert!([41, 51].contains(&full.status.code().unwrap_or(0)), "{full:?}");
+        for command in ["cd few; ../links", "cd many; ../directories"] {
+            let full = desk.exec(command);
+            assert!([34, 41, 51].contains(&full.status.code().unwrap_or(0)), "{command}: {full:?}");
+        }
         let started = Instant::now();
         let count = desk.say("ls many").lines().count();
         eprintln!("{count} names, listed in {:?}", started.elapsed());

@@ -3,7 +3,7 @@
 //! ```text
 //! source                                   target
 //!   Prepare            ──────────────────▶  makes a shell
-//!                      ◀──────────────────  Ready | Failed
+//!                      ◀──────────────────  Ready + what it has of the disk | Failed
 //!   Probe              ──────────────────▶
 //!                      ◀──────────────────  Probed            (any number, before the switch)
 //!   Switch + last epoch ─────────────────▶  restores, runs with its gate shut
@@ -16,13 +16,13 @@
 //!                      ◀──────────────────  Holds | HoldsNothing
 //! ```
 //! Body of a frame: u32 length of the message, the message in postcard, then what travels with it as
-//! it is: the last epoch's pages behind [`Message::Switch`], nothing behind the others. Strings and the
-//! saved state are capped when read. What each message commits its sender to is `kage-migrate`'s.
+//! it is: the last epoch's pages behind [`Message::Switch`], a [`crate::Have`] behind [`Message::Ready`],
+//! nothing behind the others. Strings, the saved state and the list are capped when read. What each message commits its sender to is `kage-migrate`'s.
 
 use kage_machine::{BaseHash, Geometry, HandoverId, Term, UserName, state::MAX_STATE_BYTES};
 use serde::{Deserialize, Serialize};
 
-use crate::{Frame, Kind, bytes::Cursor};
+use crate::{Frame, Kind, bytes::Cursor, have::MAX_HAVE};
 
 /// Longest reason in words, in bytes.
 pub const MAX_REASON: usize = 1024;
@@ -91,7 +91,8 @@ pub enum Message {
         /// And, irrevocably, the right is yours.
         released: bool,
     },
-    /// Target: shell, tap and layout are there; the bulk link may be opened.
+    /// Target: shell, tap and layout are there; the bulk link may be opened. Behind it travels what the target
+    /// has of the disk already.
     Ready,
     /// Target: the answer to a probe.
     Probed {
@@ -142,7 +143,7 @@ pub enum MessageError {
 }
 
 impl Message {
-    /// Any message but [`Message::Switch`], as a frame.
+    /// As a frame, with nothing behind it.
     #[must_use]
     pub fn to_frame(&self) -> Frame {
         self.to_frame_with(&[])
@@ -201,7 +202,10 @@ impl Message {
             Self::Switch(switch) if switch.state.len() > MAX_STATE_BYTES => {
                 Err(MessageError::Damaged("its state is too long"))
             }
-            Self::Switch(_) => Ok((message, behind)),
+            Self::Ready if behind.len() > MAX_HAVE => {
+                Err(MessageError::Damaged("what the target has is too long"))
+            }
+            Self::Switch(_) | Self::Ready => Ok((message, behind)),
             _ if !behind.is_empty() => Err(MessageError::Damaged("bytes travel behind it")),
             _ => Ok((message, behind)),
         }
@@ -243,7 +247,8 @@ mod tests {
     #[test]
     fn every_message_comes_back() {
         for message in samples() {
-            let behind: &[u8] = if matches!(message, Message::Switch(_)) { &[9, 9] } else { &[] };
+            let carries = matches!(message, Message::Switch(_) | Message::Ready);
+            let behind: &[u8] = if carries { &[9, 9] } else { &[] };
             let frame = message.to_frame_with(behind);
             assert_eq!(Message::from_frame(&frame), Ok((message, behind)));
         }
@@ -284,8 +289,12 @@ mod tests {
             Message::from_frame(&Frame::new(Kind::Handover, long)),
             Err(MessageError::TooLong { .. })
         ));
-        let behind = Message::Ready.to_frame_with(&[1]);
+        let behind = Message::Released.to_frame_with(&[1]);
         assert_eq!(Message::from_frame(&behind), Err(MessageError::Damaged("bytes travel behind it")));
+        let most = Message::Ready.to_frame_with(&vec![1; MAX_HAVE]);
+        assert!(Message::from_frame(&most).is_ok() && most.emit().is_ok());
+        let more = Message::Ready.to_frame_with(&vec![1; MAX_HAVE + 1]);
+        assert_eq!(Message::from_frame(&more), Err(MessageError::Damaged("what the target has is too long")));
         let wordy = Message::Failed { reason: "é".repeat(MAX_REASON) }.to_frame();
         let Ok((Message::Failed { reason }, _)) = Message::from_frame(&wordy) else { panic!() };
         assert!(reason.len() <= MAX_REASON);

@@ -15,9 +15,9 @@ use serde::{Deserialize, Serialize};
 use crate::{Frame, Kind, bytes::Cursor, refusal::Refusal, refusal::RefusalCode};
 
 /// Lowest protocol version this build speaks.
-pub const MIN_VERSION: u16 = 1;
+pub const MIN_VERSION: u16 = 2;
 /// Highest protocol version this build speaks.
-pub const MAX_VERSION: u16 = 1;
+pub const MAX_VERSION: u16 = 2;
 
 const MAGIC: [u8; 4] = *b"KAGE";
 
@@ -152,11 +152,11 @@ mod tests {
 
     #[test]
     fn golden_bytes() {
-        assert_eq!(hello(Purpose::Switch).to_frame().body, *b"KAGE\x01\0\x01\0\x02h1\0");
+        assert_eq!(hello(Purpose::Switch).to_frame().body, *b"KAGE\x02\0\x02\0\x02h1\0");
         let bulk = hello(Purpose::Bulk { handover: HandoverId([9; 16]) }).to_frame().body;
-        assert_eq!(bulk[..12], *b"KAGE\x01\0\x01\0\x02h1\x01");
+        assert_eq!(bulk[..12], *b"KAGE\x02\0\x02\0\x02h1\x01");
         assert_eq!(bulk[12..], [9; 16]);
-        assert_eq!(hello(Purpose::Directory).to_frame().body, *b"KAGE\x01\0\x01\0\x02h1\x02");
+        assert_eq!(hello(Purpose::Directory).to_frame().body, *b"KAGE\x02\0\x02\0\x02h1\x02");
     }
 
     #[test]
@@ -194,14 +194,14 @@ mod tests {
 
     #[test]
     fn a_name_no_host_may_have_is_refused() {
-        let frame = Frame::new(Kind::Hello, b"KAGE\x01\0\x01\0\x02/x\0".to_vec());
+        let frame = Frame::new(Kind::Hello, b"KAGE\x02\0\x02\0\x02/x\0".to_vec());
         assert_eq!(Hello::from_frame(&frame), Err(HelloError::Damaged));
     }
 
     proptest! {
         #[test]
         fn arbitrary_bytes_never_panic(tail in prop::collection::vec(any::<u8>(), 0..80)) {
-            let mut body = b"KAGE\x01\0\x01\0".to_vec();
+            let mut body = b"KAGE\x02\0\x02\0".to_vec();
             body.extend(&tail);
             let _ = Hello::from_frame(&Frame::new(Kind::Hello, body));
             let _ = Hello::from_frame(&Frame::new(Kind::Hello, tail));

@@ -17,6 +17,7 @@
 pub mod delta;
 pub mod frame;
 pub mod handover;
+pub mod have;
 pub mod hello;
 pub mod pages;
 pub mod refusal;
@@ -24,6 +25,7 @@ pub mod refusal;
 mod bytes;
 
 pub use frame::{Frame, FrameDecoder, FrameError, Kind};
+pub use have::{Have, HaveError};
 pub use hello::{HandoverId, Hello, HelloError, Purpose};
 pub use pages::{BatchError, BatchReader, BatchWriter, Encoding, EpochMark};
 pub use refusal::{Refusal, RefusalCode};

@@ -43,11 +43,13 @@ pub enum Encoding {
     Lz4 = 2,
     /// What differs from the page the receiver holds ([`crate::delta`]).
     Delta = 3,
+    /// A block of the disk that its sender misses too: the digest of its bytes, u64.
+    Elsewhere = 4,
 }
 
 impl Encoding {
     fn from_code(code: u8) -> Option<Self> {
-        [Self::Zero, Self::Raw, Self::Lz4, Self::Delta].get(usize::from(code)).copied()
+        [Self::Zero, Self::Raw, Self::Lz4, Self::Delta, Self::Elsewhere].get(usize::from(code)).copied()
     }
 
     /// Whether data of that length can be a page in this encoding.
@@ -56,6 +58,7 @@ impl Encoding {
             Self::Zero => length == 0,
             Self::Raw => length == PAGE_SIZE,
             Self::Lz4 | Self::Delta => length > 0 && length < PAGE_SIZE,
+            Self::Elsewhere => length == size_of::<u64>(),
         }
     }
 }

@@ -7,7 +7,7 @@ use std::{
 
 use crate::{
     BLOCK_BYTES, Backing, SECTOR_BYTES, Store, StoreError,
-    index::{Entry, Place, Word, digest_of},
+    index::{Entry, Known, Place, Word, digest_of},
     record::{self, BlockRange, Body, Head, MAX_BLOCKS, MAX_RANGES, Written},
 };
 
@@ -82,34 +82,75 @@ impl<B: Backing> Store<B> {
         self.wrote(blocks.len() * BLOCK_BYTES)
     }
 
-    /// Writes those of the blocks from `first` on that are still missing; a newer write here is never
-    /// overwritten by what another host had. Returns how many were written.
+    /// Writes those of the blocks from `first` on that are still missing and expected to be these, or anything; a
+    /// newer write here is never overwritten by what another host had. Returns how many were written.
     ///
     /// # Errors
     /// As [`Store::write`].
     pub fn fill(&mut self, first: u64, bytes: &[u8]) -> Result<u64, StoreError> {
         let count = (bytes.len() / BLOCK_BYTES) as u64;
         self.inside(&(first..first.saturating_add(count)))?;
-        let missing = |store: &Self, block: u64| store.index.place(block) == Place::Missing;
+        let blocks = (first..).zip(bytes.chunks(BLOCK_BYTES));
+        let fits: Vec<bool> =
+            blocks.map(|(block, bytes)| self.is_what_is_missing(block, digest_of(bytes))).collect();
         let (mut block, mut rest, mut filled) = (first, bytes, 0);
-        while rest.len() >= BLOCK_BYTES {
-            let is_missing = missing(self, block);
-            let most = rest.len() / BLOCK_BYTES;
-            let run =
-                (1..most).find(|ahead| missing(self, block + *ahead as u64) != is_missing).unwrap_or(most);
-            let (part, behind) = rest.split_at(run * BLOCK_BYTES);
-            if is_missing {
+        for run in fits.chunk_by(|one, next| one == next) {
+            let (part, behind) = rest.split_at(rest.len().min(run.len() * BLOCK_BYTES));
+            if part.len() == run.len() * BLOCK_BYTES && run.first() == Some(&true) {
                 self.write(block, part)?;
-                filled += run as u64;
+                filled += run.len() as u64;
             }
-            block += run as u64;
+            block += run.len() as u64;
             rest = behind;
         }
-        if rest.is_empty() {
+        if bytes.len().is_multiple_of(BLOCK_BYTES) {
             Ok(filled)
         } else {
             Err(StoreError::OutOfRange { first, bytes: bytes.len() as u64 })
         }
+    }
+
+    /// Whether a block is missing and may have this digest.
+    #[must_use]
+    pub fn is_what_is_missing(&self, block: u64, digest: u64) -> bool {
+        match self.index.known(block) {
+            Known::Missing(expected) => expected.is_none_or(|expected| expected == digest),
+            Known::Zeros | Known::Held(_) => false,
+        }
+    }
+
+    /// Says what digest a missing block's bytes have: kept in memory only. Whether it was missing and nothing was
+    /// known of it.
+    pub fn expect(&mut self, block: u64, digest: u64) -> bool {
+        let unknown = digest != 0
+            && block < self.geometry.blocks
+            && self.index.known(block) == Known::Missing(None)
+            && self.index.place(block) == Place::Missing;
+        if unknown {
+            self.index.set(block, Entry { word: Word::MISSING, digest });
+        }
+        unknown
+    }
+
+    /// Makes blocks missing whose bytes another host has, under the digests given. One that holds these bytes keeps
+    /// them.
+    ///
+    /// # Errors
+    /// As [`Store::discard`].
+    pub fn leave_missing(&mut self, blocks: &[(u32, u64)]) -> Result<(), StoreError> {
+        for (block, _) in blocks {
+            self.inside(&(u64::from(*block)..u64::from(*block) + 1))?;
+        }
+        let lost: Vec<(u32, u64)> = blocks
+            .iter()
+            .copied()
+            .filter(|(block, digest)| self.index.known(u64::from(*block)) != Known::Held(*digest))
+            .collect();
+        self.set_each(lost.iter().map(|(block, _)| *block), Word::MISSING)?;
+        for (block, digest) in lost {
+            self.index.set(u64::from(block), Entry { word: Word::MISSING, digest });
+        }
+        Ok(())
     }
 
     /// Makes blocks zeros and gives their space back, from the next flush on for good.
@@ -118,6 +159,17 @@ impl<B: Backing> Store<B> {
     /// The medium failed. Never [`StoreError::Full`] but on a log whose medium is full.
     pub fn discard(&mut self, blocks: Range<u64>) -> Result<(), StoreError> {
         self.set_ranges(&blocks, Word::ZEROS)
+    }
+
+    /// The same for blocks that lie anywhere.
+    ///
+    /// # Errors
+    /// As [`Store::discard`].
+    pub fn discard_each(&mut self, blocks: &[u32]) -> Result<(), StoreError> {
+        for block in blocks {
+            self.inside(&(u64::from(*block)..u64::from(*block) + 1))?;
+        }
+        self.set_each(blocks.iter().copied(), Word::ZEROS)
     }
 
     /// Makes blocks missing: another host has them, and what this one had is out of date.
@@ -129,8 +181,12 @@ impl<B: Backing> Store<B> {
     }
 
     fn set_ranges(&mut self, blocks: &Range<u64>, word: Word) -> Result<(), StoreError> {
-        self.usable()?;
         let blocks = self.inside(blocks)?;
+        self.set_each(blocks, word)
+    }
+
+    fn set_each(&mut self, blocks: impl Iterator<Item = u32>, word: Word) -> Result<(), StoreError> {
+        self.usable()?;
         let mut ranges: Vec<BlockRange> = Vec::new();
         for block in blocks {
             if self.index.word(u64::from(block)) == Some(word) {

@@ -73,6 +73,12 @@ impl<B: Backing> Store<B> {
         Ok(Cleaned { copied_bytes: copied(self), freed, more: self.worth_cleaning() })
     }
 
+    /// Whether [`Store::clean`] has something to do that is worth it.
+    #[must_use]
+    pub fn wants_cleaning(&self) -> bool {
+        !self.broken && self.worth_cleaning()
+    }
+
     /// Whether segments in use beyond what is held justify copying.
     fn worth_cleaning(&self) -> bool {
         let waiting = u32::try_from(self.segments.waiting()).unwrap_or(u32::MAX);

@@ -90,7 +90,7 @@ pub enum OpenError {
     #[error(transparent)]
     Recovery(#[from] RecoveryError),
     /// There is something where a store was to be created.
-    #[error("the log file is not empty")]
+    #[error("the log file holds a store already")]
     NotEmpty,
     /// The log is another disk's.
     #[error("the log belongs to another disk")]
@@ -231,10 +231,19 @@ fn open_io(doing: &'static str) -> impl Fn(io::Error) -> OpenError {
 }
 
 impl<B: Backing> Store<B> {
-    /// Creates a store on an empty `backing` for the disk `identity`, and returns once it is durable.
+    /// Whether no store of such a shape was ever created on `backing`, or not to the end.
     ///
     /// # Errors
-    /// The backing is not empty or fails, or shape and index do not fit.
+    /// The backing fails.
+    pub fn is_blank(backing: &B, geometry: &Geometry) -> io::Result<bool> {
+        Ok(backing.length()? <= geometry.segment_at(0) && Superblock::is_blank(backing)?)
+    }
+
+    /// Creates a store on a blank `backing` for the disk `identity`, and returns once it is durable. The superblock is
+    /// written last: a creation that was cut short leaves a blank.
+    ///
+    /// # Errors
+    /// The backing is not blank or fails, or shape and index do not fit.
     pub fn create(
         backing: B,
         index: Index,
@@ -244,12 +253,11 @@ impl<B: Backing> Store<B> {
         tuning: Tuning,
     ) -> Result<Self, OpenError> {
         let geometry = geometry.validated()?;
-        if backing.length().map_err(open_io("measuring the log"))? > 0 {
+        if !Self::is_blank(&backing, &geometry).map_err(open_io("reading the superblock"))? {
             return Err(OpenError::NotEmpty);
         }
         let life = drawn().map_err(open_io("drawing a number"))?;
         let superblock = Superblock { geometry, identity, life };
-        superblock.write(&backing).map_err(open_io("writing the superblock"))?;
         let mut segments = Segments::new(geometry, 0);
         let segment = segments.take().unwrap_or(0);
         let log = LogPoint { segment, chain: life, ..LogPoint::default() };
@@ -263,6 +271,8 @@ impl<B: Backing> Store<B> {
         let first = Piece { log, committed, uncommitted: Layer::default() };
         let piece = checkpoint::begin(&backing, &geometry, life, &PiecePoint::default(), &first)
             .map_err(open_io("writing the first checkpoint"))?;
+        backing.sync().map_err(open_io("syncing the first checkpoint"))?;
+        superblock.write(&backing).map_err(open_io("writing the superblock"))?;
         let mut store = Self::assemble(backing, index, superblock, tuning, log, segments)?;
         (store.piece, store.changed) = (piece, Some(Marks::new(geometry.blocks)));
         for block in 0..geometry.blocks {
@@ -489,6 +499,12 @@ impl<B: Backing> Store<B> {
             Place::At(_) if entry.word.tagged(entry.digest) => Some(entry.digest),
             Place::At(_) | Place::Missing | Place::Unknown => None,
         }
+    }
+
+    /// Whether no sync has failed.
+    #[must_use]
+    pub fn is_usable(&self) -> bool {
+        !self.broken
     }
 
     fn usable(&self) -> Result<(), StoreError> {

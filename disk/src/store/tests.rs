@@ -1,7 +1,7 @@
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::*;
-use crate::{Found, OpenError, Reader, SECTOR_BYTES, Seeded, SimulatedDisk, record};
+use crate::{Found, Known, OpenError, Reader, SECTOR_BYTES, Seeded, SimulatedDisk, record};
 
 const IDENTITY: [u8; 16] = [1; 16];
 const SHAPE: Geometry = Geometry { blocks: 100, segment_bytes: 32 << 10, segments: 40 };
@@ -325,4 +325,59 @@ fn readers_never_see_a_torn_stale_or_foreign_block_while_the_writer_overwrites_a
     });
     assert!(store.stats().cleaned_bytes > 0);
     assert_eq!(store.check(), Vec::<String>::new());
+}
+
+#[test]
+fn what_is_missing_is_filled_with_what_is_expected_alone() {
+    let medium = SimulatedDisk::new();
+    let mut store = created(&medium, SHAPE);
+    let (right, wrong) = (bytes(1), bytes(2));
+    let known = |store: &Store<SimulatedDisk>, block| store.index.known(block);
+    store.write(3, &right).unwrap();
+    store.write(4, &right).unwrap();
+    // One is held already under that digest, the other under another.
+    store.leave_missing(&[(3, digest_of(&right)), (4, digest_of(&wrong)), (9, digest_of(&right))]).unwrap();
+    assert_eq!(known(&store, 3), Known::Held(digest_of(&right)));
+    assert_eq!(known(&store, 4), Known::Missing(Some(digest_of(&wrong))));
+    assert_eq!(store.fill(4, &right).unwrap(), 0, "another's bytes");
+    assert!(!store.expect(4, digest_of(&right)), "it is known");
+    assert_eq!(store.fill(3, &[wrong, wrong].concat()).unwrap(), 1, "what is held stays");
+    assert_eq!(known(&store, 4), Known::Held(digest_of(&wrong)));
+    store.mark_missing(5..7).unwrap();
+    assert_eq!(known(&store, 5), Known::Missing(None));
+    assert!(store.expect(5, 77) && !store.expect(8, 77));
+    assert!(!store.is_what_is_missing(5, 78) && store.is_what_is_missing(6, 78));
+    store.flush().unwrap();
+    assert_eq!(store.check(), Vec::<String>::new());
+    // Expectations are gone with their writer; what is missing is not.
+    let store = opened(&medium, SHAPE).unwrap();
+    for block in [5, 6, 9] {
+        assert_eq!(known(&store, block), Known::Missing(None), "block {block}");
+    }
+    assert!(matches!(
+        opened(&medium, SHAPE).unwrap().leave_missing(&[(100, 1)]),
+        Err(StoreError::OutOfRange { .. })
+    ));
+}
+
+#[test]
+fn a_creation_that_was_cut_short_leaves_a_blank() {
+    let medium = SimulatedDisk::new();
+    let store = created(&medium, SHAPE);
+    drop(store);
+    assert!(!Store::is_blank(&medium, &SHAPE).unwrap());
+    // All but the superblock, which is written last.
+    let cut = SimulatedDisk::new();
+    let mut rest = vec![0; 64 << 10];
+    medium.read_at(8192, &mut rest).unwrap();
+    cut.write_at(8192, &[std::io::IoSlice::new(&rest)]).unwrap();
+    assert!(Store::is_blank(&cut, &SHAPE).unwrap() && opened(&cut, SHAPE).is_err());
+    let mut store = created(&cut, SHAPE);
+    store.write(1, &bytes(1)).unwrap();
+    store.flush().unwrap();
+    assert_eq!(store.check(), Vec::<String>::new());
+    assert_eq!(
+        contents(&opened(&cut, SHAPE).unwrap())[1],
+        Some(u64::from_le_bytes(bytes(1)[..8].try_into().unwrap()))
+    );
 }

@@ -155,12 +155,18 @@ pub(super) fn routes() -> Vec<Route> {
 
 async fn list(State(app): State<App>) -> Reply<Vec<ImageView>> {
     let daemon = app.clone();
-    let records = blocking(move || Ok(daemon.directory.read_all::<ImageRecord>()?.0)).await?;
-    let mut views = Vec::with_capacity(records.len());
+    let all = blocking(move || {
+        let records = daemon.directory.read_all::<ImageRecord>()?.0;
+        let view = |(user, found): (UserName, kage_directory::Versioned<ImageRecord>)| {
+            (daemon.full_view(&user, &found.record), found.record.owner)
+        };
+        Ok(records.into_iter().map(view).collect::<Vec<_>>())
+    })
+    .await?;
+    let mut views = Vec::with_capacity(all.len());
     let mut asked = Vec::new();
-    for (user, found) in records {
-        let view = app.view(&user, &found.record);
-        if found.record.owner == app.me {
+    for (view, owner) in all {
+        if owner == app.me {
             views.push(view);
         } else {
             let app = app.clone();
@@ -196,10 +202,17 @@ async fn show(
         // A name that is asked for is not one that is here.
         let mut changed = app.known(&user).map(|image| image.changed.subscribe());
         let (daemon, name) = (app.clone(), user.clone());
-        let record = blocking(move || daemon.record(&name)).await?;
+        let record = blocking(move || {
+            if timeout.is_zero() {
+                daemon.look_at_disk(&name);
+            }
+            let found = daemon.record(&name)?;
+            Ok(found.map(|found| (daemon.full_view(&name, &found.record), found.record.owner)))
+        })
+        .await?;
         let view = match record {
-            Some(found) if found.record.owner == app.me => Some(app.view(&user, &found.record)),
-            Some(found) => Some(app.ask_owner(app.view(&user, &found.record), LOOK).await),
+            Some((view, owner)) if owner == app.me => Some(view),
+            Some((view, _)) => Some(app.ask_owner(view, LOOK).await),
             None if timeout.is_zero() => return Err(ErrorBody::no_user(&user)),
             None => None,
         };
@@ -244,20 +257,12 @@ async fn login(
     let mut request: LoginRequest = body(&bytes)?;
     // Whoever is asked first knows what "here" means.
     let at = match &request.at {
-        Some(at) => Some(app.place(at)?),
-        None => None,
+        Some(at) => app.place(at)?,
+        None => app.me.clone(),
     };
-    request.at = at.as_ref().map(ToString::to_string);
+    request.at = Some(at.to_string());
     match app.login(&user, &request).await? {
-        Login::Done(reply) => {
-            if let Some(at) = at
-                && at != reply.host
-                && !reply.found
-            {
-                return Ok(Json(app.bring_near(reply, at).await).into_response());
-            }
-            Ok(Json(reply).into_response())
-        }
+        Login::Done(reply) => Ok(Json(reply).into_response()),
         Login::Ask(host) => {
             let path = format!("/v1/images/{user}");
             app.pass_on(&host, hops, Call::new(Method::PUT, path).json(&request).patience(START)).await
@@ -280,9 +285,10 @@ async fn stop(State(app): State<App>, Path(user): Path<String>, hops: Hops) -> R
         let path = format!("/v1/images/{user}/stop");
         return app.pass_on(&owner, hops, Call::new(Method::POST, path).patience(START)).await;
     }
-    app.stop(&user).await?;
+    let unsynced = app.stop(&user).await?;
     let daemon = app.clone();
-    let view = blocking(move || Ok(daemon.view(&user, &daemon.existing(&user)?.record))).await?;
+    let mut view = blocking(move || Ok(daemon.full_view(&user, &daemon.existing(&user)?.record))).await?;
+    view.note = view.note.or(unsynced);
     Ok(Json(view).into_response())
 }
 

@@ -6,10 +6,10 @@ use super::{
     error::{Code, ErrorBody},
     routes,
     types::{
-        ApView, FileView, HostView, ImageView, LogView, LoginReply, LoginRequest, MigrateRequest,
-        MoveOutcome, MovePlan, MoveReport, Operation, OperationState, OperatorView, PhaseView, Place,
-        ProcessView, Pulse, PulseRequest, Ready, Replica, ReplicaHit, ReplicaKind, Resources, RoamAction,
-        RoamReply, RoamRequest, SocketView, State,
+        ApView, DiskView, FileView, GiveRequest, Given, HostView, ImageView, LogView, LoginReply,
+        LoginRequest, MigrateRequest, MoveOutcome, MovePlan, MoveReport, Operation, OperationState,
+        OperatorView, PhaseView, Place, ProcessView, Pulse, PulseRequest, Ready, Replica, ReplicaHit,
+        ReplicaKind, Resources, RoamAction, RoamReply, RoamRequest, ScrubReport, SocketView, State,
     },
 };
 use crate::events::Event;
@@ -63,6 +63,9 @@ fn operation_id(method: &str, path: &str) -> String {
 fn content(answer: &str) -> Value {
     let reference = |name: &str| json!({ "$ref": format!("#/components/schemas/{name}") });
     match answer {
+        "bytes" => {
+            json!({ "application/octet-stream": { "schema": { "type": "string", "format": "binary" } } })
+        }
         "text" => json!({ "text/plain": { "schema": { "type": "string" } } }),
         "Event" => json!({ "text/event-stream": { "schema": reference("Event") } }),
         "OpenApi" => json!({ "application/json": { "schema": { "type": "object" } } }),
@@ -112,6 +115,9 @@ fn schemas() -> Value {
         serde_json::to_value(LoginRequest { at: Some("ap-1".into()), ..LoginRequest::default() }),
     );
     add("LoginReply", serde_json::to_value(&samples.login));
+    add("GiveRequest", serde_json::to_value(GiveRequest { to: samples.host.name.clone() }));
+    add("Given", serde_json::to_value(Given { term: Some(samples.image.term) }));
+    add("ScrubReport", serde_json::to_value(ScrubReport::of(&samples.image.user)));
     add("MigrateRequest", serde_json::to_value(MigrateRequest::default()));
     add("MovePlan", serde_json::to_value(&samples.plan));
     add("MoveReport", serde_json::to_value(&samples.report));
@@ -193,6 +199,10 @@ impl Samples {
             reordered_frames: 0,
             lost_frames: 0,
             lost_pages: 0,
+            disk_pages_sent: 120,
+            disk_bytes_sent: 480_000,
+            disk_pages_elsewhere: 0,
+            disk_pages_held: 25_000,
             replica_hit: ReplicaHit::None,
             phases: vec![PhaseView { name: "converging".into(), ms: 170.5, bytes: 6_900_000 }],
         };
@@ -208,6 +218,13 @@ impl Samples {
                 term,
                 state: State::Running,
                 memory_bytes: 64 << 20,
+                disk: Some(DiskView {
+                    bytes: 1 << 30,
+                    held_bytes: Some(120 << 20),
+                    missing_bytes: Some(8 << 20),
+                    pulled_bytes: 40 << 20,
+                    origin: Some(host("h3")),
+                }),
                 dirty_bytes: 0,
                 replicas: vec![Replica {
                     host: host("h2"),
@@ -229,6 +246,8 @@ impl Samples {
                 state: State::Running,
                 started_ms: 7.5,
                 found: false,
+                disk_missing_bytes: 1 << 30,
+                disk_pulled_bytes: 96 << 10,
                 note: None,
             },
             plan: MovePlan {

@@ -37,8 +37,9 @@ fn the_contract_of_the_reports_fields_is_kept() {
              pages_at_switch bytes_wire bytes_raw faults fault_wait_ms forwarded_frames reordered_frames lost_frames \
              lost_pages replica_hit phases",
         ),
-        ("LoginReply", "user vid address host state started_ms"),
-        ("ImageView", "user vid address host term state memory_bytes dirty_bytes replicas"),
+        ("LoginReply", "user vid address host state started_ms disk_missing_bytes disk_pulled_bytes"),
+        ("ImageView", "user vid address host term state memory_bytes disk dirty_bytes replicas"),
+        ("ScrubReport", "user checked_bytes corrupt_blocks repaired_blocks lost_blocks lost files"),
     ] {
         for word in words(wanted) {
             assert!(fields(name).contains(&word), "{name} lacks {word}");

@@ -122,6 +122,9 @@ pub struct ImageView {
     pub state: State,
     /// Size of its memory.
     pub memory_bytes: u64,
+    /// Its disk, if it has one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub disk: Option<DiskView>,
     /// Bytes that no copy elsewhere has.
     pub dirty_bytes: u64,
     /// Copies elsewhere.
@@ -135,6 +138,76 @@ pub struct ImageView {
     /// Why it is as it is, where that is not plain.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub note: Option<String>,
+}
+
+/// What of an image's disk is at its owner.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DiskView {
+    /// Its size.
+    pub bytes: u64,
+    /// Bytes that its owner holds; absent for a stopped image at which nobody has looked.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub held_bytes: Option<u64>,
+    /// Bytes that are still elsewhere, or nowhere; those of which it is not known yet whether they are zeros count.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub missing_bytes: Option<u64>,
+    /// Bytes fetched from other hosts so far.
+    pub pulled_bytes: u64,
+    /// The host that has what is missing.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub origin: Option<HostName>,
+}
+
+/// What a scrub found; result of `POST /v1/images/{user}/scrub`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ScrubReport {
+    /// Whose disk.
+    pub user: UserName,
+    /// Bytes of the log that were read.
+    pub checked_bytes: u64,
+    /// Blocks of 4 KiB whose bytes were not what had been written.
+    pub corrupt_blocks: u64,
+    /// Those of them that another host still had.
+    pub repaired_blocks: u64,
+    /// Those of them that no host has.
+    pub lost_blocks: u64,
+    /// The first 1,024 of the lost blocks.
+    pub lost: Vec<u32>,
+    /// Files that had lost blocks, where somebody asked the machine.
+    #[serde(default)]
+    pub files: Vec<String>,
+}
+
+impl ScrubReport {
+    /// Nothing was looked at yet.
+    #[must_use]
+    pub fn of(user: &UserName) -> Self {
+        Self {
+            user: user.clone(),
+            checked_bytes: 0,
+            corrupt_blocks: 0,
+            repaired_blocks: 0,
+            lost_blocks: 0,
+            lost: Vec::new(),
+            files: Vec::new(),
+        }
+    }
+}
+
+/// Body of `POST /v1/images/{user}/give`, by the host that asks for the image.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct GiveRequest {
+    /// The asking host.
+    pub to: HostName,
+}
+
+/// Answer to it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Given {
+    /// The term under which the asking host is the owner now; absent: the image stays, for it is no longer stopped, or
+    /// parts of its disk are elsewhere still.
+    pub term: Option<Term>,
 }
 
 /// Body of `PUT /v1/images/{user}`.
@@ -171,6 +244,12 @@ pub struct LoginReply {
     pub started_ms: f64,
     /// Whether it was running before.
     pub found: bool,
+    /// Bytes of its disk that were not here yet; those of which it is not known yet whether they are zeros count.
+    #[serde(default)]
+    pub disk_missing_bytes: u64,
+    /// Bytes of its disk that were fetched before this answer.
+    #[serde(default)]
+    pub disk_pulled_bytes: u64,
     /// What else to know.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub note: Option<String>,

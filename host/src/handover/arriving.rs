@@ -116,9 +116,11 @@ impl Arriving {
         slot.tap = None;
         let tap = daemon.fresh_tap(spec.number).map_err(|error| error.message)?;
         let kept = tap.try_clone().ok();
-        let mut machine = daemon.machines.shell(&spec, tap)?;
+        daemon.lend_log(&image, &record, true).map_err(|error| error.message)?;
+        let mut machine = daemon.machines.shell(&spec, tap).inspect_err(|_| image.disk.back())?;
         if machine.base() != request.base {
             machine.end();
+            image.disk.back();
             return Err(format!(
                 "image {:?} is another build at host {} than what this machine runs; install the same at both hosts, \
                  and stop and start the machine where its own is the older",
@@ -129,8 +131,10 @@ impl Arriving {
         label.ticket = Some(ticket.clone());
         if let Err(error) = machine.relabel(&label) {
             machine.end();
+            image.disk.back();
             return Err(error.to_string());
         }
+        daemon.listen_to_disk(&image, &mut *machine);
         slot.tap = kept;
         slot.ticket = Some(ticket.clone());
         daemon.routes.hold(spec.vid);
@@ -205,12 +209,14 @@ impl TargetSide for Arriving {
                     tracing::warn!(%error, "an arrived machine keeps its old label");
                 }
                 daemon.install(&image, &mut slot, spec, machine);
+                daemon.pull(&image);
                 daemon.routes.let_go(vid, term);
                 let details = json!({ "from": ticket.source, "term": term });
                 daemon.events.emit("arrived", Some(&image.user), details);
             }
             TargetOutcome::Restarted(cause) => {
                 machine.end();
+                image.disk.back();
                 slot.tap = None;
                 daemon.routes.let_go(vid, Term(0));
                 image.set(State::Starting, Some(cause.to_string()));
@@ -220,6 +226,7 @@ impl TargetSide for Arriving {
             }
             TargetOutcome::Nothing(cause) => {
                 machine.end();
+                image.disk.back();
                 slot.tap = None;
                 if let Err(reason) = daemon.net.remove_tap(spec.number) {
                     tracing::warn!(reason, "a tap was not removed");

@@ -31,6 +31,9 @@ use crate::{
 /// After the last page the heartbeat is watched for so long.
 const AFTERGLOW: Duration = Duration::from_secs(1);
 
+/// How long a move waits for the list of what its machine's disk lacks.
+const DIGESTS: Duration = Duration::from_secs(5);
+
 /// What the source's driver is lent.
 pub struct Leaving {
     daemon: Arc<Daemon>,
@@ -181,6 +184,7 @@ impl Daemon {
         if slot.machine.is_none() || image.status().state == State::Failed {
             return Err(ErrorBody::new(Code::Busy, format!("{}'s machine is not running", image.user)));
         }
+        self.await_digests(image, &record, DIGESTS).await?;
         let ticket = Ticket {
             user: image.user.clone(),
             term: record.term,

@@ -46,10 +46,11 @@ impl Daemon {
     }
 
     /// Takes what an earlier daemon left into its slot.
-    fn take_over(&self, image: &Image, slot: &mut Slot, adopted: Adopted) {
+    fn take_over(self: &Arc<Self>, image: &Arc<Image>, slot: &mut Slot, adopted: Adopted) {
         let (label, found, mut machine) = match adopted {
             Adopted::Machine { label, found, machine } => (label, found, machine),
             Adopted::Unreachable(reason) => {
+                image.disk.lend();
                 let note = format!("its process is held here, and cannot be reached: {reason}");
                 image.set(State::InDoubt, Some(note));
                 if slot.unreachable.as_ref() != Some(&reason) {
@@ -74,15 +75,17 @@ impl Daemon {
         slot.unreachable = None;
         slot.tap = machine.take_tap();
         slot.ticket = label.ticket;
+        self.listen_to_disk(image, &mut *machine);
         slot.machine = Some(machine);
     }
 
     /// Looks again for a machine that could not be reached; whether that is settled, either way.
-    fn look_again(&self, image: &Image, slot: &mut Slot) -> bool {
+    fn look_again(self: &Arc<Self>, image: &Arc<Image>, slot: &mut Slot) -> bool {
         match self.machines.adopt_one(&image.user) {
             Some(adopted) => self.take_over(image, slot, adopted),
             None => {
                 slot.unreachable = None;
+                image.disk.back();
                 image.update(|status| *status = super::Status::default());
             }
         }
@@ -96,9 +99,15 @@ impl Daemon {
     pub async fn start_missing(self: &Arc<Self>) -> Result<(), ErrorBody> {
         let daemon = self.clone();
         let records = blocking(move || Ok(daemon.directory.read_all::<ImageRecord>()?.0)).await?;
-        for (user, _) in records.into_iter().filter(|(_, found)| found.record.owner == self.me) {
+        for (user, found) in records.into_iter().filter(|(_, found)| found.record.owner == self.me) {
             let daemon = self.clone();
-            self.runtime.spawn(async move { daemon.settle(user, NOT_FOUND.to_owned()).await });
+            self.runtime.spawn(async move {
+                daemon.settle(user.clone(), NOT_FOUND.to_owned()).await;
+                // Of one that is stopped too: its user may log in anywhere once all of it is here.
+                if found.record.disk_origin.is_some() {
+                    daemon.pull(&daemon.image(&user));
+                }
+            });
         }
         Ok(())
     }
@@ -149,6 +158,7 @@ impl Daemon {
                 return;
             }
             machine.end();
+            image.disk.back();
             slot.machine = None;
             slot.incarnation += 1;
         }
@@ -334,6 +344,7 @@ impl Daemon {
         (slot.spec, slot.ticket, slot.tap) = (None, None, None);
         if let Some(mut machine) = slot.machine.take() {
             machine.end();
+            image.disk.back();
         }
         image.update(|status| *status = super::Status::default());
     }

@@ -12,17 +12,32 @@ pub enum Login {
     Create,
     /// Its owner is this host: start it, or find it running.
     Here,
-    /// Its owner is another host, which starts or finds it.
+    /// Its owner is this host, and cannot give it away: start it, then bring it to where its user is.
+    HereThenNear(HostName),
+    /// It is stopped, and this is the host where its user is: ask its owner for it.
+    Take(HostName),
+    /// Another host does it.
     Ask(HostName),
 }
 
-/// Decides a login. An image is always started by its owner, which has its disk.
+/// Decides a login of a user near host `at`. Only a machine that is to be stopped now goes there: one that is wanted
+/// is where others find it, so that logins at the same time are all answered with the same host. `may_give` says
+/// whether this host, as its owner, may give it away.
 #[must_use]
-pub fn login(record: Option<&ImageRecord>, me: &HostName) -> Login {
-    match record {
-        None => Login::Create,
-        Some(record) if record.owner == *me => Login::Here,
-        Some(record) => Login::Ask(record.owner.clone()),
+pub fn login(record: Option<&ImageRecord>, me: &HostName, at: Option<&HostName>, may_give: bool) -> Login {
+    let Some(record) = record else {
+        return match at {
+            Some(at) if at != me => Login::Ask(at.clone()),
+            _ => Login::Create,
+        };
+    };
+    let is_mine = record.owner == *me;
+    match at.filter(|at| record.wanted == Wanted::Stopped && record.owner != **at) {
+        None if is_mine => Login::Here,
+        None => Login::Ask(record.owner.clone()),
+        Some(at) if at == me => Login::Take(record.owner.clone()),
+        Some(at) if is_mine && !may_give => Login::HereThenNear(at.clone()),
+        Some(at) => Login::Ask(at.clone()),
     }
 }
 
@@ -117,11 +132,34 @@ mod tests {
     }
 
     #[test]
-    fn only_the_owner_starts_an_image() {
-        assert_eq!(login(None, &host("a")), Login::Create);
-        assert_eq!(login(Some(&record("a", None, Wanted::Stopped)), &host("a")), Login::Here);
-        assert_eq!(login(Some(&record("b", None, Wanted::Stopped)), &host("a")), Login::Ask(host("b")));
-        assert_eq!(login(Some(&record("b", Some("a"), Wanted::Running)), &host("a")), Login::Ask(host("b")));
+    fn only_a_stopped_image_goes_to_where_its_user_logs_in() {
+        use Wanted::{Running, Stopped};
+        let (a, b, c) = (&host("a"), &host("b"), &host("c"));
+        let ask = |host: &HostName| Login::Ask(host.clone());
+        for (owned, me, at, may_give, expected) in [
+            (None, a, None, true, Login::Create),
+            (None, a, Some(a), true, Login::Create),
+            (None, a, Some(b), true, ask(b)),
+            (Some(("a", Stopped)), a, None, true, Login::Here),
+            (Some(("a", Stopped)), a, Some(a), true, Login::Here),
+            (Some(("b", Stopped)), a, None, true, ask(b)),
+            (Some(("b", Stopped)), a, Some(a), true, Login::Take(b.clone())),
+            (Some(("b", Stopped)), a, Some(b), true, ask(b)),
+            (Some(("b", Stopped)), a, Some(c), true, ask(c)),
+            (Some(("a", Stopped)), a, Some(b), true, ask(b)),
+            (Some(("a", Stopped)), a, Some(b), false, Login::HereThenNear(b.clone())),
+            // Whoever was faster has started it, and is answered with where it is.
+            (Some(("a", Running)), a, Some(b), true, Login::Here),
+            (Some(("b", Running)), a, Some(a), true, ask(b)),
+            (Some(("b", Running)), a, Some(c), false, ask(b)),
+        ] {
+            let record = owned.map(|(owner, wanted)| record(owner, None, wanted));
+            assert_eq!(
+                login(record.as_ref(), me, at, may_give),
+                expected,
+                "{owned:?} {me} {at:?} {may_give}"
+            );
+        }
     }
 
     #[test]

@@ -8,7 +8,7 @@ use std::{
 use kage_directory::{
     DirectoryError, ImageRecord, Profile, Revision, Versioned, Wanted, allocate_image_number,
 };
-use kage_machine::{HostName, ImageNumber, Term, UserName};
+use kage_machine::{HostName, ImageNumber, Term, UserName, Vid};
 use serde_json::json;
 use tokio::sync::OwnedMutexGuard;
 
@@ -16,7 +16,7 @@ use super::{Daemon, Image, Slot, blocking, check_key, decide};
 use crate::{
     api::{
         error::{Code, ErrorBody},
-        types::{LoginReply, LoginRequest, State},
+        types::{Given, LoginReply, LoginRequest, State},
     },
     machines::{MachineSpec, Via},
     resources,
@@ -39,12 +39,20 @@ pub struct How {
     pub fresh: Option<Term>,
 }
 
+/// How long the guest may take to write what it holds before its machine is ended.
+const SYNC: Duration = Duration::from_secs(10);
+
+/// How often a login looks again when the machine went elsewhere meanwhile.
+const MOST_TURNS: u32 = 4;
+
 /// What a login found to do.
 enum Claimed {
     /// Another host has to do it.
     Elsewhere(HostName),
-    /// This host; with the term, when the record was made for it.
-    Here { fresh: Option<Term> },
+    /// To ask its owner for it.
+    Take(HostName, Vid),
+    /// This host; with the term, when the record was made for it, and where to bring it then.
+    Here { fresh: Option<Term>, near: Option<HostName> },
 }
 
 /// Where a login has to be done.
@@ -68,14 +76,36 @@ impl Daemon {
     ) -> Result<Login, ErrorBody> {
         let key = request.key.as_deref().map(check_key).transpose()?;
         let begun = Instant::now();
-        let (daemon, name, wish) = (self.clone(), user.clone(), request.clone());
-        let fresh = match blocking(move || daemon.claim(&name, &wish, key)).await? {
-            Claimed::Elsewhere(host) => return Ok(Login::Ask(host)),
-            Claimed::Here { fresh } => fresh,
+        let (mut taken, mut turns) = (None, 0);
+        let (reply, fresh, near) = loop {
+            let (daemon, name, wish, key) = (self.clone(), user.clone(), request.clone(), key.clone());
+            let (fresh, near) = match blocking(move || daemon.claim(&name, &wish, key)).await? {
+                Claimed::Elsewhere(host) => return Ok(Login::Ask(host)),
+                Claimed::Take(owner, vid) => {
+                    // Once the record is seen, the directory's view wants a route to a tap that is not there yet.
+                    self.routes.hold(vid);
+                    let given = self.take(user, &owner).await;
+                    if !matches!(given, Ok(Given { term: Some(_) })) {
+                        self.routes.let_go(vid, Term(0));
+                    }
+                    taken = given?.term;
+                    if taken.is_none() {
+                        return Ok(Login::Ask(owner));
+                    }
+                    continue;
+                }
+                Claimed::Here { fresh, near } => (fresh, near),
+            };
+            tracing::debug!(%user, took = ?begun.elapsed(), "claimed");
+            let how = How { with_key: request.key.is_some(), cold: request.cold, fresh: fresh.or(taken) };
+            turns += 1;
+            match self.start(user, begun, how).await {
+                Ok(reply) => break (reply, fresh, near),
+                // Somebody else was faster: where it is now decides.
+                Err(error) if error.code == Code::OwnershipLost && turns < MOST_TURNS => {}
+                Err(error) => return Err(error),
+            }
         };
-        tracing::debug!(%user, took = ?begun.elapsed(), "claimed");
-        let how = How { with_key: request.key.is_some(), cold: request.cold, fresh };
-        let reply = self.start(user, begun, how).await?;
         if fresh.is_some() {
             let daemon = self.clone();
             self.runtime.spawn_blocking(move || daemon.reserve_number());
@@ -84,7 +114,10 @@ impl Daemon {
         if !reply.found {
             self.metrics.observe("kage_login_start_seconds", &[], begun.elapsed());
         }
-        Ok(Login::Done(reply))
+        match near {
+            Some(at) if !reply.found => Ok(Login::Done(self.bring_near(reply, at).await)),
+            _ => Ok(Login::Done(reply)),
+        }
     }
 
     /// Makes the image's record, or adds the key to it.
@@ -94,51 +127,57 @@ impl Daemon {
         request: &LoginRequest,
         key: Option<String>,
     ) -> Result<Claimed, ErrorBody> {
+        let at = request.at.as_deref().map(|at| self.place(at)).transpose()?;
         loop {
             let found = self.record(user)?;
-            let outcome = match decide::login(found.as_ref().map(|found| &found.record), &self.me) {
-                decide::Login::Ask(owner) => return Ok(Claimed::Elsewhere(owner)),
+            let record = found.as_ref().map(|found| &found.record);
+            if let (Some(image), Some(record)) = (&request.image, record)
+                && *image != record.profile.image
+            {
+                return Err(ErrorBody::bad_request(format!(
+                    "{user}'s machine is made from image {:?}, not {image:?}; leave --image away",
+                    record.profile.image
+                )));
+            }
+            let may_give = record.is_some_and(|record| self.may_give(record));
+            let decided = decide::login(record, &self.me, at.as_ref(), may_give);
+            let near = match &decided {
+                decide::Login::HereThenNear(at) => Some(at.clone()),
+                _ => None,
+            };
+            let outcome = match decided {
+                decide::Login::Ask(host) => return Ok(Claimed::Elsewhere(host)),
+                decide::Login::Take(owner) => {
+                    let Some(record) = record else { continue };
+                    return Ok(Claimed::Take(owner, self.vid(record)));
+                }
                 decide::Login::Create => {
-                    if let Some(at) = &request.at {
-                        let host = self.place(at)?;
-                        if host != self.me {
-                            return Ok(Claimed::Elsewhere(host));
-                        }
-                    }
                     let record = self.new_record(user, request, key.clone())?;
                     // Once the record is seen, the directory's view wants a route to a tap that is not there yet.
                     let vid = self.vid(&record);
                     self.routes.hold(vid);
                     match self.swap(user, Revision::ABSENT, &record) {
-                        Ok(_) => return Ok(Claimed::Here { fresh: Some(record.term) }),
+                        Ok(_) => return Ok(Claimed::Here { fresh: Some(record.term), near: None }),
                         Err(error) => {
                             self.routes.let_go(vid, Term(0));
                             Err(error)
                         }
                     }
                 }
-                decide::Login::Here => {
+                decide::Login::Here | decide::Login::HereThenNear(_) => {
                     let Some(Versioned { revision, mut record }) = found else { continue };
-                    if let Some(image) = &request.image
-                        && *image != record.profile.image
-                    {
-                        return Err(ErrorBody::bad_request(format!(
-                            "{user}'s machine is made from image {:?}, not {image:?}; leave --image away",
-                            record.profile.image
-                        )));
-                    }
                     match &key {
                         Some(key) if !record.profile.authorized_keys.contains(key) => {
                             record.profile.authorized_keys.push(key.clone());
                             check_room(&record.profile)?;
                             self.swap(user, revision, &record)
                         }
-                        _ => return Ok(Claimed::Here { fresh: None }),
+                        _ => return Ok(Claimed::Here { fresh: None, near }),
                     }
                 }
             };
             match outcome {
-                Ok(_) => return Ok(Claimed::Here { fresh: None }),
+                Ok(_) => return Ok(Claimed::Here { fresh: None, near }),
                 // Somebody else was faster: what is there now decides.
                 Err(DirectoryError::Conflict { .. }) => {}
                 Err(error) => return Err(error.into()),
@@ -245,6 +284,11 @@ impl Daemon {
         let started_ms = begun.elapsed().as_secs_f64() * 1e3;
         let kind = if found { "found" } else { "login" };
         self.events.emit(kind, Some(user), json!({ "address": vid, "started_ms": started_ms }));
+        let (holder, comes) = (image.clone(), record.clone());
+        let disk_missing_bytes = match record.disk_origin {
+            Some(_) => blocking(move || Ok(holder.disk.missing_at_start(&comes))).await?,
+            None => 0,
+        };
         let note = (found && how.with_key)
             .then(|| "it was running: a key it did not have opens it from its next start on".to_owned());
         Ok(LoginReply {
@@ -256,6 +300,8 @@ impl Daemon {
             state: image.status().state,
             started_ms,
             found,
+            disk_missing_bytes,
+            disk_pulled_bytes: if record.disk_origin.is_some() { image.disk.pulled_bytes() } else { 0 },
             note,
         })
     }
@@ -372,8 +418,10 @@ impl Daemon {
         let tap = self.fresh_tap(spec.number)?;
         slot.tap = tap.try_clone().ok();
         let tapped = begun.elapsed();
-        let machine =
-            self.routes.image(spec.addresses(), &Via::Tap).and_then(|()| self.machines.start(&spec, tap));
+        self.routes.image(spec.addresses(), &Via::Tap).map_err(ErrorBody::failed)?;
+        // Last: from here on something of the disk is here.
+        self.lend_log(image, record, false)?;
+        let machine = self.machines.start(&spec, tap).inspect_err(|_| image.disk.back());
         self.install(image, slot, spec, machine.map_err(ErrorBody::failed)?);
         tracing::debug!(user = %image.user, ?tapped, up = ?begun.elapsed(), "brought up");
         Ok(())
@@ -419,6 +467,10 @@ impl Daemon {
                 ..Default::default()
             };
         });
+        self.listen_to_disk(image, &mut *machine);
+        if spec.disk_elsewhere {
+            self.pull(image);
+        }
         machine.watch(Box::new(move |seen| {
             if let Some(daemon) = daemon.upgrade() {
                 daemon.ended(user, incarnation, seen);
@@ -428,11 +480,12 @@ impl Daemon {
         slot.machine = Some(machine);
     }
 
-    /// Stops a machine whose owner is this host; keeps disk and identity. Idempotent.
+    /// Stops a machine whose owner is this host; keeps disk and identity. Idempotent. Returns why the guest has not
+    /// written what it held, if it has not: it is ended all the same.
     ///
     /// # Errors
     /// [`ErrorBody`].
-    pub async fn stop(self: &Arc<Self>, user: &UserName) -> Result<(), ErrorBody> {
+    pub async fn stop(self: &Arc<Self>, user: &UserName) -> Result<Option<String>, ErrorBody> {
         let image = self.image(user);
         // A move under way would hold the slot to its end.
         if let Some(operation) = image.status().operation {
@@ -452,6 +505,7 @@ impl Daemon {
                 return Err(ErrorBody::new(Code::Busy, message));
             }
             Self::reachable(&image, &slot)?;
+            let unsynced = daemon.sync_guest(&image, &slot);
             if record.wanted != Wanted::Stopped {
                 record.wanted = Wanted::Stopped;
                 revision = daemon.swap(&image.user, revision, &record)?;
@@ -468,10 +522,22 @@ impl Daemon {
                     tracing::debug!(%error, user = %image.user, "indices that nothing had are not given back");
                 }
             }
-            daemon.events.emit("stopped", Some(&image.user), json!({}));
-            Ok(())
+            daemon.events.emit("stopped", Some(&image.user), json!({ "unsynced": unsynced }));
+            if record.disk_origin.is_some() {
+                daemon.pull(&image);
+            }
+            Ok(unsynced)
         })
         .await
+    }
+
+    /// Has a machine's guest write what it holds; says why it did not.
+    fn sync_guest(&self, image: &Image, slot: &Slot) -> Option<String> {
+        let machine = slot.machine.as_ref().filter(|_| image.status().state != State::Failed)?;
+        let error = machine.disk()?.sync_guest(SYNC).err()?;
+        Some(format!(
+            "files written last may be lost: the machine did not sync its disk before it was ended ({error})"
+        ))
     }
 
     /// Ends the process here, if there is one, and removes its tap.
@@ -479,6 +545,7 @@ impl Daemon {
         slot.incarnation += 1;
         if let Some(mut machine) = slot.machine.take() {
             machine.end();
+            image.disk.back();
         }
         (slot.spec, slot.tap, slot.ticket) = (None, None, None);
         if let Err(reason) = self.net.remove_tap(record.number) {

@@ -73,6 +73,7 @@ pub(crate) struct TestSite {
     dir: Scratch,
     addresses: Vec<SocketAddr>,
     network: String,
+    disk: String,
 }
 
 fn host_name(index: usize) -> HostName {
@@ -86,6 +87,15 @@ impl TestSite {
 
     /// With more lines of `[network]`.
     pub async fn with(name: &str, hosts: usize, network: &str) -> (Self, Vec<TestHost>) {
+        Self::configured(name, hosts, network, "0B").await
+    }
+
+    /// With disks of a size.
+    pub async fn with_disks(name: &str, hosts: usize, disk: &str) -> (Self, Vec<TestHost>) {
+        Self::configured(name, hosts, "", disk).await
+    }
+
+    async fn configured(name: &str, hosts: usize, network: &str, disk: &str) -> (Self, Vec<TestHost>) {
         let dir = Scratch::new(name);
         let specs: Vec<_> =
             (0..hosts).map(|index| HostSpec { name: host_name(index), advertise: None }).collect();
@@ -95,7 +105,7 @@ impl TestSite {
             listeners.push(TcpListener::bind("[::1]:0").await.unwrap());
         }
         let addresses = listeners.iter().map(|listener| listener.local_addr().unwrap()).collect();
-        let site = Self { dir, addresses, network: network.to_owned() };
+        let site = Self { dir, addresses, network: network.to_owned(), disk: disk.to_owned() };
         let embedded = Embedded::open(&site.dir.path().join("directory.redb")).unwrap();
         let mut embedded: Option<Arc<dyn Directory>> = Some(Arc::new(embedded));
         let mut all = Vec::new();
@@ -125,7 +135,7 @@ impl TestSite {
              [peer]\nadvertise = \"{address}\"\ntls_dir = {tls:?}\n\
              [cluster]\nendpoints = [\"{first}\"]\n\
              [network]\nprefix = \"fd4b:6167:6500::/48\"\nunderlay = \"lo\"\n{network}\n\
-             [image]\nmemory = \"16MiB\"\ndisk = \"0B\"\n\
+             [image]\nmemory = \"16MiB\"\ndisk = {disk:?}\n\
              [[ap]]\nid = \"ap-{n}\"\nhost = {name:?}\nmobility = \"route\"\n",
             name = name.as_str(),
             state = dir.join("state").to_str().unwrap(),
@@ -134,6 +144,7 @@ impl TestSite {
             address = self.addresses[index],
             first = self.addresses[0],
             network = self.network,
+            disk = self.disk,
             n = index + 1,
         );
         let config = Config::parse(std::path::Path::new("host.toml"), &text).unwrap();
@@ -600,4 +611,45 @@ async fn an_ipv4_address_is_one_images_and_none_is_lost() {
     assert_eq!(hosts[0].login("bob", json!({})).await.ipv4, Some("10.77.0.1".parse().unwrap()));
     assert_eq!(hosts[0].login("carol", json!({})).await.ipv4, None, "there are two");
     assert_eq!(hosts[0].login("alice", json!({})).await.ipv4, Some(address));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_login_elsewhere_that_is_the_one_to_start_the_machine_leaves_it_where_others_find_it() {
+    let (_site, hosts) = TestSite::new("life-second", 2).await;
+    // A first login has made the record at h1, and was overtaken before it started the machine.
+    hosts[0].login("alice", json!({})).await;
+    let (user, directory) = ("bob".parse::<UserName>().unwrap(), &hosts[0].daemon.directory);
+    let like = hosts[0].daemon.existing(&"alice".parse().unwrap()).unwrap().record;
+    let number = kage_directory::allocate_image_number(&**directory).unwrap();
+    let record = ImageRecord { number, ..like };
+    directory.swap(&user, kage_directory::Revision::ABSENT, Some(&record)).unwrap();
+    let second = hosts[1].login("bob", json!({ "at": "ap-2" })).await;
+    assert_eq!((second.host.as_str(), second.found), ("h1", false), "{second:?}");
+    let first = hosts[0].login("bob", json!({ "at": "ap-1" })).await;
+    assert_eq!((first.host.as_str(), first.found), ("h1", true), "{first:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stopped_machine_goes_to_where_its_user_logs_in() {
+    let (_site, hosts) = TestSite::new("life-take", 3).await;
+    let first = hosts[0].login("alice", json!({})).await;
+    for (asked, at, to) in [(1, "ap-2", "h2"), (0, "ap-3", "h3"), (2, "h1", "h1")] {
+        assert_eq!(hosts[0].call(&Call::new(Method::DELETE, "/v1/images/alice")).await.0, 200);
+        let reply = hosts[asked].login("alice", json!({ "at": at })).await;
+        assert_eq!((reply.host.as_str(), reply.found, reply.vid), (to, false, first.vid), "{reply:?}");
+        let holders = hosts.iter().filter(|host| host.machines.process("alice").is_some()).count();
+        assert_eq!(holders, 1);
+    }
+    let record = hosts[0].daemon.existing(&"alice".parse().unwrap()).unwrap().record;
+    assert_eq!((record.term.0, record.disk_origin), (4, None), "one swap each");
+    // Whoever logs in at several places at once finds one machine.
+    assert_eq!(hosts[0].call(&Call::new(Method::DELETE, "/v1/images/alice")).await.0, 200);
+    let (a, b, c) = tokio::join!(
+        hosts[0].login("alice", json!({ "at": "ap-1" })),
+        hosts[1].login("alice", json!({ "at": "ap-2" })),
+        hosts[2].login("alice", json!({ "at": "ap-3" }))
+    );
+    assert_eq!((&a.host, &a.host), (&b.host, &c.host));
+    let holders = hosts.iter().filter(|host| host.machines.process("alice").is_some()).count();
+    assert_eq!(holders, 1);
 }

@@ -280,12 +280,7 @@ impl Daemon {
         let host = self.place(ap.as_str())?;
         let request = LoginRequest { at: Some(host.to_string()), ..LoginRequest::default() };
         match self.login(user, &request).await? {
-            Login::Done(reply) => {
-                if reply.host != host && !reply.found {
-                    self.bring_near(reply, host).await;
-                }
-                Ok(())
-            }
+            Login::Done(_) => Ok(()),
             Login::Ask(host) => {
                 let call =
                     crate::http::Call::new(http::Method::PUT, format!("/v1/images/{user}")).json(&request);

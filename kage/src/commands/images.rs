@@ -6,7 +6,7 @@ use http::Method;
 use kage_host::{
     api::{
         error::{Code, ErrorBody},
-        types::{ImageView, LoginReply, LoginRequest, ReplicaKind},
+        types::{DiskView, ImageView, LoginReply, LoginRequest, ReplicaKind},
     },
     http::Call,
     lifecycle::check_key,
@@ -46,6 +46,10 @@ pub async fn login(client: Client, args: LoginArgs, output: Output) -> Result<()
     }
     let verb = if reply.found { "found at" } else { "started at" };
     output.progress(format!("{} {verb} {} after {:.1} ms", reply.user, reply.host, reply.started_ms));
+    if reply.disk_missing_bytes > 0 {
+        let (pulled, missing) = (bytes(reply.disk_pulled_bytes), bytes(reply.disk_missing_bytes));
+        output.progress(format!("its disk follows: {pulled} so far, at most {missing} to come"));
+    }
     output.result(&reply, |reply| reply.address.to_string())
 }
 
@@ -80,6 +84,7 @@ pub async fn start(client: Client, user: UserName, output: Output) -> Result<(),
 pub async fn logout(client: Client, user: UserName, output: Output) -> Result<(), Failure> {
     let view: ImageView = client.call(&Call::new(Method::DELETE, path(&user, ""))).await?;
     output.progress(format!("{user} is logged out; disk and identity are kept at {}", view.host));
+    unsynced(&view, output);
     output.result(&view, |_| String::new())
 }
 
@@ -87,7 +92,15 @@ pub async fn logout(client: Client, user: UserName, output: Output) -> Result<()
 pub async fn stop(client: Client, user: UserName, output: Output) -> Result<(), Failure> {
     let view: ImageView = client.call(&Call::new(Method::POST, path(&user, "/stop"))).await?;
     output.progress(format!("{user} is stopped at {}", view.host));
+    unsynced(&view, output);
     output.result(&view, |_| String::new())
+}
+
+/// Says what went wrong while a machine was stopped, also to those who want no progress.
+fn unsynced(view: &ImageView, output: Output) {
+    if let Some(note) = &view.note {
+        output.warn(note);
+    }
 }
 
 /// `kage ls`.
@@ -95,7 +108,7 @@ pub async fn ls(client: Client, output: Output) -> Result<(), Failure> {
     let views: Vec<ImageView> = client.call(&Call::new(Method::GET, "/v1/images")).await?;
     output.result(&views, |views| {
         let rows: Vec<_> = views.iter().map(row).collect();
-        table(&["USER", "ADDRESS", "HOST", "TERM", "STATE", "MEMORY", "REPLICAS", "NOTE"], &rows)
+        table(&["USER", "ADDRESS", "HOST", "TERM", "STATE", "MEMORY", "DISK", "REPLICAS", "NOTE"], &rows)
     })
 }
 
@@ -107,9 +120,33 @@ fn row(view: &ImageView) -> Vec<String> {
         view.term.0.to_string(),
         view.state.name().to_owned(),
         bytes(view.memory_bytes),
+        view.disk.as_ref().map_or_else(|| "-".to_owned(), held_of),
         view.replicas.len().to_string(),
         view.note.clone().unwrap_or_default(),
     ]
+}
+
+/// How much of a disk is in use, or how large it is where nobody has looked.
+fn held_of(disk: &DiskView) -> String {
+    match (disk.held_bytes, disk.missing_bytes) {
+        (Some(held), Some(missing)) if missing > 0 => format!("{}+{}", bytes(held), bytes(missing)),
+        (Some(held), _) => bytes(held),
+        (None, _) => format!("of {}", bytes(disk.bytes)),
+    }
+}
+
+fn disk_line(disk: &DiskView) -> String {
+    let mut line = format!("disk      {}", bytes(disk.bytes));
+    if let Some(held) = disk.held_bytes {
+        line.push_str(&format!(", {} held", bytes(held)));
+    }
+    if let (Some(missing), Some(origin)) = (disk.missing_bytes.filter(|missing| *missing > 0), &disk.origin) {
+        line.push_str(&format!(", {} still at {origin}", bytes(missing)));
+    }
+    if disk.pulled_bytes > 0 {
+        line.push_str(&format!(", {} fetched", bytes(disk.pulled_bytes)));
+    }
+    line
 }
 
 /// `kage show`.
@@ -124,6 +161,7 @@ pub async fn show(client: Client, user: UserName, output: Output) -> Result<(), 
             format!("term      {}", view.term.0),
             format!("state     {}", view.state.name()),
             format!("memory    {}", bytes(view.memory_bytes)),
+            view.disk.as_ref().map_or_else(|| "disk      -".to_owned(), disk_line),
             format!("at risk   {}", bytes(view.dirty_bytes)),
         ];
         for replica in &view.replicas {

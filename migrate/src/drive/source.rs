@@ -8,9 +8,9 @@ use std::{
 
 use kage_directory::Directory;
 use kage_machine::{Epoch, HostInstant, Machine, MachineError, PageSet, PauseCause, Paused};
-use kage_replicate::{Link, LinkError, Rate, SendError, Sender};
+use kage_replicate::{EpochStats, LastError, Link, LinkError, Rate, SendError, Sender, find_unknown};
 use kage_wire::{
-    Frame, Purpose,
+    Frame, Have, Purpose,
     handover::{MAX_LAST_EPOCH, Message, Prepare, Switch},
 };
 
@@ -29,6 +29,9 @@ const PROBES: [u32; 2] = [8, 1];
 
 /// On a long link so much time for probes before the first round is enough.
 const PROBE_TIME: Duration = Duration::from_millis(20);
+
+/// Blocks named by their digest that cost as much as a page: 16 bytes each.
+const NAMES_PER_PAGE: u64 = 256;
 
 /// While it may still be cancelled, a wait looks so often whether it was.
 const CANCEL_INTERVAL: Duration = Duration::from_millis(20);
@@ -108,6 +111,7 @@ pub fn resume(
         lost: "never opened".to_owned(),
         inbox: VecDeque::new(),
         bulk: None,
+        have: Have::default(),
         sender: None,
         epoch: Epoch(1),
         dirty: None,
@@ -128,6 +132,9 @@ struct Figures {
     pages_at_switch: u64,
     bytes_wire: u64,
     bytes_raw: u64,
+    disk_pages: u64,
+    disk_bytes: u64,
+    disk_elsewhere: u64,
     drained: Drained,
     arrived: Option<Duration>,
     phases: Vec<Phase>,
@@ -135,6 +142,15 @@ struct Figures {
 }
 
 impl Figures {
+    /// Counts an epoch's pages; bytes on the wire are counted with what carried them.
+    fn count(&mut self, stats: &EpochStats) {
+        self.pages_sent += stats.pages + stats.pages_zero;
+        self.bytes_raw += stats.bytes_raw;
+        self.disk_pages += stats.disk_pages;
+        self.disk_bytes += stats.disk_bytes_wire;
+        self.disk_elsewhere += stats.pages_elsewhere;
+    }
+
     fn enter(&mut self, name: Option<&'static str>) {
         if let Some((name, since, bytes)) = self.phase.take() {
             self.phases.push(Phase {
@@ -160,6 +176,8 @@ struct Drive<'a> {
     /// Messages that came while a probe was under way.
     inbox: VecDeque<Message>,
     bulk: Option<Box<dyn Link>>,
+    /// What the target has of the disk.
+    have: Have,
     sender: Option<Sender>,
     epoch: Epoch,
     /// Pages the target lacks; `None` before the first round.
@@ -288,13 +306,16 @@ impl Drive<'_> {
         let Some(machine) = self.side.machine() else {
             return Some(SourceEvent::MachineGone("no process".into()));
         };
-        let (geometry, base) = (machine.memory().geometry(), machine.base());
+        let (memory, base) = (machine.memory(), machine.base());
+        if find_unknown(&*memory).is_err() {
+            return Some(SourceEvent::RoundFailed(Cause::DiskUnknown));
+        }
         let ticket = &self.spec.ticket;
         let prepare = Message::Prepare(Prepare {
             user: ticket.user.clone(),
             term: ticket.term,
             handover: ticket.handover,
-            geometry,
+            geometry: memory.geometry(),
             base,
             timeout_ms: u32::try_from(self.spec.goal.timeout.as_millis()).unwrap_or(u32::MAX),
         });
@@ -313,12 +334,18 @@ impl Drive<'_> {
         }
         let machine = living(self.side)?;
         let memory = machine.memory();
+        let (have, bandwidth) = (&self.have, self.spec.bandwidth);
+        let sender = self.sender.get_or_insert_with(|| {
+            let mut sender = Sender::knowing(memory.geometry(), have);
+            sender.set_limit(bandwidth);
+            sender
+        });
         let pages = match self.dirty.take() {
             Some(dirty) => dirty,
             None => {
                 // Tracking starts with the harvest, so what is written from here on is found later.
                 let mut pages = machine.harvest().map_err(gone)?;
-                pages.union(&memory.populated());
+                pages.union(&sender.due(&*memory));
                 pages
             }
         };
@@ -327,11 +354,6 @@ impl Drive<'_> {
             let link = self.side.connect(purpose).map_err(|why| failed(Cause::LinkLost(why)))?;
             self.bulk = Some(link);
         }
-        let sender = self.sender.get_or_insert_with(|| {
-            let mut sender = Sender::new(memory.geometry());
-            sender.set_limit(self.spec.bandwidth);
-            sender
-        });
         let Some(bulk) = &mut self.bulk else { return Err(failed(Cause::LinkLost("no bulk link".into()))) };
         let (control, deadline) = (self.control, self.begun + self.spec.goal.timeout);
         let mut watch = |_: &kage_replicate::Progress| {
@@ -343,17 +365,17 @@ impl Drive<'_> {
                 match error {
                     SendError::Cancelled { .. } if control.is_cancelled() => failed(Cause::Cancelled),
                     SendError::Cancelled { .. } => failed(Cause::TimedOut("copying pages")),
+                    SendError::Unknown(_) => failed(Cause::DiskUnknown),
                     other => failed(Cause::LinkLost(other.to_string())),
                 }
             })?;
         self.epoch.0 += 1;
         self.figures.rounds += 1;
-        self.figures.pages_sent += stats.pages + stats.pages_zero;
-        self.figures.bytes_raw += stats.bytes_raw;
+        self.figures.count(&stats);
         self.figures.bytes_wire += stats.bytes_wire;
         let dirty = living(self.side)?.harvest().map_err(gone)?;
         let round = Round {
-            pages: stats.pages + stats.pages_zero,
+            pages: stats.pages + stats.pages_zero + stats.pages_elsewhere / NAMES_PER_PAGE,
             bytes_wire: stats.bytes_wire,
             took: stats.sending + stats.acknowledged,
             dirty: dirty.len().into(),
@@ -389,9 +411,11 @@ impl Drive<'_> {
     fn offer(&mut self) -> SourceEvent {
         let frame = match self.switch_frame() {
             Ok(frame) => frame,
-            Err(why) => return SourceEvent::NotOffered(why),
+            Err(cause) => return SourceEvent::NotOffered(cause),
         };
-        let Some(link) = &mut self.switch else { return SourceEvent::NotOffered(self.lost.clone()) };
+        let Some(link) = &mut self.switch else {
+            return SourceEvent::NotOffered(Cause::LinkLost(self.lost.clone()));
+        };
         // Whatever the error, all of it may have arrived.
         if let Err(error) = link.send(&frame) {
             self.lose(error);
@@ -400,30 +424,34 @@ impl Drive<'_> {
         SourceEvent::OfferMade
     }
 
-    fn switch_frame(&mut self) -> Result<Frame, String> {
-        let gone = || "the machine's process is gone".to_owned();
+    fn switch_frame(&mut self) -> Result<Frame, Cause> {
+        let lost = |why: &str| Cause::LinkLost(why.to_owned());
+        let gone = || lost("the machine's process is gone");
         let memory = self.side.machine().ok_or_else(gone)?.memory();
         let (Some(sender), Some(paused), Some(dirty)) = (&mut self.sender, &self.paused, self.dirty.take())
         else {
-            return Err("nothing was copied before the switch".into());
+            return Err(lost("nothing was copied before the switch"));
         };
         let last = match sender.encode_last(&*memory, &dirty, self.epoch, MAX_LAST_EPOCH) {
             Ok(last) => last,
-            Err(_) => {
+            Err(LastError::Unknown(_)) => return Err(Cause::DiskUnknown),
+            Err(LastError::TooLarge { .. }) => {
                 // Too many for one message: an epoch of their own first, on the bulk link.
-                let bulk = self.bulk.as_mut().ok_or("no bulk link")?;
+                let bulk = self.bulk.as_mut().ok_or_else(|| lost("no bulk link"))?;
                 let mut go_on = |_: &kage_replicate::Progress| ControlFlow::Continue(());
                 let stats = sender
                     .send_epoch(&mut **bulk, &*memory, &dirty, self.epoch, &mut go_on)
-                    .map_err(|error| error.to_string())?;
+                    .map_err(|error| match error {
+                        SendError::Unknown(_) => Cause::DiskUnknown,
+                        other => Cause::LinkLost(other.to_string()),
+                    })?;
                 self.epoch.0 += 1;
                 self.figures.pages_at_switch += stats.pages + stats.pages_zero;
-                self.figures.pages_sent += stats.pages + stats.pages_zero;
-                self.figures.bytes_raw += stats.bytes_raw;
+                self.figures.count(&stats);
                 self.figures.bytes_wire += stats.bytes_wire;
                 sender
                     .encode_last(&*memory, &PageSet::empty(dirty.pages()), self.epoch, MAX_LAST_EPOCH)
-                    .map_err(|error| error.to_string())?
+                    .map_err(|error| lost(&error.to_string()))?
             }
         };
         let switch = Message::Switch(Switch {
@@ -432,8 +460,7 @@ impl Drive<'_> {
             memory_hash: self.spec.verify.then(|| hash_memory(&*memory)),
         });
         self.figures.pages_at_switch += last.stats.pages + last.stats.pages_zero;
-        self.figures.pages_sent += last.stats.pages + last.stats.pages_zero;
-        self.figures.bytes_raw += last.stats.bytes_raw;
+        self.figures.count(&last.stats);
         Ok(switch.to_frame_with(&last.bytes))
     }
 
@@ -540,6 +567,7 @@ impl Drive<'_> {
             match link.recv(Some(until)) {
                 Ok(frame) => match Message::from_frame(&frame) {
                     Ok((Message::Probed { .. }, _)) => {}
+                    Ok((Message::Ready, have)) => return Some(self.ready(have)),
                     Ok((message, _)) => return Some(self.told(message)),
                     Err(error) => self.lose(error),
                 },
@@ -550,6 +578,21 @@ impl Drive<'_> {
                     return Some(SourceEvent::TargetFailed(Cause::TargetRefused(refusal.detail)));
                 }
                 Err(error) => self.lose(error),
+            }
+        }
+    }
+
+    /// The target is ready, and has these blocks of the disk.
+    fn ready(&mut self, have: &[u8]) -> SourceEvent {
+        let blocks = self.side.machine().map_or(0, |machine| machine.memory().geometry().disk_pages);
+        match Have::parse(have, blocks) {
+            Ok(have) => {
+                self.have = have;
+                SourceEvent::TargetReady
+            }
+            Err(error) => {
+                self.lose(error);
+                SourceEvent::LinkLost(error.to_string())
             }
         }
     }
@@ -611,6 +654,10 @@ impl Drive<'_> {
             pages_at_switch: figures.pages_at_switch,
             bytes_wire: figures.bytes_wire,
             bytes_raw: figures.bytes_raw,
+            disk_pages_sent: figures.disk_pages,
+            disk_bytes_sent: figures.disk_bytes,
+            disk_pages_elsewhere: figures.disk_elsewhere,
+            disk_pages_held: self.have.len().into(),
             faults: 0,
             fault_wait_ms: 0.0,
             forwarded_frames: figures.drained.forwarded_frames,

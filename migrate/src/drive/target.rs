@@ -10,7 +10,7 @@ use kage_directory::{Directory, ImageRecord, Records as _};
 use kage_machine::{HandoverId, HostInstant, HostName, Machine, MachineError, SavedState, Term, UserName};
 use kage_replicate::{Link, LinkError, Receiver};
 use kage_wire::{
-    Frame, Kind, Refusal, RefusalCode,
+    Frame, Have, Kind, Refusal, RefusalCode,
     handover::{Message, Prepare},
 };
 
@@ -534,8 +534,12 @@ impl Drive<'_> {
         {
             side.target_started();
         }
+        let mut have = Have::default();
         let message = match what {
-            ToSource::Ready => Message::Ready,
+            ToSource::Ready => {
+                have = lock(&self.session.receiver).as_ref().map(Receiver::have).unwrap_or_default();
+                Message::Ready
+            }
             ToSource::Failed(reason) => Message::Failed { reason },
             ToSource::Started => Message::Started { at_ns: self.started.unwrap_or_default().ns },
             ToSource::Running => {
@@ -544,7 +548,7 @@ impl Drive<'_> {
             }
         };
         if let Some(link) = &mut self.link
-            && let Err(error) = link.send(&message.to_frame())
+            && let Err(error) = link.send(&message.to_frame_with(have.as_bytes()))
         {
             self.lost = error.to_string();
             self.link = None;

@@ -1,5 +1,6 @@
 //! Both drivers against each other: simulated machines, links in memory, an embedded directory.
 
+mod disks;
 mod inquiries;
 mod recovery;
 
@@ -18,7 +19,7 @@ use kage_directory::{
 use kage_machine::{
     Geometry, HandoverId, HostName, Machine, Term, UserName,
     control::Phase,
-    sim::{Call, Mishap, Outside, SimMachine, SimSpec, SimVmm},
+    sim::{Call, Mishap, Outside, SimDisk, SimMachine, SimSpec, SimVmm},
 };
 use kage_replicate::{
     Link,
@@ -103,6 +104,8 @@ impl Directory for Flaky {
 struct Host {
     name: HostName,
     vmm: Mutex<Option<SimVmm>>,
+    /// What machines left here, and what one that is here uses.
+    disk: SimDisk,
     world: Arc<World>,
     mishap: Mutex<Option<(Call, Mishap)>>,
     refuses: AtomicBool,
@@ -131,7 +134,8 @@ impl Host {
 
     fn start(&self) {
         let generation = self.world.generation.fetch_add(1, Ordering::SeqCst) + 1;
-        let vmm = SimVmm::started(
+        let vmm = SimVmm::started_on(
+            self.disk.clone(),
             self.spec(),
             Arc::new(now),
             self.world.outside.clone(),
@@ -168,7 +172,7 @@ impl TargetHost for Arc<Host> {
             return Err("cordoned".into());
         }
         assert_eq!(request.geometry, GEOMETRY);
-        let vmm = SimVmm::shell(self.spec(), Arc::new(now), self.world.outside.clone());
+        let vmm = SimVmm::shell_on(self.disk.clone(), self.spec(), Arc::new(now), self.world.outside.clone());
         vmm.set_mishap(*self.mishap.lock().unwrap());
         *self.vmm.lock().unwrap() = Some(vmm.clone());
         Ok(Box::new(AsTarget { host: self.clone(), machine: vmm.handle() }))
@@ -322,6 +326,7 @@ impl Bench {
             Arc::new(Host {
                 name: name.parse().unwrap(),
                 vmm: Mutex::default(),
+                disk: SimDisk::new(GEOMETRY.disk_pages),
                 world: world.clone(),
                 mishap: Mutex::default(),
                 refuses: AtomicBool::new(false),
@@ -330,6 +335,7 @@ impl Bench {
             })
         };
         let (a, b) = (host("a"), host("b"));
+        disks::fill(&a.disk, &b.disk);
         a.start();
         let limits = Limits {
             switch: Duration::from_millis(150),
@@ -401,6 +407,7 @@ impl Bench {
         assert_eq!(self.world.outside.check(), Ok(()), "{what}: {report:?}");
         let record = self.record();
         assert_eq!(record.intent, None, "{what}: {report:?}");
+        disks::check_nothing_lost(&self.a.disk, &self.b.disk, what);
         let (owner, other) =
             if record.owner == self.a.name { (&self.a, &self.b) } else { (&self.b, &self.a) };
         assert_eq!(owner.found(), Found::Running, "{what}: {report:?}");

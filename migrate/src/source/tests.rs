@@ -26,7 +26,7 @@ fn events() -> Vec<SourceEvent> {
         E::Paused,
         E::PauseRefused(text()),
         E::OfferMade,
-        E::NotOffered(text()),
+        E::NotOffered(Cause::LinkLost(text())),
         E::Resumed,
         E::ReleaseStored,
         E::ReleaseRefused(text()),

@@ -44,7 +44,7 @@ impl State {
                     self.send(B, Message::Offer);
                     SourceEvent::OfferMade
                 } else {
-                    SourceEvent::NotOffered(String::new())
+                    SourceEvent::NotOffered(Cause::LinkLost(String::new()))
                 };
                 self.source(event);
             }

@@ -183,7 +183,7 @@ impl Sim {
                     Some(dirty) => dirty,
                     None => {
                         let Ok(mut pages) = machine.harvest() else { return gone() };
-                        pages.union(&memory.populated());
+                        pages.union(&run.sender.as_ref().expect("ready before a round").due(&*memory));
                         pages
                     }
                 };
@@ -191,7 +191,8 @@ impl Sim {
                     return Some(SourceEvent::RoundFailed(Cause::LinkLost("cut".into())));
                 }
                 run.waiting = Waiting::Ack;
-                self.send(connection, host, Message::Round(read(&*memory, &pages)));
+                let round = encode(run, &*memory, &pages);
+                self.send(connection, host, Message::Round(round));
                 None
             }
             Do::Pause => match machine.map(|mut machine| machine.pause(PauseCause::Switch)) {
@@ -208,13 +209,14 @@ impl Sim {
                 };
                 let dirty = run.dirty.take().unwrap_or_else(|| PageSet::empty(GEOMETRY.pages()));
                 if connection.is_none() {
-                    return Some(SourceEvent::NotOffered("cut".into()));
+                    return Some(SourceEvent::NotOffered(Cause::LinkLost("cut".into())));
                 }
                 let offer = Offer {
-                    pages: read(&*machine.memory(), &dirty),
+                    pages: encode(run, &*machine.memory(), &dirty),
                     state: paused.state,
                     paused_at: at,
                     contents: machine.vmm().contents(),
+                    blocks: machine.vmm().disk().blocks(),
                 };
                 self.send(connection, host, Message::Switch(Box::new(offer)));
                 Some(SourceEvent::OfferMade)
@@ -266,25 +268,33 @@ impl Sim {
             Do::MakeShell => {
                 let ticket = run.ticket.clone();
                 let spec = self.spec();
-                let vmm = SimVmm::shell(spec, self.host_clock(host), self.outside.clone());
+                let (disk, clock) = (self.hosts[host].disk.clone(), self.host_clock(host));
+                let vmm = SimVmm::shell_on(disk, spec, clock, self.outside.clone());
+                target_of(&mut self.hosts[host])?.receiver = Some(Receiver::new(vmm.handle().memory()));
                 self.hosts[host].vmm = Some(vmm);
                 self.hosts[host].label = Some(ticket);
                 Some(TargetEvent::ShellReady)
             }
             Do::Say(message) => {
-                self.send(connection, host, Message::Answer(message));
+                let have = match message {
+                    ToSource::Ready => run.receiver.as_ref().map(Receiver::have).unwrap_or_default(),
+                    ToSource::Failed(_) | ToSource::Started | ToSource::Running => Have::default(),
+                };
+                self.send(connection, host, Message::Answer(message, have));
                 None
             }
             Do::Start => {
                 let (Some(offer), Some(mut machine)) = (run.offer.take(), machine) else {
                     return Some(TargetEvent::StartFailed("gone".into()));
                 };
-                let memory = machine.memory();
-                offer.pages.iter().for_each(|(page, bytes)| memory.write(*page, bytes));
-                assert!(
-                    machine.vmm().contents() == offer.contents || !machine.vmm().is_alive(),
-                    "memory differs at the switch"
-                );
+                let mut receiver = run.receiver.take().expect("a shell");
+                receiver.apply_last(&offer.pages).expect("the last epoch applies");
+                let (vmm, source) = (machine.vmm(), run.ticket.source.clone());
+                assert!(vmm.contents() == offer.contents || !vmm.is_alive(), "memory differs at the switch");
+                let blocks = vmm.disk().blocks();
+                assert_eq!(digests(&blocks), digests(&offer.blocks), "the disk differs at the switch");
+                self.check_missing(host);
+                self.check_missing(self.index(&source));
                 let paused_at = HostInstant { ns: offer.paused_at + offset(host) };
                 match machine.restore(&offer.state, paused_at).and_then(|()| machine.run_gated()) {
                     Ok(_) => Some(TargetEvent::Started),
@@ -292,7 +302,11 @@ impl Sim {
                 }
             }
             Do::OpenGate => match machine.map(|mut machine| machine.open_gate()) {
-                Some(Ok(())) => Some(TargetEvent::Opened),
+                Some(Ok(())) => {
+                    let ticket = run.ticket.clone();
+                    self.hosts[host].ran = Some(ticket);
+                    Some(TargetEvent::Opened)
+                }
                 _ => Some(TargetEvent::MachineGone("killed".into())),
             },
             Do::Swap(change) => self.ask(host, Role::Target, Ask::Swap(change)).map(|_| unreachable!()),
@@ -326,4 +340,11 @@ impl Sim {
             daemon.refused = daemon.refused.max(Some(term));
         }
     }
+}
+
+/// A round as it travels: those pages as they are now.
+fn encode(run: &mut AsSource, memory: &dyn kage_machine::Memory, pages: &PageSet) -> Vec<u8> {
+    run.epoch.0 += 1;
+    let sender = run.sender.as_mut().expect("ready before a round");
+    sender.encode_last(memory, pages, run.epoch, CAP).expect("a round fits").bytes
 }

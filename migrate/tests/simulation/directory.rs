@@ -104,7 +104,8 @@ impl Sim {
         if self.partitioned {
             return;
         }
-        let holds = !matches!(self.found(to), Found::None | Found::Shell);
+        let holds = !matches!(self.found(to), Found::None | Found::Shell)
+            || self.hosts[to].ran.as_ref() == Some(ticket);
         let Some(daemon) = &mut self.hosts[to].daemon else { return };
         match &mut daemon.target {
             Some(run) if run.ticket.handover == ticket.handover => {

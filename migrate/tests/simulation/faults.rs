@@ -17,6 +17,14 @@ impl Sim {
         let (me, user, record) = (self.hosts[host].name.clone(), user(), self.record.clone());
         let found = self.found(host);
         let label = self.hosts[host].label.clone().filter(|_| found == Found::Gated);
+        let ran = self.hosts[host].ran.clone().filter(|_| answered && found == Found::None);
+        if let Some(ran) = ran
+            && let Some(change) = ran_here(&me, &record, &ran)
+        {
+            self.record = change.apply(&record, &ran);
+            self.revision += 1;
+            return self.note(|| format!("host {host} claims what ran here"));
+        }
         let scene = Scene {
             me: &me,
             user: &user,
@@ -25,6 +33,12 @@ impl Sim {
             record: if answered { Ok(Some(&record)) } else { Err(()) },
         };
         let verdict = recover(&scene);
+        if found == Found::Running && record.owner == me {
+            self.check_missing(host);
+            if self.random.chance(30) {
+                self.pull(host);
+            }
+        }
         if !matches!(verdict, Recovery::Nothing | Recovery::Keep | Recovery::Wait) {
             self.note(|| format!("host {host} finds {found:?}: {verdict:?}"));
         }

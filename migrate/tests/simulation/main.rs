@@ -1,14 +1,16 @@
 //! The real deciders over a simulated clock, network, directory and machines, by seed.
 //!
 //! An image walks over three hosts while daemons, machines and the directory die and links are cut. After
-//! every event: never two copies emitting. At every switch: the target's memory is the source's. When
-//! the faults have ended: one copy emits at its owner, nothing was doubled or lost, guest time is true,
+//! every event: never two copies emitting. At every switch: the target's memory is the source's, and its disk block
+//! by block by digest, whatever an earlier stay left there. Always: a block that the owner misses is held by some
+//! host. When the faults have ended: one copy emits at its owner, nothing was doubled or lost, guest time is true,
 //! and the image was started anew only if a machine's process died.
 //!
 //! A failure prints its seed; `KAGE_SEED=n` plays that one alone, with its events.
 
 mod deciders;
 mod directory;
+mod disks;
 mod faults;
 mod network;
 
@@ -24,23 +26,26 @@ use std::{
 
 use kage_directory::{ImageRecord, Profile, Wanted};
 use kage_machine::{
-    Geometry, HandoverId, HostInstant, HostName, ImageNumber, Machine, PageBytes, PageIndex, PageSet,
+    Epoch, Geometry, HandoverId, HostInstant, HostName, ImageNumber, Machine, PAGE_SIZE, PageBytes, PageSet,
     PauseCause, Paused, SavedState, Term, UserName,
     control::Phase,
-    sim::{Outside, SimSpec, SimVmm},
+    disk::{Block, block_digest},
+    sim::{Outside, SimDisk, SimSpec, SimVmm, digests},
 };
 use kage_migrate::{
     Cause, Ticket,
     converge::{Goal, Round, Stubborn},
     ownership::{Change, Standing},
-    recover::{Found, Recovery, Scene, recover},
+    recover::{Found, Recovery, Scene, ran_here, recover},
     source::{self, Patience, Source, SourceEvent, ToTarget},
     target::{self, Target, TargetEvent, TargetOutcome, TargetState, ToSource},
 };
+use kage_replicate::{Receiver, Sender};
+use kage_wire::Have;
 
 const HOSTS: usize = 3;
 const MS: u64 = 1_000_000;
-const GEOMETRY: Geometry = Geometry { memory_pages: 32, disk_pages: 0 };
+const GEOMETRY: Geometry = Geometry { memory_pages: 32, disk_pages: 16 };
 
 /// Waits, as the drivers have them.
 const SWITCH: u64 = 2_000 * MS;
@@ -94,25 +99,27 @@ const FAULTS: [Fault; 9] = [
     Fault::Directory,
 ];
 
-type Pages = Vec<(PageIndex, Box<PageBytes>)>;
+/// Most bytes of a round; more than there are.
+const CAP: usize = 1 << 20;
 
 #[derive(Clone)]
 enum Message {
     Prepare(Ticket),
-    Round(Pages),
+    Round(Vec<u8>),
     Ack,
     Switch(Box<Offer>),
     Say(ToTarget),
-    Answer(ToSource),
+    Answer(ToSource, Have),
 }
 
 #[derive(Clone)]
 struct Offer {
-    pages: Pages,
+    pages: Vec<u8>,
     state: SavedState,
     /// On the simulation's own clock.
     paused_at: u64,
     contents: Vec<PageBytes>,
+    blocks: Vec<Block>,
 }
 
 struct Connection {
@@ -154,6 +161,9 @@ struct Running<D, A, E> {
     seen: Option<(u64, ImageRecord)>,
     begun: u64,
     dirty: Option<PageSet>,
+    sender: Option<Sender>,
+    receiver: Option<Receiver>,
+    epoch: Epoch,
     paused: Option<(Paused, u64)>,
     offer: Option<Box<Offer>>,
     answers: VecDeque<(usize, u64)>,
@@ -172,6 +182,9 @@ impl<D, A, E> Running<D, A, E> {
             seen: None,
             begun,
             dirty: None,
+            sender: None,
+            receiver: None,
+            epoch: Epoch(0),
             paused: None,
             offer: None,
             answers: VecDeque::new(),
@@ -194,8 +207,12 @@ struct Host {
     name: HostName,
     daemon: Option<Daemon>,
     vmm: Option<SimVmm>,
+    /// What machines that were here left, and what the one that is here uses.
+    disk: SimDisk,
     /// Kept by the machine's process.
     label: Option<Ticket>,
+    /// Kept with the disk: of the last machine from another host whose gate was opened here.
+    ran: Option<Ticket>,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -264,7 +281,9 @@ impl Sim {
                 name: name.parse().unwrap(),
                 daemon: Some(Daemon::default()),
                 vmm: None,
+                disk: SimDisk::new(GEOMETRY.disk_pages),
                 label: None,
+                ran: None,
             })
             .collect();
         let record = ImageRecord {
@@ -312,6 +331,7 @@ impl Sim {
             trace,
             born_ns: 0,
         };
+        sim.fill_disks();
         sim.start(0);
         for host in 0..HOSTS {
             sim.at(100 * MS, Event::Supervise { host, incarnation: 0 });
@@ -347,9 +367,9 @@ impl Sim {
     fn start(&mut self, host: usize) {
         self.generation += 1;
         let spec = self.spec();
-        let (clock, seed) = (self.host_clock(host), self.random.next());
+        let (clock, seed, disk) = (self.host_clock(host), self.random.next(), self.hosts[host].disk.clone());
         self.hosts[host].vmm =
-            Some(SimVmm::started(spec, clock, self.outside.clone(), self.generation, seed));
+            Some(SimVmm::started_on(disk, spec, clock, self.outside.clone(), self.generation, seed));
         self.hosts[host].label = None;
         self.born_ns = self.now;
     }
@@ -481,6 +501,7 @@ impl Sim {
             let daemon = host.daemon.as_ref().expect("a daemon is down");
             assert!(daemon.source.is_none() && daemon.target.is_none(), "{} is still at work", host.name);
         }
+        self.check_missing(owner);
         let vmm = self.hosts[owner].vmm.clone().unwrap();
         vmm.catch_up();
         assert_eq!(self.outside.check(), Ok(()), "output was doubled or lost");
@@ -504,17 +525,6 @@ fn source_of(host: &mut Host) -> Option<&mut AsSource> {
 
 fn target_of(host: &mut Host) -> Option<&mut AsTarget> {
     host.daemon.as_mut().and_then(|daemon| daemon.target.as_mut())
-}
-
-fn read(memory: &dyn kage_machine::Memory, pages: &PageSet) -> Pages {
-    pages
-        .iter()
-        .map(|page| {
-            let mut bytes = Box::new([0; kage_machine::PAGE_SIZE]);
-            memory.read(page, &mut bytes);
-            (page, bytes)
-        })
-        .collect()
 }
 
 /// Plays one run; a panic names what to play again.

@@ -72,7 +72,11 @@ impl Sim {
         let working = daemon.target.is_some() || daemon.source.is_some();
         let given_up = daemon.refused.is_some_and(|refused| ticket.term <= refused);
         if busy || working || given_up {
-            return self.send(Some(connection), to, Message::Answer(ToSource::Failed("busy".into())));
+            return self.send(
+                Some(connection),
+                to,
+                Message::Answer(ToSource::Failed("busy".into()), Have::default()),
+            );
         }
         let (target, actions) = Target::begin();
         let mut run = AsTarget::new(ticket, target, actions, now);
@@ -85,10 +89,14 @@ impl Sim {
         let clock = self.now;
         let Some(run) = source_of(&mut self.hosts[host]) else { return };
         let event = match message {
-            Message::Answer(ToSource::Ready) => SourceEvent::TargetReady,
-            Message::Answer(ToSource::Failed(why)) => SourceEvent::TargetFailed(Cause::TargetFailed(why)),
-            Message::Answer(ToSource::Started) => SourceEvent::TargetStarted,
-            Message::Answer(ToSource::Running) => SourceEvent::TargetRunning,
+            Message::Answer(ToSource::Ready, have) => {
+                let have = Have::parse(have.as_bytes(), GEOMETRY.disk_pages).expect("what a target has");
+                run.sender = Some(Sender::knowing(GEOMETRY, &have));
+                SourceEvent::TargetReady
+            }
+            Message::Answer(ToSource::Failed(why), _) => SourceEvent::TargetFailed(Cause::TargetFailed(why)),
+            Message::Answer(ToSource::Started, _) => SourceEvent::TargetStarted,
+            Message::Answer(ToSource::Running, _) => SourceEvent::TargetRunning,
             Message::Ack => {
                 run.waiting = Waiting::Nothing;
                 let began = run.begun;
@@ -119,17 +127,17 @@ impl Sim {
 
     pub(crate) fn hear_as_target(&mut self, host: usize, message: Message) {
         // Its memory can be written even when its process has died unnoticed.
-        let shell = self.hosts[host].vmm.clone();
         let Some(run) = target_of(&mut self.hosts[host]) else { return };
         let connection = run.connection;
         match message {
             Message::Round(pages) => {
                 let copying = matches!(run.decider.state, TargetState::Mirroring | TargetState::Ready);
-                let Some(shell) = shell.filter(|_| copying) else { return };
-                let memory = shell.handle().memory();
-                pages.iter().for_each(|(page, bytes)| memory.write(*page, bytes));
+                let Some(receiver) = run.receiver.as_mut().filter(|_| copying) else { return };
+                receiver.apply_last(&pages).expect("a round applies");
                 run.inbox.push_back(TargetEvent::CopyHeld);
+                let source = run.ticket.source.clone();
                 self.send(connection, host, Message::Ack);
+                self.check_missing(self.index(&source));
             }
             Message::Switch(offer) => {
                 run.offer = Some(offer);
@@ -137,7 +145,7 @@ impl Sim {
             }
             Message::Say(ToTarget::Released) => run.inbox.push_back(TargetEvent::Released),
             Message::Say(ToTarget::Cancel) => run.inbox.push_back(TargetEvent::Cancelled),
-            Message::Prepare(_) | Message::Ack | Message::Answer(_) => {}
+            Message::Prepare(_) | Message::Ack | Message::Answer(..) => {}
         }
         self.go_on(host, Role::Target);
     }

@@ -13,6 +13,7 @@ fn decode(bytes: &[u8]) -> Result<Vec<(PageIndex, Vec<u8>)>, DecodeError> {
                 Content::Zero => vec![0; PAGE_SIZE],
                 Content::Bytes(bytes) => bytes.to_vec(),
                 Content::Delta(delta) => delta.to_vec(),
+                Content::Elsewhere(digest) => digest.to_le_bytes().to_vec(),
             },
         ));
         Ok::<(), DecodeError>(())

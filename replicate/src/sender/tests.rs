@@ -206,7 +206,7 @@ fn a_last_epoch_above_its_limit_changes_nothing() {
     let pages = memory.populated();
     assert_eq!(
         sender.encode_last(&memory, &pages, Epoch(1), 300_000).unwrap_err(),
-        TooLarge { cap: 300_000 }
+        LastError::TooLarge { cap: 300_000 }
     );
     assert_eq!(sender.digest(), 0);
     let last = sender.encode_last(&memory, &pages, Epoch(1), 1 << 20).unwrap();

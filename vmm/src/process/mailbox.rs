@@ -68,6 +68,32 @@ impl Machine {
         (status == abi::status::FAILED).then(|| "the guest stopped on a fault or panic".to_owned())
     }
 
+    /// Tells the guest that it is to sync, and the disk's worker that it has.
+    pub(super) fn relay_syncs(&mut self) {
+        if let Some(requests) = self.block.take_syncs() {
+            let field = std::mem::offset_of!(BootPage, sync_wanted);
+            let number = u32::from_le_bytes(self.read_word(field)).wrapping_add(1);
+            self.write_word(field, &number.to_le_bytes());
+            let (wanted, waiting) = self.syncing.get_or_insert_default();
+            *wanted = number;
+            waiting.extend(requests);
+            self.news = true;
+        }
+        let Some((number, _)) = &self.syncing else { return };
+        let done = u32::from_le_bytes(self.read_word(std::mem::offset_of!(BootPage, sync_done)));
+        if done.wrapping_sub(*number).cast_signed() < 0 {
+            return;
+        }
+        let status = u32::from_le_bytes(self.read_word(std::mem::offset_of!(BootPage, sync_status)));
+        let result = match status {
+            abi::sync_status::DONE => Ok(()),
+            _ => Err("its files are not safe on the disk; `kage logs` says why".to_owned()),
+        };
+        if let Some((_, requests)) = self.syncing.take() {
+            self.block.synced(requests, &result);
+        }
+    }
+
     /// Writes the door's answer.
     pub(super) fn tell_time(&mut self) {
         let reading = self.clock.read(host_now(), wall_now());

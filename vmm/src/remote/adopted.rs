@@ -5,6 +5,7 @@
 
 use std::{io, os::fd::OwnedFd, path::Path};
 
+use kage_disk::Index;
 use kage_machine::{
     Geometry, MachineError, PAGE_SIZE,
     control::{CONTROL_VERSION, Made, Reply, Request},
@@ -61,8 +62,8 @@ impl RemoteMachine {
             let wrong = |what| MachineError::Refused { reason: format!("its process hands out {what}") };
             let received = Received::check(&made, descriptors).map_err(wrong)?;
             self.map(made.geometry, received.memory, &received.control)?;
-            if let Some(disk) = received.disk {
-                self.map_disk(disk)?;
+            if let Some((log, index)) = received.disk {
+                self.adopt_disk(log, index)?;
             }
             (self.base, self.tap) = (made.base, received.tap);
         }
@@ -89,7 +90,8 @@ pub(super) fn shared_file(name: &str, bytes: u64) -> io::Result<OwnedFd> {
 pub(super) struct Received {
     pub memory: OwnedFd,
     pub control: OwnedFd,
-    pub disk: Option<OwnedFd>,
+    /// Log and index.
+    pub disk: Option<(OwnedFd, OwnedFd)>,
     pub tap: Option<OwnedFd>,
 }
 
@@ -100,7 +102,7 @@ impl Received {
         let of_bytes = |pages: u32| u64::from(pages) * PAGE_SIZE as u64;
         Geometry::from_bytes(of_bytes(geometry.memory_pages), of_bytes(geometry.disk_pages))
             .map_err(|_| "a size no machine has")?;
-        if descriptors.len() != 2 + usize::from(disk) + usize::from(tap) {
+        if descriptors.len() != 2 + 2 * usize::from(disk) + usize::from(tap) {
             return Err("another number of descriptors than it says");
         }
         let mut descriptors = descriptors.into_iter();
@@ -108,7 +110,7 @@ impl Received {
         let received = Self {
             memory: next()?,
             control: next()?,
-            disk: disk.then(&mut next).transpose()?,
+            disk: if disk { Some((next()?, next()?)) } else { None },
             tap: tap.then(&mut next).transpose()?,
         };
         if !keeps_size(&received.memory, geometry.memory_bytes()) {
@@ -117,9 +119,14 @@ impl Received {
         if !keeps_size(&received.control, PAGE_SIZE as u64) {
             return Err("a control page of another size");
         }
-        // A disk is a file that only this host's daemons open; its process has no call to cut it short.
-        if received.disk.as_ref().is_some_and(|disk| size(disk) != Some(geometry.disk_bytes())) {
-            return Err("a disk of another size");
+        // The log is read and never mapped.
+        let index_bytes = Index::bytes_for(u64::from(geometry.disk_pages));
+        if received
+            .disk
+            .as_ref()
+            .is_some_and(|(log, index)| size(log).is_none() || !keeps_size(index, index_bytes))
+        {
+            return Err("a disk that is none, or of another size");
         }
         if received.tap.as_ref().is_some_and(|tap| !is_tap(tap)) {
             return Err("a tap that is none");
@@ -169,13 +176,18 @@ mod tests {
         file
     }
 
+    fn index(blocks: u64) -> OwnedFd {
+        Index::memory(blocks).unwrap()
+    }
+
     fn null() -> OwnedFd {
         std::fs::File::open("/dev/null").unwrap().into()
     }
 
     #[test]
     fn what_is_as_said_is_taken() {
-        let received = Received::check(&made(GEOMETRY, true, false), vec![file(4096), file(1), unsealed(2)]);
+        let files = vec![file(4096), file(1), unsealed(0), index(2)];
+        let received = Received::check(&made(GEOMETRY, true, false), files);
         assert!(received.is_ok_and(|received| received.disk.is_some() && received.tap.is_none()));
         if let Ok(tap) = std::fs::File::open("/dev/net/tun") {
             let received =
@@ -195,8 +207,10 @@ mod tests {
             (GEOMETRY, false, false, vec![file(4096), file(0)]),
             (GEOMETRY, false, false, vec![file(4096), unsealed(1)]),
             (GEOMETRY, false, false, vec![null(), file(1)]),
-            (GEOMETRY, true, false, vec![file(4096), file(1), file(1)]),
-            (GEOMETRY, true, false, vec![file(4096), file(1), null()]),
+            (GEOMETRY, true, false, vec![file(4096), file(1), unsealed(2)]),
+            (GEOMETRY, true, false, vec![file(4096), file(1), unsealed(2), index(1)]),
+            (GEOMETRY, true, false, vec![file(4096), file(1), unsealed(2), unsealed(3)]),
+            (GEOMETRY, true, false, vec![file(4096), file(1), null(), index(2)]),
             (GEOMETRY, false, true, vec![file(4096), file(1), null()]),
             (GEOMETRY, true, true, vec![file(4096), file(1), file(2)]),
             (GEOMETRY, false, false, vec![file(4096), file(1), file(2)]),

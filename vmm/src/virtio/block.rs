@@ -1,78 +1,78 @@
-//! The block device (virtio 1.2 §5.2): requests go to one I/O worker in order, their completions are
-//! delivered at the door.
+//! The block device (virtio 1.2 §5.2): requests go to the disk's worker, their completions are delivered at the door.
 //!
-//! A worker that takes requests in order lets a save put the unfinished ones back by moving the ring's
-//! position; they are idempotent and are issued again at the target.
+//! Requests are whole blocks of 4 KiB and may be answered in any order. A save puts the unfinished ones back: into the
+//! ring before the position from which they are taken again, which the driver has no more use for. They are
+//! idempotent and are issued again at the target.
 
 use std::{
-    collections::VecDeque,
-    fs::File,
-    os::{
-        fd::{AsFd, BorrowedFd, OwnedFd},
-        unix::fs::FileExt,
-    },
-    sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel},
-    thread,
+    collections::{BTreeMap, VecDeque},
+    os::fd::{BorrowedFd, OwnedFd},
 };
 
-use kage_machine::PAGE_SIZE;
+use kage_machine::{PAGE_SIZE, state::VirtioState};
 use virtio_queue::QueueT;
 use vm_memory::{Bytes, GuestAddress};
 
-use super::mmio::Transport;
-use crate::{dirty::GuestMemory, sys::watchdog};
+use super::mmio::{Misfit, Transport};
+use crate::{
+    dirty::GuestMemory,
+    disk::{Attach, Disk, Done, News, Standing, queue::Job},
+};
 
 /// Device id.
 pub const ID: u32 = 2;
-/// Flush requests are understood.
+/// Flush requests are understood, …
 pub const FLUSH: u64 = 1 << 9;
+/// … and discards.
+pub const DISCARD: u64 = 1 << 13;
+/// The configuration says how large a part may be, …
+const SIZE_MAX: u64 = 1 << 1;
+/// … how many there may be, …
+const SEG_MAX: u64 = 1 << 2;
+/// … and how large a block is.
+const BLK_SIZE: u64 = 1 << 6;
 
 const SECTOR: u64 = 512;
+const SECTORS: u64 = PAGE_SIZE as u64 / SECTOR;
 /// Largest transfer of one request.
 const TRANSFER_MAX: usize = 1 << 20;
+/// Most parts of one request, header and status not counted.
+const PARTS_MAX: u32 = 254;
 /// Requests the worker holds at a time.
 const DEPTH: usize = 64;
+/// Bytes of a range to discard (virtio 1.2 §5.2.6).
+const RANGE: usize = 16;
 
 const TYPE_IN: u32 = 0;
 const TYPE_OUT: u32 = 1;
 const TYPE_FLUSH: u32 = 4;
 const TYPE_GET_ID: u32 = 8;
+const TYPE_DISCARD: u32 = 11;
 
 const STATUS_OK: u8 = 0;
 const STATUS_IO_ERROR: u8 = 1;
 const STATUS_UNSUPPORTED: u8 = 2;
 
-enum Work {
-    /// Uses another file from here on.
-    Attach(File),
-    Read {
-        at: u64,
-        length: usize,
-    },
-    Write {
-        at: u64,
-        bytes: Vec<u8>,
-    },
-    Flush,
-    /// Answered without I/O, but in order with the others.
-    Answer {
-        bytes: Vec<u8>,
-        status: u8,
-    },
-}
+/// In the saved interrupt status, whose own bits are the lowest two: the guest has written since its last flush.
+const UNSETTLED: u32 = 1 << 31;
 
-struct Finished {
-    bytes: Vec<u8>,
-    status: u8,
-    /// Disk blocks written.
-    written: Option<(u64, usize)>,
-}
-
-/// Where the answer of a request goes.
+/// A request that is not completed.
 struct Pending {
     head: u16,
     buffers: Vec<(GuestAddress, u32)>,
     status_at: Option<GuestAddress>,
+    /// Blocks that it changes.
+    changes: std::ops::Range<u32>,
+    /// It is a write, part of what the guest's next flush makes durable.
+    writes: bool,
+}
+
+/// What is to be done with a request.
+enum Parsed {
+    /// The worker's.
+    Work(Job),
+    /// Answered at once.
+    Answer(Vec<u8>, u8),
 }
 
 /// The block device.
@@ -80,60 +80,44 @@ pub struct Block {
     /// Its registers.
     pub transport: Transport,
     bytes: u64,
-    work: SyncSender<Work>,
-    finished: Receiver<Finished>,
-    wake: OwnedFd,
-    pending: VecDeque<Pending>,
+    disk: Disk,
+    /// By the order in which they were taken.
+    pending: BTreeMap<u64, Pending>,
+    taken: u64,
+    /// The guest is to sync, for these requests of a daemon's.
+    syncs: Option<Vec<u64>>,
 }
 
 impl Block {
-    /// A device of `bytes` bytes and its worker; until a file is attached every transfer fails.
+    /// A device of `bytes` bytes and its worker; until a disk is attached and open, requests wait in the ring.
     ///
     /// # Errors
     /// When no event descriptor or thread can be made.
     pub fn new(bytes: u64) -> std::io::Result<Self> {
-        let wake = rustix::event::eventfd(
-            0,
-            rustix::event::EventfdFlags::NONBLOCK | rustix::event::EventfdFlags::CLOEXEC,
-        )?;
-        let worker_wake = wake.try_clone()?;
-        let (work, jobs) = sync_channel(DEPTH);
-        let (done, finished) = sync_channel(DEPTH);
-        let (begun, has_begun) = sync_channel(1);
-        thread::Builder::new().name("disk".into()).stack_size(64 << 10).spawn(move || {
-            watchdog::block_in_this_thread();
-            let _ = begun.send(());
-            let mut file = None;
-            for job in jobs {
-                if let Work::Attach(other) = job {
-                    file = Some(other);
-                    continue;
-                }
-                if done.send(perform(file.as_ref(), job)).is_err() {
-                    return;
-                }
-                let _ = rustix::io::write(&worker_wake, &1u64.to_ne_bytes());
-            }
-        })?;
-        // The worker is past what a thread does at its start, so that the filter need not allow it.
-        has_begun.recv().map_err(std::io::Error::other)?;
-        let capacity = (bytes / SECTOR).to_le_bytes().to_vec();
-        let transport = Transport::new(ID, FLUSH, capacity, 1);
-        Ok(Self { transport, bytes, work, finished, wake, pending: VecDeque::new() })
+        let blocks = u32::try_from(bytes / PAGE_SIZE as u64).map_err(std::io::Error::other)?;
+        let features = FLUSH | DISCARD | SIZE_MAX | SEG_MAX | BLK_SIZE;
+        let transport = Transport::new(ID, features, configuration(bytes), 1);
+        let disk = Disk::new(blocks)?;
+        Ok(Self { transport, bytes, disk, pending: BTreeMap::new(), taken: 0, syncs: None })
     }
 
-    /// Uses a file from the next request on.
+    /// Opens a disk's log, or makes it.
     ///
     /// # Errors
-    /// When the worker is gone or too busy.
-    pub fn attach(&self, file: File) -> std::io::Result<()> {
-        self.work.try_send(Work::Attach(file)).map_err(|_| std::io::Error::other("the disk's worker is busy"))
+    /// When there is one.
+    pub fn attach(&mut self, attach: Attach) -> Result<(), &'static str> {
+        self.disk.attach(attach)
     }
 
-    /// Readable when a completion waits.
+    /// Speaks of the disk to another daemon from here on.
+    pub fn attach_line(&self, line: OwnedFd) {
+        self.disk.attach_line(line);
+    }
+
+    /// Readable when there is something to serve.
     #[must_use]
     pub fn wake(&self) -> BorrowedFd<'_> {
-        self.wake.as_fd()
+        self.disk.wake()
     }
 
     /// Requests taken and not completed.
@@ -142,46 +126,122 @@ impl Block {
         self.pending.len() as u16
     }
 
-    /// Takes new requests, delivers completions; `wrote(block)` hears of each 4 KiB block written.
+    /// The machine runs.
+    pub fn go(&self) {
+        self.disk.go();
+    }
+
+    /// The machine stands: nothing of the disk changes any more by what it asked for. What is finished is delivered.
+    /// Whether it has written since its last flush.
+    pub fn halt(&mut self, memory: &GuestMemory, wrote: impl FnMut(u32)) -> bool {
+        let unsettled = self.disk.halt();
+        self.deliver(memory, wrote);
+        unsettled || self.pending.values().any(|pending| pending.writes)
+    }
+
+    /// The device's state at a halt; the requests that are unfinished are put back.
+    pub fn save(&self, memory: &GuestMemory, unsettled: bool) -> VirtioState {
+        let count = self.unfinished();
+        if let Some(queue) = self.transport.queues.first() {
+            let first = queue.next_avail().wrapping_sub(count);
+            for (place, pending) in (0..count).zip(self.pending.values()) {
+                let slot = first.wrapping_add(place) % queue.size().max(1);
+                let at = queue.avail_ring() + 4 + 2 * u64::from(slot);
+                // A ring outside memory is the guest's own loss.
+                let _ = memory.write_slice(&pending.head.to_le_bytes(), GuestAddress(at));
+            }
+        }
+        let mut state = self.transport.save(count);
+        state.interrupt_status |= if unsettled { UNSETTLED } else { 0 };
+        state
+    }
+
+    /// Takes a saved state.
+    ///
+    /// # Errors
+    /// As [`Transport::restore`].
+    pub fn restore(&mut self, state: &VirtioState, memory: &GuestMemory) -> Result<(), Misfit> {
+        let own = VirtioState { interrupt_status: state.interrupt_status & !UNSETTLED, ..state.clone() };
+        self.transport.restore(&own, memory)?;
+        self.disk.set_unsettled(state.interrupt_status & UNSETTLED != 0);
+        Ok(())
+    }
+
+    /// Takes new requests, delivers completions; `wrote(block)` hears of each block that changed.
     /// Returns whether anything was delivered.
-    pub fn serve(&mut self, memory: &GuestMemory, mut wrote: impl FnMut(u32)) -> bool {
+    pub fn serve(&mut self, memory: &GuestMemory, wrote: impl FnMut(u32)) -> bool {
         if !self.transport.is_live() {
             return false;
         }
-        self.take_requests(memory);
+        let answered = self.take_requests(memory);
+        self.deliver(memory, wrote) || answered
+    }
+
+    /// Whether the guest is to be told to sync, and for which requests of a daemon's.
+    pub fn take_syncs(&mut self) -> Option<Vec<u64>> {
+        self.syncs.take()
+    }
+
+    /// Says what became of them.
+    pub fn synced(&self, requests: Vec<u64>, result: &Result<(), String>) {
+        self.disk.synced(requests, result);
+    }
+
+    fn deliver(&mut self, memory: &GuestMemory, mut wrote: impl FnMut(u32)) -> bool {
+        let News { done, changed, syncs } = self.disk.news();
+        changed.into_iter().for_each(&mut wrote);
+        if let Some(syncs) = syncs {
+            self.syncs.get_or_insert_default().extend(syncs);
+        }
         let mut delivered = false;
-        while let Ok(done) = self.finished.try_recv() {
-            let mut count = [0; 8];
-            let _ = rustix::io::read(&self.wake, &mut count);
-            if let Some((at, length)) = done.written {
-                let first = at / PAGE_SIZE as u64;
-                let last = (at + length.max(1) as u64 - 1) / PAGE_SIZE as u64;
-                (first..=last).for_each(|block| wrote(block as u32));
-            }
-            if let Some(pending) = self.pending.pop_front() {
-                self.complete(memory, &pending, &done);
+        for Done { number, bytes, ok } in done {
+            if let Some(pending) = self.pending.remove(&number) {
+                // One that failed may have changed some all the same.
+                pending.changes.clone().for_each(&mut wrote);
+                let status = if ok { STATUS_OK } else { STATUS_IO_ERROR };
+                self.complete(memory, &pending, &bytes, status);
                 delivered = true;
             }
         }
         delivered
     }
 
-    /// Hands new requests to the worker; their completions wait for the next serve.
-    pub(super) fn take_requests(&mut self, memory: &GuestMemory) {
+    /// Hands new requests to the worker; their completions wait for the next serve. Whether some were answered at
+    /// once.
+    pub(super) fn take_requests(&mut self, memory: &GuestMemory) -> bool {
+        let standing = self.disk.standing();
+        if standing == Standing::Waiting {
+            return false;
+        }
+        let mut jobs = VecDeque::new();
+        let mut answered = false;
         while self.pending.len() < DEPTH {
-            let Some(chain) = self.transport.queues[0].pop_descriptor_chain(memory) else { return };
+            let Some(queue) = self.transport.queues.first_mut() else { break };
+            let Some(chain) = queue.pop_descriptor_chain(memory) else { break };
             let head = chain.head_index();
             let descriptors: Vec<_> = chain.map(|d| (d.addr(), d.len(), d.is_write_only())).collect();
-            let (pending, work) = self.parse(memory, head, &descriptors);
-            match self.work.try_send(work) {
-                Ok(()) => self.pending.push_back(pending),
-                Err(TrySendError::Full(_) | TrySendError::Disconnected(_)) => {
-                    let at = self.transport.queues[0].next_avail().wrapping_sub(1);
-                    self.transport.queues[0].set_next_avail(at);
-                    return;
+            let (pending, parsed) = self.parse(memory, head, &descriptors);
+            match parsed {
+                Parsed::Work(_) if standing == Standing::Failed => {
+                    self.complete(memory, &pending, &[], STATUS_IO_ERROR);
+                    answered = true;
+                }
+                Parsed::Work(job) => {
+                    self.taken += 1;
+                    jobs.push_back((self.taken, job));
+                    self.pending.insert(self.taken, pending);
+                }
+                Parsed::Answer(bytes, status) => {
+                    self.complete(memory, &pending, &bytes, status);
+                    answered = true;
                 }
             }
+            if !self.transport.is_live() {
+                break;
+            }
         }
+        self.disk.ask(jobs.into());
+        answered
     }
 
     /// Header, data, status byte (virtio 1.2 §5.2.6); everything else is answered with an error.
@@ -190,10 +250,9 @@ impl Block {
         memory: &GuestMemory,
         head: u16,
         descriptors: &[(GuestAddress, u32, bool)],
-    ) -> (Pending, Work) {
-        let refuse = |status_at, status| {
-            (Pending { head, buffers: Vec::new(), status_at }, Work::Answer { bytes: Vec::new(), status })
-        };
+    ) -> (Pending, Parsed) {
+        let pending = |status_at, buffers| Pending { head, buffers, status_at, changes: 0..0, writes: false };
+        let refuse = |status_at, status| (pending(status_at, Vec::new()), Parsed::Answer(Vec::new(), status));
         let status_at = match descriptors.last() {
             Some(&(at, 1.., true)) => Some(at),
             _ => return refuse(None, STATUS_IO_ERROR),
@@ -204,77 +263,107 @@ impl Block {
             return refuse(status_at, STATUS_IO_ERROR);
         }
         let [t0, t1, t2, t3, _, _, _, _, sector @ ..] = header;
-        let at = u64::from_le_bytes(sector).saturating_mul(SECTOR);
+        let kind = u32::from_le_bytes([t0, t1, t2, t3]);
         let data = descriptors.get(1..descriptors.len() - 1).unwrap_or_default();
-        let length: usize = data.iter().map(|&(_, length, _)| length as usize).sum();
-        let inside = length <= TRANSFER_MAX
-            && (length as u64).is_multiple_of(SECTOR)
-            && at.checked_add(length as u64).is_some_and(|end| end <= self.bytes);
+        let length: u64 = data.iter().map(|&(_, length, _)| u64::from(length)).sum();
+        let inward = data.iter().all(|&(_, _, writable)| !writable);
+        let outward = data.iter().all(|&(_, _, writable)| writable);
         let buffers = || data.iter().map(|&(at, length, _)| (at, length)).collect();
-        match u32::from_le_bytes([t0, t1, t2, t3]) {
-            TYPE_IN if inside && data.iter().all(|&(_, _, writable)| writable) => {
-                (Pending { head, buffers: buffers(), status_at }, Work::Read { at, length })
+        let fits = length <= TRANSFER_MAX as u64;
+        let sector = u64::from_le_bytes(sector);
+        let blocks = self.blocks(sector, length / SECTOR).filter(|_| fits && length.is_multiple_of(SECTOR));
+        match (kind, blocks) {
+            (TYPE_IN, Some(blocks)) if outward => {
+                (pending(status_at, buffers()), Parsed::Work(Job::Read(blocks)))
             }
-            TYPE_OUT if inside && data.iter().all(|&(_, _, writable)| !writable) => {
-                let mut bytes = vec![0; length];
-                let mut from = 0;
-                for &(address, length, _) in data {
-                    if memory.read_slice(&mut bytes[from..from + length as usize], address).is_err() {
-                        return refuse(status_at, STATUS_IO_ERROR);
-                    }
-                    from += length as usize;
+            (TYPE_OUT, Some(blocks)) if inward => match gather(memory, data, length as usize) {
+                Some(bytes) => {
+                    let job = Job::Write { first: blocks.start, bytes };
+                    (
+                        Pending { changes: blocks, writes: true, ..pending(status_at, Vec::new()) },
+                        Parsed::Work(job),
+                    )
                 }
-                (Pending { head, buffers: Vec::new(), status_at }, Work::Write { at, bytes })
+                None => refuse(status_at, STATUS_IO_ERROR),
+            },
+            (TYPE_DISCARD, _) if inward && length == RANGE as u64 => {
+                match gather(memory, data, RANGE).and_then(|range| self.range(&range)) {
+                    Some(blocks) => {
+                        let changes = blocks.clone();
+                        (
+                            Pending { changes, ..pending(status_at, Vec::new()) },
+                            Parsed::Work(Job::Discard(blocks)),
+                        )
+                    }
+                    None => refuse(status_at, STATUS_IO_ERROR),
+                }
             }
-            TYPE_IN | TYPE_OUT => refuse(status_at, STATUS_IO_ERROR),
-            TYPE_FLUSH => (Pending { head, buffers: Vec::new(), status_at }, Work::Flush),
-            TYPE_GET_ID if length >= 20 => {
+            (TYPE_IN | TYPE_OUT | TYPE_DISCARD, _) => refuse(status_at, STATUS_IO_ERROR),
+            (TYPE_FLUSH, _) => (pending(status_at, Vec::new()), Parsed::Work(Job::Flush)),
+            (TYPE_GET_ID, _) if length >= 20 && fits && outward => {
                 let bytes = b"kage\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0".to_vec();
-                (Pending { head, buffers: buffers(), status_at }, Work::Answer { bytes, status: STATUS_OK })
+                (pending(status_at, buffers()), Parsed::Answer(bytes, STATUS_OK))
             }
             _ => refuse(status_at, STATUS_UNSUPPORTED),
         }
     }
 
-    fn complete(&mut self, memory: &GuestMemory, pending: &Pending, done: &Finished) {
-        let mut from = 0;
-        let mut status = done.status;
+    /// The blocks of so many sectors; none unless they are whole and of this disk.
+    fn blocks(&self, sector: u64, count: u64) -> Option<std::ops::Range<u32>> {
+        let end = sector.checked_add(count).filter(|end| *end <= self.bytes / SECTOR)?;
+        let whole = sector.is_multiple_of(SECTORS) && count.is_multiple_of(SECTORS);
+        let block = |sector: u64| u32::try_from(sector / SECTORS).ok();
+        whole.then_some(block(sector)?..block(end)?)
+    }
+
+    /// The blocks of a range to discard.
+    fn range(&self, range: &[u8]) -> Option<std::ops::Range<u32>> {
+        let (sector, rest) = range.split_first_chunk()?;
+        let (count, _) = rest.split_first_chunk()?;
+        self.blocks(u64::from_le_bytes(*sector), u64::from(u32::from_le_bytes(*count)))
+    }
+
+    fn complete(&mut self, memory: &GuestMemory, pending: &Pending, bytes: &[u8], mut status: u8) {
+        let mut rest = bytes;
         for &(address, length) in &pending.buffers {
-            let take = (done.bytes.len() - from).min(length as usize);
-            if memory.write_slice(&done.bytes[from..from + take], address).is_err() {
+            let (part, behind) = rest.split_at(rest.len().min(length as usize));
+            if memory.write_slice(part, address).is_err() {
                 status = STATUS_IO_ERROR;
             }
-            from += take;
+            rest = behind;
         }
         if let Some(at) = pending.status_at {
             let _ = memory.write_slice(&[status], at);
         }
-        if self.transport.queues[0].add_used(memory, pending.head, from as u32 + 1).is_err() {
+        let length = (bytes.len() - rest.len()) as u32 + 1;
+        let Some(queue) = self.transport.queues.first_mut() else { return };
+        if queue.add_used(memory, pending.head, length).is_err() {
             self.transport.fail();
         }
     }
 }
 
-fn perform(file: Option<&File>, work: Work) -> Finished {
-    let finish = |result: std::io::Result<()>, bytes, written| Finished {
-        bytes,
-        status: if result.is_ok() { STATUS_OK } else { STATUS_IO_ERROR },
-        written,
-    };
-    match (work, file) {
-        (Work::Read { at, length }, Some(file)) => {
-            let mut bytes = vec![0; length];
-            let result = file.read_exact_at(&mut bytes, at);
-            finish(result, bytes, None)
-        }
-        (Work::Write { at, bytes }, Some(file)) => {
-            let length = bytes.len();
-            finish(file.write_all_at(&bytes, at), Vec::new(), Some((at, length)))
-        }
-        (Work::Flush, Some(file)) => finish(file.sync_data(), Vec::new(), None),
-        (Work::Answer { bytes, status }, _) => Finished { bytes, status, written: None },
-        (Work::Read { .. } | Work::Write { .. } | Work::Flush | Work::Attach(_), _) => {
-            Finished { bytes: Vec::new(), status: STATUS_IO_ERROR, written: None }
-        }
+/// Copies what is to be written out of the guest's memory.
+fn gather(memory: &GuestMemory, parts: &[(GuestAddress, u32, bool)], length: usize) -> Option<Vec<u8>> {
+    let mut bytes = vec![0; length];
+    let mut rest = bytes.as_mut_slice();
+    for &(address, length, _) in parts {
+        let (part, behind) = rest.split_at_mut_checked(length as usize)?;
+        memory.read_slice(part, address).ok()?;
+        rest = behind;
     }
+    rest.is_empty().then_some(bytes)
+}
+
+/// The configuration space (virtio 1.2 §5.2.4).
+fn configuration(bytes: u64) -> Vec<u8> {
+    let sectors = bytes / SECTOR;
+    let most = u32::try_from(sectors).unwrap_or(u32::MAX) / SECTORS as u32 * SECTORS as u32;
+    let mut space = sectors.to_le_bytes().to_vec();
+    let mut put = |words: &[u32]| words.iter().for_each(|word| space.extend(word.to_le_bytes()));
+    // size_max, seg_max, geometry, blk_size; topology, writeback and number of queues, which are not offered.
+    put(&[TRANSFER_MAX as u32, PARTS_MAX, 0, PAGE_SIZE as u32, 0, 0, 0]);
+    // Of a discard: most sectors, most ranges, alignment.
+    put(&[most, 1, SECTORS as u32]);
+    space
 }

@@ -5,13 +5,16 @@ use std::{fs::File, num::NonZeroUsize, os::fd::OwnedFd};
 use kage_machine::state::VirtioState;
 use proptest::prelude::*;
 use rustix::{
-    fs::{MemfdFlags, ftruncate, memfd_create},
+    fs::{MemfdFlags, memfd_create},
     pipe::{PipeFlags, pipe_with},
 };
 use vm_memory::{Bytes, GuestAddress, GuestRegionMmap, bitmap::AtomicBitmap, mmap::MmapRegionBuilder};
 
+use kage_disk::{Geometry, Index, Initial, Store, Tuning};
+use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
+
 use super::{block::Block, entropy::Entropy, mmio::Transport, net::Net};
-use crate::dirty::GuestMemory;
+use crate::{dirty::GuestMemory, disk::Attach};
 
 const MEMORY: u64 = kage_abi::MEMORY;
 const SIZE: u64 = 1 << 20;
@@ -19,7 +22,8 @@ const DESC: u64 = MEMORY;
 const AVAIL: u64 = MEMORY + 0x1000;
 const USED: u64 = MEMORY + 0x2000;
 const DATA: u64 = MEMORY + 0x4000;
-const QUEUE: u16 = 8;
+const QUEUE: u16 = 16;
+const BLOCKS: u64 = 256;
 
 fn memory() -> GuestMemory {
     let page = NonZeroUsize::new(4096).unwrap();
@@ -107,10 +111,25 @@ fn every_device_is_the_same_after_save_and_restore() {
     save_change_restore_compare(&mut entropy.transport, &mut other.transport, &memory);
 }
 
-fn disk(bytes: u64) -> OwnedFd {
-    let file = memfd_create("disk", MemfdFlags::CLOEXEC).unwrap();
-    ftruncate(&file, bytes).unwrap();
-    file
+/// Gives a device a disk in memory and has its machine run; returns the daemon's end of its line.
+fn attach(block: &mut Block, log: File, elsewhere: bool) -> OwnedFd {
+    let (daemon, line) =
+        socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None).unwrap();
+    let index = Index::memory(BLOCKS).unwrap();
+    block.attach(Attach { log, index, identity: [1; 16], elsewhere, line }).unwrap();
+    block.go();
+    daemon
+}
+
+fn log() -> File {
+    File::from(memfd_create("disk", MemfdFlags::CLOEXEC).unwrap())
+}
+
+/// A device of 1 MiB that runs.
+fn running() -> (Block, OwnedFd) {
+    let mut block = Block::new(BLOCKS * 4096).unwrap();
+    let line = attach(&mut block, log(), false);
+    (block, line)
 }
 
 /// Serves until `count` requests are completed; the worker's wake-up is waited for, not polled.
@@ -141,8 +160,7 @@ fn status(memory: &GuestMemory) -> u8 {
 #[test]
 fn a_block_written_is_read_back_and_told_to_the_tracker() {
     let memory = memory();
-    let mut block = Block::new(1 << 20).unwrap();
-    block.attach(File::from(disk(1 << 20))).unwrap();
+    let (mut block, _line) = running();
     start(&mut block.transport, &memory, 1, 0);
     memory.write_slice(&[0xa5; 4096], GuestAddress(DATA + 0x1000)).unwrap();
     block_request(&memory, 1, 1, 24, 4096, false);
@@ -156,15 +174,19 @@ fn a_block_written_is_read_back_and_told_to_the_tracker() {
 #[test]
 fn transfers_outside_the_disk_or_memory_are_errors_and_nothing_else() {
     let memory = memory();
-    let mut block = Block::new(1 << 20).unwrap();
-    block.attach(File::from(disk(1 << 20))).unwrap();
+    let (mut block, _line) = running();
     start(&mut block.transport, &memory, 1, 0);
     let cases = [
-        (0, 2048, 512, true),
-        (0, u64::MAX, 512, true),
+        (0, 2048, 4096, true),
+        (0, u64::MAX, 4096, true),
         (1, 0, 100, false),
-        (0, 0, 512, false),
-        (77, 0, 512, true),
+        (1, 0, 512, false),
+        (0, 1, 4096, true),
+        (0, 0, 4096, false),
+        (0, 0, 2 << 20, true),
+        (11, 0, 8, false),
+        (11, 0, 16, true),
+        (77, 0, 4096, true),
     ];
     for (count, (kind, sector, length, writable)) in (1..).zip(cases) {
         block_request(&memory, count, kind, sector, length, writable);
@@ -174,20 +196,86 @@ fn transfers_outside_the_disk_or_memory_are_errors_and_nothing_else() {
 }
 
 #[test]
-fn requests_a_save_finds_unfinished_are_issued_again_after_a_restore() {
+fn what_is_discarded_reads_as_zeros_and_is_told_to_the_tracker() {
+    let memory = memory();
+    let (mut block, _line) = running();
+    start(&mut block.transport, &memory, 1, 0);
+    memory.write_slice(&[0xa5; 8192], GuestAddress(DATA + 0x1000)).unwrap();
+    block_request(&memory, 1, 1, 24, 8192, false);
+    assert_eq!((serve_until(&mut block, &memory, 1), status(&memory)), (vec![3, 4], 0));
+    let range = [32u64.to_le_bytes(), 8u64.to_le_bytes()].concat();
+    memory.write_slice(&range, GuestAddress(DATA + 0x1000)).unwrap();
+    block_request(&memory, 2, 11, 0, 16, false);
+    assert_eq!((serve_until(&mut block, &memory, 2), status(&memory)), (vec![4], 0));
+    block_request(&memory, 3, 0, 24, 8192, true);
+    assert_eq!((serve_until(&mut block, &memory, 3), status(&memory)), (vec![], 0));
+    let read = |at| memory.read_obj::<u8>(GuestAddress(DATA + 0x1000 + at)).unwrap();
+    assert_eq!((read(4095), read(4096), read(8191)), (0xa5, 0, 0));
+    assert_eq!([36, 40, 44].map(|at| config(&mut block.transport, at)), [2048, 1, 8]);
+    assert_eq!([8, 12, 20].map(|at| config(&mut block.transport, at)), [1 << 20, 254, 4096]);
+}
+
+fn config(device: &mut Transport, at: u64) -> u32 {
+    let mut word = [0; 4];
+    device.read(0x100 + at, &mut word);
+    u32::from_le_bytes(word)
+}
+
+#[test]
+fn requests_wait_in_the_ring_for_a_disk_and_fail_once_it_cannot_be_opened() {
     let memory = memory();
     let mut block = Block::new(1 << 20).unwrap();
     start(&mut block.transport, &memory, 1, 0);
     block_request(&memory, 1, 1, 0, 4096, false);
-    // Whether the worker is done by now does not matter: nothing of it was delivered.
-    block.take_requests(&memory);
-    assert_eq!(block.unfinished(), 1);
-    let saved = block.transport.save(block.unfinished());
-    assert_eq!((saved.queues[0].next_avail, saved.queues[0].next_used), (0, 0));
-    let mut target = Block::new(1 << 20).unwrap();
-    target.attach(File::from(disk(1 << 20))).unwrap();
-    target.transport.restore(&saved, &memory).unwrap();
-    assert_eq!((serve_until(&mut target, &memory, 1), status(&memory)), (vec![0], 0));
+    assert!(!block.serve(&memory, |_| {}));
+    assert_eq!(block.unfinished(), 0);
+    std::os::unix::fs::FileExt::write_all_at(&log(), &[1], 0).unwrap();
+    let other = log();
+    let index = Index::private(BLOCKS).unwrap();
+    let geometry = Geometry::new(BLOCKS, Geometry::log_bytes_for(BLOCKS)).unwrap();
+    let of = other.try_clone().unwrap();
+    drop(Store::create(of, index, [2; 16], geometry, Initial::Zeros, Tuning::default()).unwrap());
+    let _line = attach(&mut block, other, false);
+    serve_until(&mut block, &memory, 1);
+    assert_eq!(status(&memory), 1, "the log is another disk's");
+}
+
+#[test]
+fn requests_a_save_finds_unfinished_are_issued_again_after_a_restore() {
+    let memory = memory();
+    // Every block is missing: a read waits, and what comes behind it does not.
+    let mut block = Block::new(1 << 20).unwrap();
+    let _line = attach(&mut block, log(), true);
+    start(&mut block.transport, &memory, 1, 0);
+    for (slot, (kind, sector)) in (0u64..).zip([(0u32, 0u64), (1, 8), (0, 16)]) {
+        let at = DATA + 0x4000 * slot;
+        memory.write_obj(kind, GuestAddress(at)).unwrap();
+        memory.write_obj(sector, GuestAddress(at + 8)).unwrap();
+        let parts = [(at, 16, false), (at + 0x1000, 4096, kind == 0), (at + 16, 1, true)];
+        // One chain of two descriptors' room: header, data, status.
+        let table = DESC + 48 * slot;
+        for (index, (address, length, writable)) in (0u64..).zip(parts) {
+            let next = 3 * slot as u16 + index as u16 + 1;
+            memory.write_obj(address, GuestAddress(table + 16 * index)).unwrap();
+            memory.write_obj(length, GuestAddress(table + 16 * index + 8)).unwrap();
+            let flags = u16::from(index < 2) | u16::from(writable) << 1;
+            memory.write_obj(flags, GuestAddress(table + 16 * index + 12)).unwrap();
+            memory.write_obj(next, GuestAddress(table + 16 * index + 14)).unwrap();
+        }
+        memory.write_obj(3 * slot as u16, GuestAddress(AVAIL + 4 + 2 * slot)).unwrap();
+    }
+    memory.write_obj(3u16, GuestAddress(AVAIL + 2)).unwrap();
+    assert_eq!(serve_until(&mut block, &memory, 1), vec![1], "the write is done");
+    let unsettled = block.halt(&memory, |_| {});
+    assert!(unsettled, "it is not flushed");
+    assert_eq!(block.unfinished(), 2);
+    let saved = block.save(&memory, unsettled);
+    assert_eq!((saved.queues[0].next_avail, saved.queues[0].next_used), (1, 1));
+    let (mut target, _line) = running();
+    target.restore(&saved, &memory).unwrap();
+    serve_until(&mut target, &memory, 3);
+    let heads = [0, 8, 16].map(|at| memory.read_obj::<u32>(GuestAddress(USED + 4 + at)).unwrap());
+    assert_eq!(heads, [3, 0, 6], "the reads are done where they went, each once");
 }
 
 #[test]

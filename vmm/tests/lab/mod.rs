@@ -24,6 +24,9 @@ use kage_vmm::{
 
 static NEXT: AtomicU32 = AtomicU32::new(0);
 
+/// Identity of the disk.
+pub const DISK: [u8; 16] = *b"the lab's a disk";
+
 pub struct Lab {
     fabric: Fabric,
     pub pool: Pool,
@@ -34,6 +37,9 @@ pub struct Lab {
     disk_bytes: u64,
     /// Which file is the disk of the machine that runs, or ran last.
     disk: Cell<u32>,
+    /// A log that is made anew has every block missing.
+    #[allow(dead_code, reason = "not every test has one")]
+    pub disk_elsewhere: Cell<bool>,
     /// IPv4 address of machines that log in from now on.
     pub ipv4: Cell<Option<Ipv4Addr>>,
     /// One past the last index that they may give out.
@@ -103,7 +109,19 @@ impl Lab {
         fs::create_dir_all(&dir).unwrap();
         let pool = start_pool(&dir, &image, disk_bytes);
         let (ipv4, indices) = (Cell::new(None), Cell::new(1 << 20));
-        Self { fabric, pool, image, vid, tap, dir, disk_bytes, disk: Cell::new(0), ipv4, indices }
+        Self {
+            fabric,
+            pool,
+            image,
+            vid,
+            tap,
+            dir,
+            disk_bytes,
+            disk: Cell::new(0),
+            disk_elsewhere: Cell::new(false),
+            ipv4,
+            indices,
+        }
     }
 
     /// A second pool, as a daemon has one for each image and size.
@@ -146,14 +164,17 @@ impl Lab {
 
     /// Gives a machine the disk, if it is to have one; that of a machine that arrives is blank.
     fn attach_disk(&self, machine: &mut RemoteMachine) {
-        if self.disk_bytes == 0 {
-            return;
+        if self.disk_bytes > 0 {
+            machine.attach_disk(self.disk_log(), DISK, self.disk_elsewhere.get()).unwrap();
         }
+    }
+
+    /// The log of the disk of the machine that runs, or ran last.
+    #[allow(dead_code, reason = "not every test has one")]
+    pub fn disk_log(&self) -> OwnedFd {
         let path = self.dir.join(format!("disk-{}", self.disk.get()));
-        let file =
-            fs::File::options().read(true).write(true).create(true).truncate(false).open(path).unwrap();
-        file.set_len(self.disk_bytes).unwrap();
-        machine.attach_disk(file.into()).unwrap();
+        let file = fs::File::options().read(true).write(true).create(true).truncate(false).open(path);
+        file.unwrap().into()
     }
 
     /// A directory that is removed with the lab.
@@ -169,6 +190,7 @@ impl Lab {
         target.set_label(b"alice".to_vec()).unwrap();
         self.disk.set(self.disk.get() + 1);
         self.attach_disk(&mut target);
+        target.wait_disk(Duration::from_secs(10)).unwrap_or_else(|error| panic!("{error}"));
         target.attach_tap(self.tap.as_fd()).unwrap();
         let (from, to) = (source.memory(), target.memory());
         let mut bytes = [0; PAGE_SIZE];

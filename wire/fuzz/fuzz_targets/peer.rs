@@ -5,7 +5,7 @@
 
 use kage_machine::PAGE_SIZE;
 use kage_wire::{
-    BatchReader, EpochMark, Frame, FrameDecoder, Hello, Kind, Refusal, delta,
+    BatchReader, EpochMark, Frame, FrameDecoder, Have, Hello, Kind, Refusal, delta,
     pages::{Batch, split_last_epoch},
 };
 use libfuzzer_sys::fuzz_target;
@@ -44,5 +44,8 @@ fuzz_target!(|bytes: &[u8]| {
             batches.into_iter().for_each(batch);
         }
         let _ = delta::apply(&mut [0; PAGE_SIZE], bytes);
+        if let Ok(have) = Have::parse(bytes, 1 << 19) {
+            assert_eq!(Have::of(&have), have);
+        }
     }
 });

@@ -17,10 +17,12 @@ fn golden_bytes_of_a_batch() {
     let mut writer = BatchWriter::new(Epoch(0x0102));
     writer.push(PageIndex(7), Encoding::Zero, &[]);
     writer.push(PageIndex(8), Encoding::Lz4, &[0xaa, 0xbb]);
+    writer.push(PageIndex(9), Encoding::Elsewhere, &0x0102_0304_0506_0708u64.to_le_bytes());
     let golden = [
-        2, 1, 0, 0, 0, 0, 0, 0, 2, 0, 0, 0, 18, 0, 0, 0, // header
+        2, 1, 0, 0, 0, 0, 0, 0, 3, 0, 0, 0, 34, 0, 0, 0, // header
         7, 0, 0, 0, 0, 0, 0, 0, // zero
         8, 0, 0, 0, 2, 0, 2, 0, 0xaa, 0xbb, // lz4
+        9, 0, 0, 0, 4, 0, 8, 0, 8, 7, 6, 5, 4, 3, 2, 1, // elsewhere
     ];
     assert_eq!(writer.finish(None), golden);
     assert_eq!(writer.records(), 0);
@@ -49,6 +51,7 @@ fn sample() -> Vec<u8> {
     writer.push(PageIndex(1), Encoding::Lz4, &[3; 30]);
     writer.push(PageIndex(2), Encoding::Zero, &[]);
     writer.push(PageIndex(3), Encoding::Delta, &[4; 20]);
+    writer.push(PageIndex(4), Encoding::Elsewhere, &[5; 8]);
     writer.finish(None)
 }
 
@@ -83,6 +86,7 @@ fn unknown_codes_and_impossible_lengths_are_refused() {
         (21, 9, BatchError::Code { what: "reserved byte", code: 9 }),
         (20, 1, BatchError::Length { index: PageIndex(1), encoding: Encoding::Raw, length: 30 }),
         (20, 0, BatchError::Length { index: PageIndex(1), encoding: Encoding::Zero, length: 30 }),
+        (20, 4, BatchError::Length { index: PageIndex(1), encoding: Encoding::Elsewhere, length: 30 }),
     ] {
         let mut bytes = sample();
         bytes[at] = value;

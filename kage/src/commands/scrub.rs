@@ -1,0 +1,117 @@
+//! `scrub`.
+
+use std::ffi::OsStr;
+
+use http::Method;
+use kage_host::{
+    api::types::{Operation, OperationState, ScrubReport},
+    http::Call,
+};
+use kage_machine::UserName;
+
+use crate::{
+    client::{Client, Failure},
+    operator::Machine,
+    output::{Output, bytes, shown},
+};
+
+/// How long one look at an operation waits for a change.
+const LOOK: &str = "wait=1s";
+
+/// The machine's check of all files.
+const CHECK: &str = "fsck -a";
+
+/// What the machine's check says behind the path of a file that lost something.
+const LOST: &str = ": some of it is lost";
+
+/// `kage scrub`.
+pub async fn scrub(client: Client, user: UserName, output: Output) -> Result<(), Failure> {
+    let begun: Operation = client.call(&Call::new(Method::POST, format!("/v1/images/{user}/scrub"))).await?;
+    let mut report = follow(&client, begun, output).await?;
+    if report.lost_blocks > 0 {
+        match damaged_files(&client, &user).await {
+            Ok(files) => report.files = files,
+            Err(failure) => {
+                output.warn(format!("which files lost something is not known: {}", failure.message));
+            }
+        }
+    }
+    output.result(&report, text)?;
+    match report.lost_blocks {
+        0 => Ok(()),
+        lost => Err(Failure::new(format!("{lost} blocks of {user}'s disk are lost: no host has them"))),
+    }
+}
+
+/// Follows a scrub to its end; ^C cancels it.
+async fn follow(client: &Client, mut operation: Operation, output: Output) -> Result<ScrubReport, Failure> {
+    let path = format!("/v1/operations/{}", operation.id);
+    let (mut cancelled, mut said) = (false, 0);
+    while operation.state == OperationState::Running {
+        let checked = operation.progress["checked_bytes"].as_u64().unwrap_or(0);
+        if checked > said {
+            said = checked;
+            output.progress(format!("{} checked", bytes(checked)));
+        }
+        let call = Call::new(Method::GET, format!("{path}?{LOOK}"));
+        tokio::select! {
+            found = client.call(&call) => operation = found?,
+            _ = tokio::signal::ctrl_c(), if !cancelled => {
+                cancelled = true;
+                output.progress("cancelling");
+                let _: Operation = client.call(&Call::new(Method::DELETE, path.clone())).await?;
+            }
+        }
+    }
+    match (operation.result, operation.error) {
+        (Some(report), _) => serde_json::from_value(report).map_err(Failure::new),
+        (None, Some(error)) => Err(error.into()),
+        (None, None) => Err(Failure::new(format!("operation {} ended without a report", operation.id))),
+    }
+}
+
+/// The files that lost blocks, as the machine's own check names them: it reads every file.
+async fn damaged_files(client: &Client, user: &UserName) -> Result<Vec<String>, Failure> {
+    let machine = Machine::find(client, user, None).await?;
+    client.enter_network()?;
+    let checked = machine.ssh(&["-T"], OsStr::new(CHECK)).output();
+    let checked =
+        checked.map_err(|error| Failure::new(format!("ssh: {error}; `apt-get install openssh-client`")))?;
+    // It ends with 1 where anything is wrong.
+    match checked.status.code() {
+        Some(0 | 1) => Ok(named_in(&String::from_utf8_lossy(&checked.stdout))),
+        _ => Err(Failure::new(format!(
+            "`{CHECK}` in {user}'s machine: {}",
+            shown(String::from_utf8_lossy(&checked.stderr).trim())
+        ))),
+    }
+}
+
+/// The files of which a check says that something is lost.
+fn named_in(checked: &str) -> Vec<String> {
+    checked.lines().filter_map(|line| line.strip_suffix(LOST)).map(str::to_owned).collect()
+}
+
+fn text(report: &ScrubReport) -> String {
+    let mut lines = vec![format!(
+        "{}: {} checked, {} blocks corrupt, {} repaired, {} lost",
+        report.user,
+        bytes(report.checked_bytes),
+        report.corrupt_blocks,
+        report.repaired_blocks,
+        report.lost_blocks
+    )];
+    lines.extend(report.files.iter().map(|file| format!("damaged   {}", shown(file))));
+    lines.join("\n")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn files_are_named_as_the_machines_check_names_them() {
+        let checked = "read-only: no room\n/home/a b: some of it is lost\n/x: y: some of it is lost\nall else is well\n";
+        assert_eq!(named_in(checked), ["/home/a b", "/x: y"]);
+    }
+}
