@@ -1,5 +1,6 @@
 //! A machine with a disk: its files outlive it, and go with it.
 
+#[expect(dead_code, reason = "the lab serves all of these tests, each uses a part of it")]
 mod lab;
 
 use std::time::Instant;
