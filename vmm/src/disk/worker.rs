@@ -168,9 +168,9 @@ impl Worker {
             self.tell(&Tell::Done { ticket, result: Err(reason.clone()) });
         }
         self.log = Log::Failed(reason);
-        let mut tasks = self.queue.take();
-        tasks.append(&mut self.waiting);
-        self.answer(tasks.into_iter().map(failed));
+        let tasks = self.queue.take();
+        let waiting = std::mem::take(&mut self.waiting);
+        self.answer(tasks.into_iter().chain(waiting).map(failed));
         self.shared.set_standing(Standing::Failed);
     }
 
