@@ -3,6 +3,7 @@
 use std::{
     collections::BTreeSet,
     io::{Read, Write},
+    net::Ipv6Addr,
     os::unix::net::UnixStream,
     process::Command,
     sync::atomic::{AtomicBool, Ordering},
@@ -137,24 +138,30 @@ fn what_is_gone_or_never_was_is_not_found() {
     assert_eq!(site.kage("h2", &["where", "motd"]).status.code(), Some(2));
     assert_eq!(site.kage("h2", &["files", "nobody"]).status.code(), Some(3));
 
-    // A machine that starts from nothing goes on behind what was given out.
-    let highest = |site: &Site| {
-        let index = |vid: &str| u128::from(vid.parse::<std::net::Ipv6Addr>().unwrap()) & ((1 << 36) - 1);
+    // A machine that starts again has the files of its disk as they were, and goes on behind all that was given out.
+    let files = |site: &Site| -> BTreeSet<String> {
         let files = site.json("h2", &["files", "alice"]);
-        let all: Vec<_> = files.as_array().unwrap().iter().map(|file| index(text(file, "vid"))).collect();
-        (*all.iter().min().unwrap(), *all.iter().max().unwrap())
+        files.as_array().unwrap().iter().map(|file| format!("{} {}", file["vid"], file["path"])).collect()
     };
-    let (_, last) = highest(&site);
+    let fresh = |name: &str| {
+        shell(&site, address, &format!("echo new > /tmp/{name}"));
+        let vid: Ipv6Addr = vid_of_file(&site, &format!("/tmp/{name}")).parse().unwrap();
+        u128::from(vid) & ((1 << 36) - 1)
+    };
+    let last = fresh("one");
+    let before = files(&site);
     assert!(site.kage("h1", &["stop", "alice"]).status.success());
     assert_eq!(site.kage("h1", &["files", "alice"]).status.code(), Some(3));
     assert!(site.kage("h1", &["start", "alice"]).status.success());
-    assert!(highest(&site).0 > last, "an index was given out twice");
+    shell(&site, address, "sync");
+    assert_eq!(files(&site), before);
+    let (last, before) = (fresh("two"), last);
+    assert!(last > before, "an index was given out twice");
     let pid = site.show("alice")["pid"].as_u64().unwrap().to_string();
-    let (_, last) = highest(&site);
     assert!(Command::new("kill").args(["-KILL", &pid]).status().unwrap().success());
     let restarted = site.kage("h1", &["wait", "alice", "--state", "running", "--timeout", "20s"]);
     assert!(restarted.status.success());
-    assert!(highest(&site).0 > last, "an index was given out twice");
+    assert!(fresh("three") > last, "an index was given out twice");
 }
 
 #[test]
