@@ -246,7 +246,11 @@ impl VmmMachines {
             machine.attach_tap(tap.as_fd()).map_err(|error| error.to_string())?;
             let path = self.socket(&spec.user);
             machine.move_socket(&path).map_err(|error| format!("{}: {error}", path.display()))?;
-            if arriving { machine.wait_disk(DISK_OPENS).map_err(disk) } else { Ok(()) }
+            if arriving {
+                machine.wait_disk(DISK_OPENS).and_then(|()| machine.hold_disk()).map_err(disk)
+            } else {
+                Ok(())
+            }
         })();
         match dressed {
             Ok(()) => Ok(VmmMachine::new(machine, symbols)),

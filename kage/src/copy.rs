@@ -121,8 +121,8 @@ pub async fn run(client: &Client, args: CpArgs, output: Output) -> Result<(), Fa
         Carrier { sftp, progress: RefCell::new(Progress::new(output, begun)), partial: RefCell::new(None) };
     let work = async {
         match (&from, &to) {
-            (Side::Here(from), Side::There(_, to)) => carrier.into_machine(from, to, args.recursive).await,
-            (Side::There(_, from), Side::Here(to)) => carrier.out_of_machine(from, to, args.recursive).await,
+            (Side::Here(from), Side::There(_, to)) => carrier.upload(from, to, args.recursive).await,
+            (Side::There(_, from), Side::Here(to)) => carrier.download(from, to, args.recursive).await,
             _ => Ok(Copied::default()),
         }
     };
@@ -184,7 +184,7 @@ struct Carrier {
 
 impl Carrier {
     /// A file or directory of this host to a path in the machine.
-    async fn into_machine(&self, from: &Path, to: &str, recursive: bool) -> Result<Copied, Failure> {
+    async fn upload(&self, from: &Path, to: &str, recursive: bool) -> Result<Copied, Failure> {
         let is_dir = self.sftp.metadata(to).await.is_ok_and(|found| found.file_type().is_dir());
         let to = if is_dir {
             let name = from.canonicalize().map_err(|error| here(from, error))?;
@@ -209,7 +209,7 @@ impl Carrier {
     }
 
     /// A file or directory of the machine to a path of this host.
-    async fn out_of_machine(&self, from: &str, to: &Path, recursive: bool) -> Result<Copied, Failure> {
+    async fn download(&self, from: &str, to: &Path, recursive: bool) -> Result<Copied, Failure> {
         let to = if to.is_dir() {
             let whole = self.sftp.canonicalize(from).await.map_err(|error| there(from, error))?;
             let name = whole.rsplit('/').find(|part| !part.is_empty()).unwrap_or("root");

@@ -96,9 +96,6 @@ pub struct RemoteMachine {
     phase: Phase,
     /// Which its process has become.
     user: Option<User>,
-    /// Begun when it started, since it comes from elsewhere: what it has brought must be durable before its gate
-    /// opens.
-    arrival: Option<Flushing>,
     ended: bool,
 }
 
@@ -170,7 +167,6 @@ impl RemoteMachine {
             label: Vec::new(),
             phase: Phase::Empty,
             user: None,
-            arrival: None,
             ended: false,
         })
     }
@@ -324,6 +320,17 @@ impl RemoteMachine {
     pub fn wait_disk(&self, patience: Duration) -> Result<(), MachineError> {
         match self.pages.as_ref().and_then(|pages| pages.disk()) {
             Some(disk) => disk.wait_open(patience),
+            None => Ok(()),
+        }
+    }
+
+    /// Has nothing of its disk committed until its gate opens: a shell for a machine that its source may yet keep.
+    ///
+    /// # Errors
+    /// [`MachineError`].
+    pub fn hold_disk(&self) -> Result<(), MachineError> {
+        match self.pages.as_ref().and_then(|pages| pages.disk()) {
+            Some(disk) => disk.hold(),
             None => Ok(()),
         }
     }
@@ -641,20 +648,17 @@ impl Machine for RemoteMachine {
         self.restore_encoded(state, paused_at, true)
     }
 
-    /// Has all that it brought made durable meanwhile.
     fn run_gated(&mut self) -> Result<Started, MachineError> {
-        let started = self.run(false)?;
-        self.arrival = self.begin_flush();
-        Ok(started)
+        self.run(false)
     }
 
     /// What was synced where it comes from is durable here before anybody hears of it. A disk that fails keeps the
     /// gate shut no longer than it takes to say so: the guest hears it too.
     fn open_gate(&mut self) -> Result<(), MachineError> {
         if self.phase == (Phase::Running { gate_open: false }) {
-            let flushing = self.arrival.take().or_else(|| self.begin_flush());
-            if let (Some(disk), Some(flushing)) =
-                (self.pages.as_ref().and_then(|pages| pages.disk()), flushing)
+            let disk = self.pages.as_ref().and_then(|pages| pages.disk());
+            let flushing = disk.as_ref().and_then(|disk| disk.begin_settled_flush().ok());
+            if let (Some(disk), Some(flushing)) = (disk, flushing)
                 && let Err(MachineError::Gone(gone)) = disk.finish_flush(flushing)
             {
                 return Err(self.is_gone(&gone.reason));
@@ -692,10 +696,6 @@ impl Machine for RemoteMachine {
 }
 
 impl RemoteMachine {
-    fn begin_flush(&self) -> Option<Flushing> {
-        self.pages.as_ref()?.disk()?.begin_flush(false).ok()
-    }
-
     /// Whether a set from the VMM is one of this machine's pages.
     fn has_pages_of(&self, set: &PageSet) -> bool {
         let pages = self.pages.as_ref().map_or(0, |pages| pages.geometry().pages());

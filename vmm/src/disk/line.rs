@@ -50,8 +50,13 @@ pub enum Ask {
     Set(Vec<(u32, Content)>),
     /// Take what was missing or corrupt.
     Fill(Vec<(u32, Given)>),
+    /// Commit nothing until the flush that says so: the machine comes from a host that may yet keep it, and what is
+    /// missing there may be what this log had at its last commit.
+    Hold,
     /// Make everything durable.
     Flush {
+        /// The machine is this host's: commits need not be held any more.
+        settled: bool,
         /// Even while a commit of the guest's is half written. Otherwise its end is waited for: after a crash
         /// half a commit would be worse than none.
         torn: bool,
@@ -157,7 +162,7 @@ pub fn decode_asked(packet: &[u8]) -> Option<(Asked, Vec<&PageBytes>)> {
         Ask::Fill(blocks) => {
             (blocks.len(), blocks.iter().filter(|(_, given)| *given == Given::Bytes).count())
         }
-        Ask::Flush { .. } | Ask::Scrub { .. } | Ask::Sync => (0, 0),
+        Ask::Hold | Ask::Flush { .. } | Ask::Scrub { .. } | Ask::Sync => (0, 0),
     };
     (named <= MOST_BLOCKS && with_bytes == bytes.len()).then_some((asked, bytes))
 }

@@ -57,6 +57,9 @@ pub(super) struct Worker {
     line: Option<Line>,
     /// Daemons' flushes that wait for the guest's.
     deferred: Vec<u64>,
+    /// Nothing is committed, and the guest's flushes wait: see [`Ask::Hold`].
+    held: bool,
+    waiting: Vec<Task>,
     /// Cleaning failed; it is tried again after the next write.
     tired: bool,
     buffer: Vec<u8>,
@@ -71,6 +74,8 @@ impl Worker {
             queue: Queue::default(),
             line: None,
             deferred: Vec::new(),
+            held: false,
+            waiting: Vec::new(),
             tired: false,
             buffer: vec![0; LINE_PACKET],
         }
@@ -164,7 +169,8 @@ impl Worker {
         }
         self.log = Log::Failed(reason);
         let tasks = self.queue.take();
-        self.answer(tasks.into_iter().map(failed));
+        let waiting = std::mem::take(&mut self.waiting);
+        self.answer(tasks.into_iter().chain(waiting).map(failed));
         self.shared.set_standing(Standing::Failed);
     }
 
@@ -267,6 +273,10 @@ impl Worker {
     }
 
     fn guest_flush(&mut self, task: Task) {
+        if self.held {
+            self.waiting.push(task);
+            return;
+        }
         let Log::Open(store) = &mut self.log else {
             self.answer([failed(task)].into_iter());
             return;
@@ -377,10 +387,21 @@ impl Worker {
         let result = match ask {
             Ask::Set(blocks) => self.set(&blocks, bytes),
             Ask::Fill(blocks) => self.fill(&blocks, bytes),
-            Ask::Flush { torn } => match self.flush(ticket, torn) {
-                Some(result) => result,
-                None => return,
-            },
+            Ask::Hold => {
+                self.held = true;
+                Ok(())
+            }
+            Ask::Flush { settled, torn } => {
+                if settled {
+                    self.held = false;
+                    // They cover what came before them, so one commit answers them all.
+                    std::mem::take(&mut self.waiting).into_iter().for_each(|task| self.guest_flush(task));
+                }
+                match self.flush(ticket, torn) {
+                    Some(result) => result,
+                    None => return,
+                }
+            }
             Ask::Scrub { budget_bytes } => match self.scrub(ticket, budget_bytes) {
                 Ok(()) => return,
                 Err(error) => Err(error),
@@ -513,7 +534,9 @@ impl Worker {
             return None;
         }
         drop(exchange);
+        let held = self.held;
         let flushed = match self.store() {
+            Ok(_) if held => return Some(Err("the machine is not this host's yet".to_owned())),
             Ok(store) => store.flush(),
             Err(error) => return Some(Err(error)),
         };

@@ -190,7 +190,25 @@ impl RemoteDisk {
     /// As any call to a machine.
     pub fn begin_flush(&self, torn: bool) -> Result<Flushing, MachineError> {
         self.settle()?;
-        self.inner.ask(Ask::Flush { torn }, &[]).map(Flushing)
+        self.inner.ask(Ask::Flush { settled: false, torn }, &[]).map(Flushing)
+    }
+
+    /// Has nothing committed until [`RemoteDisk::begin_settled_flush`].
+    ///
+    /// # Errors
+    /// As any call to a machine.
+    pub fn hold(&self) -> Result<(), MachineError> {
+        let ticket = self.inner.ask(Ask::Hold, &[])?;
+        self.inner.done(ticket, PATIENCE)
+    }
+
+    /// Lets commits be again, those that waited first, and begins to make everything durable.
+    ///
+    /// # Errors
+    /// As any call to a machine.
+    pub fn begin_settled_flush(&self) -> Result<Flushing, MachineError> {
+        self.settle()?;
+        self.inner.ask(Ask::Flush { settled: true, torn: false }, &[]).map(Flushing)
     }
 
     /// Waits for a flush. One that waits too long for the guest's is begun anew without regard for that.
@@ -201,7 +219,7 @@ impl RemoteDisk {
         match self.inner.answer(flushing.0, COMMIT)? {
             Some(answer) => done(answer),
             None => {
-                let again = self.inner.ask(Ask::Flush { torn: true }, &[])?;
+                let again = self.inner.ask(Ask::Flush { settled: false, torn: true }, &[])?;
                 self.inner.done(again, PATIENCE)
             }
         }

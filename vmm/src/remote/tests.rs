@@ -56,7 +56,6 @@ fn machine(script: Vec<Vec<Option<Reply>>>) -> (RemoteMachine, JoinHandle<Vec<Re
         label: Vec::new(),
         phase: RUNNING,
         user: None,
-        arrival: None,
         ended: false,
     };
     let (memory, control) = (GEOMETRY.memory_bytes(), PAGE_SIZE as u64);

@@ -16,7 +16,9 @@ use std::{
 
 use kage_fabric::{Fabric, FabricSpec, names};
 use kage_images::{ImageFile, Symbols};
-use kage_machine::{Geometry, ImageNumber, Machine, PAGE_SIZE, PageSet, PauseCause, Vid, control::Identity};
+use kage_machine::{
+    Geometry, ImageNumber, Machine, PAGE_SIZE, PageSet, PauseCause, Vid, control::Identity, disk::Block,
+};
 use kage_vmm::{
     pool::{Pool, PoolSpec},
     remote::{RemoteMachine, Spawn},
@@ -177,6 +179,12 @@ impl Lab {
         file.unwrap().into()
     }
 
+    /// Machines from now on have another disk.
+    #[allow(dead_code, reason = "not every test has one")]
+    pub fn another_disk(&self) {
+        self.disk.set(self.disk.get() + 1);
+    }
+
     /// A directory that is removed with the lab.
     pub fn dir(&self) -> &std::path::Path {
         &self.dir
@@ -197,8 +205,13 @@ impl Lab {
         let _ = source.harvest().unwrap();
         let mut copy = |pages: &PageSet| {
             for page in pages.iter() {
-                from.read(page, &mut bytes);
-                to.write(page, &bytes);
+                match from.read_block(page, &mut bytes) {
+                    Block::Missing(Some(digest)) if page.0 >= from.geometry().memory_pages => {
+                        assert!(to.leave_missing(page, digest));
+                    }
+                    Block::Missing(_) => panic!("nothing is known of {page:?}"),
+                    Block::Zeros | Block::Held(_) => to.write(page, &bytes),
+                }
             }
         };
         copy(&from.populated());
@@ -212,7 +225,7 @@ impl Lab {
         let differ = all.iter().filter(|&page| {
             from.read(page, &mut bytes);
             to.read(page, &mut other);
-            bytes != other
+            bytes != other || from.block(page) != to.block(page)
         });
         let differ: Vec<_> = differ.collect();
         assert!(differ.is_empty(), "{} pages differ: {:?}", differ.len(), &differ[..differ.len().min(20)]);
