@@ -132,6 +132,8 @@ struct Machine {
     stopped_at: HostInstant,
     /// When the guest last knocked.
     knocked_at: HostInstant,
+    /// It has knocked and was not entered since. However long it waits at its door, it does not hang.
+    at_door: bool,
     doors: u64,
     /// An exit waits to be completed by the next entry.
     exit_pending: bool,
@@ -389,6 +391,7 @@ impl Machine {
             generation: 0,
             stopped_at: now,
             knocked_at: now,
+            at_door: false,
             doors: 0,
             exit_pending: false,
             alarm: Duration::ZERO,
@@ -456,6 +459,9 @@ impl Machine {
     fn enter(&mut self) -> Result<Entered, String> {
         self.set_alarm(self.alarm_period());
         self.exit_pending = false;
+        if std::mem::take(&mut self.at_door) {
+            self.knocked_at = host_now();
+        }
         let mut mmio = None;
         let outcome = match self.vcpu.fd.run() {
             Ok(VcpuExit::IoOut(abi::DOOR_PORT, data)) => {
@@ -519,7 +525,7 @@ impl Machine {
             }
         }
         match outcome {
-            Ok(Entered::Door) => self.knocked_at = now,
+            Ok(Entered::Door) => (self.knocked_at, self.at_door) = (now, true),
             Ok(Entered::Alarm) => {
                 self.vcpu.fd.set_kvm_immediate_exit(0);
                 if now.since(self.knocked_at) > HANG {

@@ -188,9 +188,8 @@ impl Daemon {
             let still: Vec<u32> = still.iter().map(|open| open.block).collect();
             pulls.settle(filled.blocks(), asked.into_iter().filter(|block| !still.contains(block)));
             let mut lost: Vec<u32> = nobodys.iter().map(|open| open.block).collect();
-            if why == Why::Needed {
-                got.extend(lost.iter().map(|block| (*block, Fill::Unavailable)));
-            }
+            // Whatever they were fetched for, somebody may have begun to wait for them meanwhile.
+            got.extend(lost.iter().map(|block| (*block, Fill::Unavailable)));
             filled.fill(&got).map_err(disk_error)?;
             pulls.add_pulled(pulled);
             let mut repaired = Vec::new();
