@@ -1,6 +1,6 @@
 //! `scrub`.
 
-use std::ffi::OsStr;
+use std::{collections::BTreeSet, ffi::OsStr};
 
 use http::Method;
 use kage_host::{
@@ -21,8 +21,10 @@ const LOOK: &str = "wait=1s";
 /// The machine's check of all files.
 const CHECK: &str = "fsck -a";
 
-/// What the machine's check says behind the path of a file that lost something.
+/// What the machine's check says behind the path of a file of which it lost where it lies.
 const LOST: &str = ": some of it is lost";
+/// And around the place of a block that cannot be read.
+const UNREADABLE: (&str, &str) = (": offset ", " cannot be read, block ");
 
 /// `kage scrub`.
 pub async fn scrub(client: Client, user: UserName, output: Output) -> Result<(), Failure> {
@@ -89,7 +91,17 @@ async fn damaged_files(client: &Client, user: &UserName) -> Result<Vec<String>, 
 
 /// The files of which a check says that something is lost.
 fn named_in(checked: &str) -> Vec<String> {
-    checked.lines().filter_map(|line| line.strip_suffix(LOST)).map(str::to_owned).collect()
+    // Each block is a line.
+    let names: BTreeSet<&str> = checked.lines().filter_map(name_in).collect();
+    names.into_iter().map(str::to_owned).collect()
+}
+
+fn name_in(line: &str) -> Option<&str> {
+    if let Some(path) = line.strip_suffix(LOST) {
+        return Some(path);
+    }
+    let (before, _) = line.rsplit_once(UNREADABLE.1)?;
+    before.rsplit_once(UNREADABLE.0).map(|(path, _)| path)
 }
 
 fn text(report: &ScrubReport) -> String {
@@ -111,7 +123,8 @@ mod tests {
 
     #[test]
     fn files_are_named_as_the_machines_check_names_them() {
-        let checked = "read-only: no room\n/home/a b: some of it is lost\n/x: y: some of it is lost\nall else is well\n";
-        assert_eq!(named_in(checked), ["/home/a b", "/x: y"]);
+        let checked = "read-only: no room\n/home/a b: some of it is lost\n/x: y: some of it is lost\nall else is well\n\
+                       /c: offset 4096 cannot be read, block 7 of the disk\n/c: offset 0 cannot be read, block 9 of the disk\n";
+        assert_eq!(named_in(checked), ["/c", "/home/a b", "/x: y"]);
     }
 }
