@@ -217,10 +217,10 @@ impl Desk<'_> {
             self.go(host)?;
         }
         let (mut written, mut idle) = (Moves::default(), Moves::default());
-        for _ in 0..runs {
+        for run in 0..runs {
             cancel.check().map_err(Failure::new)?;
             idle.push(&self.go("h2")?)?;
-            self.file_work(&format!("rand-write-synced bench-file {ONE_PERCENT}"))?;
+            self.file_work(&format!("rand-write-synced bench-file {}", ONE_PERCENT + run))?;
             written.push(&self.go("h1")?)?;
         }
         output.progress(format!("handovers: {runs} of each"));

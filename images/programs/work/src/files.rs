@@ -124,7 +124,8 @@ pub fn run(load: &FileLoad, path: &Path, pieces: u32) -> io::Result<Done> {
     };
     let mut file = options.open(path)?;
     let places = (FILE_BYTES / load.piece_bytes) as u64;
-    let (mut order, mut content) = (Numbers(4), Numbers(5));
+    // Another count is other content: what is written over a file then changes all of it that it meets.
+    let (mut order, mut content) = (Numbers(4), Numbers(5 + u64::from(pieces)));
     let mut piece: Vec<u8> = (0..load.piece_bytes).map(|_| content.next() as u8).collect();
     let started = Instant::now();
     let mut sum = 0u64;
