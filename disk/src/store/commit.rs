@@ -55,6 +55,23 @@ impl<B: Backing> Store<B> {
         Ok(())
     }
 
+    /// Makes the last commit stand without its records: a byte of them that changes from now on is found as damage,
+    /// where the next to open the log would take it for a commit that a crash cut short, and go back behind it.
+    ///
+    /// For an orderly end: it writes a checkpoint and syncs, unless nothing was appended since the last one.
+    ///
+    /// # Errors
+    /// As [`Store::flush`].
+    pub fn cover(&mut self) -> Result<(), StoreError> {
+        self.usable()?;
+        if self.log.sequence > self.durable_piece.sequence {
+            self.write_piece()?;
+            self.sync_log()?;
+            self.segments.reclaim(self.durable, self.durable_piece.sequence);
+        }
+        Ok(())
+    }
+
     /// Writes a checkpoint of all that the log says; durable with the next sync.
     pub(super) fn write_piece(&mut self) -> Result<(), StoreError> {
         if self.durable < self.log.sequence || self.durable_piece != self.piece {

@@ -139,6 +139,29 @@ fn no_flipped_byte_lets_a_log_pass_for_an_older_state() {
 }
 
 #[test]
+fn damage_to_the_last_commit_is_damage_once_that_is_covered() {
+    let mut random = Seeded::new(11);
+    for round in 0..40 {
+        let medium = SimulatedDisk::new();
+        let mut store = with_a_past(&medium);
+        store.flush().unwrap();
+        store.cover().unwrap();
+        let before = contents(&store);
+        let at = store.index.word(99).and_then(Word::position).unwrap();
+        drop(store);
+        // Within the block, or in the header before it.
+        let place = if round % 4 == 0 { at - 1 - random.below(64) } else { at + random.below(4096) };
+        medium.corrupt(place, 1 << random.below(8));
+        let store = opened(&medium, SHAPE).unwrap();
+        let mut expected = before;
+        if place >= at {
+            expected[99] = None;
+        }
+        assert_eq!(contents(&store), expected, "byte {place}, block at {at}");
+    }
+}
+
+#[test]
 fn corruption_survives_cleaning_as_corruption() {
     let medium = SimulatedDisk::new();
     let mut store = with_a_past(&medium);

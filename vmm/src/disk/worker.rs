@@ -123,7 +123,12 @@ impl Worker {
         }
         jobs.into_iter().for_each(|(number, job)| self.queue.push(number, job));
         for (ticket, result) in synced {
-            self.tell(&Tell::Done { ticket, result });
+            // Who has the guest sync may be about to end it: see `Store::cover`.
+            let covered = result.and_then(|()| {
+                let covered = self.store()?.cover();
+                self.said(covered)
+            });
+            self.tell(&Tell::Done { ticket, result: covered.map_err(reason) });
         }
         let heard = self.hear();
         self.perform();
