@@ -631,6 +631,7 @@ impl Machine {
             }
             Request::OpenGate if self.runs() => {
                 self.phase = Phase::Running { gate_open: true };
+                self.block.settle();
                 Ok(Reply::Done)
             }
             Request::Harvest => Ok(Reply::Dirty(self.harvest()?)),

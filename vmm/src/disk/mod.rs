@@ -96,6 +96,8 @@ struct Exchange {
     syncs: Vec<u64>,
     /// The guest is to sync for nobody in particular.
     prompt: bool,
+    /// The machine's right is settled: see [`line::Ask::Hold`].
+    settled: bool,
     /// What became of those told: number and reason.
     synced: Vec<(u64, Result<(), String>)>,
 }
@@ -255,6 +257,12 @@ impl Disk {
             .unwrap_or_else(PoisonError::into_inner);
         self.shared.news.store(true, Ordering::Release);
         exchange.unsettled
+    }
+
+    /// The machine's output may leave from here: so may its commits.
+    pub fn settle(&self) {
+        self.shared.lock().settled = true;
+        self.shared.wake_worker();
     }
 
     /// Takes over whether the guest was in the midst of a commit where it comes from.

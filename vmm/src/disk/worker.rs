@@ -110,16 +110,26 @@ impl Worker {
     fn turn(&mut self) -> bool {
         let mut count = [0; 8];
         let _ = rustix::io::read(&self.shared.worker, &mut count);
-        let (attach, line, jobs, synced) = {
+        let (attach, line, jobs, synced, settled) = {
             let mut exchange = self.shared.lock();
             let jobs = std::mem::take(&mut exchange.jobs);
-            (exchange.attach.take(), exchange.line.take(), jobs, std::mem::take(&mut exchange.synced))
+            let settled = std::mem::take(&mut exchange.settled);
+            (
+                exchange.attach.take(),
+                exchange.line.take(),
+                jobs,
+                std::mem::take(&mut exchange.synced),
+                settled,
+            )
         };
         if let Some(attach) = attach {
             self.open(attach);
         }
         if let Some(socket) = line {
             self.greet(socket);
+        }
+        if settled {
+            self.settled();
         }
         jobs.into_iter().for_each(|(number, job)| self.queue.push(number, job));
         for (ticket, result) in synced {
@@ -241,16 +251,14 @@ impl Worker {
             self.answer(tasks.into_iter().map(failed));
             return;
         };
-        let wrote = tasks.iter().any(|task| matches!(task.job, Job::Write { .. }));
         let result = match tasks.as_slice() {
             [Task { job: Job::Discard(blocks), .. }] => {
                 store.discard(u64::from(blocks.start)..u64::from(blocks.end))
             }
             tasks => write_all(store, tasks),
         };
-        if wrote {
-            self.shared.lock().unsettled = true;
-        }
+        // A commit's discards are of what the commit before still needs.
+        self.shared.lock().unsettled = true;
         let error = match result {
             Ok(()) => {
                 self.answer(tasks.into_iter().map(|task| Done {
@@ -275,6 +283,13 @@ impl Worker {
         }
         self.look_at(&error);
         self.answer(tasks.into_iter().map(failed));
+    }
+
+    /// The machine is this host's: what waited to be committed is.
+    fn settled(&mut self) {
+        self.held = false;
+        // They cover what came before them, so one commit answers them all.
+        std::mem::take(&mut self.waiting).into_iter().for_each(|task| self.guest_flush(task));
     }
 
     fn guest_flush(&mut self, task: Task) {
@@ -398,9 +413,7 @@ impl Worker {
             }
             Ask::Flush { settled, torn } => {
                 if settled {
-                    self.held = false;
-                    // They cover what came before them, so one commit answers them all.
-                    std::mem::take(&mut self.waiting).into_iter().for_each(|task| self.guest_flush(task));
+                    self.settled();
                 }
                 match self.flush(ticket, torn) {
                     Some(result) => result,
@@ -591,7 +604,8 @@ fn open(
 ) -> Result<Store<File>, OpenError> {
     let io = |source| OpenError::Io { doing: "mapping the index", source };
     let index = Index::map(index, blocks, true).map_err(io)?;
-    let geometry = Geometry::new(blocks, Geometry::log_bytes_for(blocks))?;
+    // While a machine arrives, the log may have to hold its disk beside that of the last commit.
+    let geometry = Geometry::new(blocks, Geometry::log_bytes_for(2 * blocks))?;
     let blank = Store::is_blank(&log, &geometry);
     if blank.map_err(|source| OpenError::Io { doing: "reading the log", source })? {
         let initial = if elsewhere { Initial::Missing } else { Initial::Zeros };

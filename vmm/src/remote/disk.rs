@@ -27,6 +27,7 @@ use rustix::net::{
 use crate::{
     disk::line::{Ask, Asked, Content, Given, LINE_PACKET, MOST_BLOCKS, MOST_BYTES, Tell, decode, encode},
     packet,
+    process::host_now,
 };
 
 /// How long an answer may take: a flush of much on a slow medium.
@@ -121,7 +122,8 @@ impl RemoteDisk {
         let state = State {
             opening: Opening::Waiting,
             closed: false,
-            ticket: 0,
+            // Behind those of a daemon before: what was asked by that is still answered.
+            ticket: host_now().ns,
             waiting: BTreeMap::new(),
             setting: BTreeSet::new(),
             unset: None,
@@ -265,15 +267,22 @@ impl RemoteDisk {
         }
         if self.inner.reader.get().is_none() {
             // Until it is open the index says nothing.
-            let _ = self.wait_open(PATIENCE);
+            let late = self.wait_open(PATIENCE).is_err();
+            let mut state = self.inner.lock();
+            if late && matches!(state.opening, Opening::Waiting) {
+                // Nobody waits so long twice. Should it open yet, it is open.
+                state.opening = Opening::Failed("it is not open in time".to_owned());
+            }
         }
         self.inner.reader.get()
     }
 
     /// Blocks that are not zeros, in order.
     pub(super) fn populated(&self, mut each: impl FnMut(u32)) {
-        let Some(reader) = self.look() else { return };
-        (0..self.inner.blocks).filter(|block| known(reader, *block) != Block::Zeros).for_each(&mut each);
+        // Of a disk that could not be opened nothing is known, least of all that it is zeros.
+        let reader = self.look();
+        let is_some = |block: &u32| reader.is_none_or(|reader| known(reader, *block) != Block::Zeros);
+        (0..self.inner.blocks).filter(is_some).for_each(&mut each);
     }
 }
 
@@ -480,6 +489,11 @@ impl Inner {
         let Gathered { blocks, bytes, .. } = std::mem::take(gathered);
         let ticket = {
             let mut state = self.wait_for_sets(UNANSWERED);
+            if state.closed || state.unset.is_some() {
+                // Whoever settles hears why.
+                state.unset.get_or_insert_with(|| "its process has gone".to_owned());
+                return;
+            }
             state.ticket += 1;
             let ticket = state.ticket;
             state.setting.insert(ticket);
@@ -499,7 +513,11 @@ impl Disk for RemoteDisk {
     }
 
     fn block(&self, block: u32) -> Block {
-        self.look().map_or(Block::Zeros, |reader| known(reader, block))
+        match self.look() {
+            _ if block >= self.inner.blocks => Block::Zeros,
+            Some(reader) => known(reader, block),
+            None => Block::Missing(None),
+        }
     }
 
     fn read(&self, block: u32, into: &mut PageBytes) -> Block {
@@ -546,16 +564,24 @@ impl Disk for RemoteDisk {
                 (*block, given)
             });
             let ask = Ask::Fill(given.collect());
-            tickets.push(self.inner.ask(ask, &bytes)?);
+            let asked = self.inner.ask(ask, &bytes);
+            let failed = asked.is_err();
+            tickets.push(asked);
+            if failed {
+                break;
+            }
             rest = behind;
         }
         // All are waited for, also behind one that was refused.
-        let answers: Vec<_> = tickets.into_iter().map(|ticket| self.inner.done(ticket, PATIENCE)).collect();
+        let wait = |asked: Result<u64, _>| asked.and_then(|ticket| self.inner.done(ticket, PATIENCE));
+        let answers: Vec<_> = tickets.into_iter().map(wait).collect();
         answers.into_iter().collect()
     }
 
     fn flush(&self) -> Result<(), MachineError> {
-        self.finish_flush(self.begin_flush(false)?)
+        // Nobody waits for this as for a gate: it never comes between the writes of a guest's commit.
+        let Flushing(ticket) = self.begin_flush(false)?;
+        self.inner.done(ticket, PATIENCE)
     }
 
     fn scrub(&self, budget_bytes: u64) -> Result<Scrubbed, MachineError> {

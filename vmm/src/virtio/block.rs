@@ -131,6 +131,11 @@ impl Block {
         self.disk.go();
     }
 
+    /// Its output may leave: so may what its disk is to keep.
+    pub fn settle(&self) {
+        self.disk.settle();
+    }
+
     /// The machine stands: nothing of the disk changes any more by what it asked for. What is finished is delivered.
     /// Whether it has written since its last flush.
     pub fn halt(&mut self, memory: &GuestMemory, wrote: impl FnMut(u32)) -> bool {
@@ -171,6 +176,7 @@ impl Block {
     /// Returns whether anything was delivered.
     pub fn serve(&mut self, memory: &GuestMemory, wrote: impl FnMut(u32)) -> bool {
         if !self.transport.is_live() {
+            self.discard_news(wrote);
             return false;
         }
         let answered = self.take_requests(memory);
@@ -185,6 +191,18 @@ impl Block {
     /// Says what became of them.
     pub fn synced(&self, requests: Vec<u64>, result: &Result<(), String>) {
         self.disk.synced(requests, result);
+    }
+
+    /// Takes note of what came for a driver that is gone.
+    fn discard_news(&mut self, mut wrote: impl FnMut(u32)) {
+        let News { done, changed, syncs } = self.disk.news();
+        changed.into_iter().for_each(&mut wrote);
+        for Done { number, .. } in done {
+            self.pending.remove(&number).into_iter().flat_map(|pending| pending.changes).for_each(&mut wrote);
+        }
+        if let Some(syncs) = syncs {
+            self.syncs.get_or_insert_default().extend(syncs);
+        }
     }
 
     fn deliver(&mut self, memory: &GuestMemory, mut wrote: impl FnMut(u32)) -> bool {
@@ -291,7 +309,7 @@ impl Block {
                     Some(blocks) => {
                         let changes = blocks.clone();
                         (
-                            Pending { changes, ..pending(status_at, Vec::new()) },
+                            Pending { changes, writes: true, ..pending(status_at, Vec::new()) },
                             Parsed::Work(Job::Discard(blocks)),
                         )
                     }
