@@ -200,10 +200,9 @@ impl ImageDisk {
     /// What is held, as far as that is known without opening anything or waiting for anybody.
     fn held(&self) -> Option<Held> {
         let disk = self.place.try_lock().ok().and_then(|place| Self::in_place(&place));
+        let held = disk.map(|disk| Held::of(&*disk));
         let mut known = locked(&self.known);
-        if let Some(disk) = disk {
-            *known = Some(Held::of(&*disk));
-        }
+        *known = held.or(*known);
         *known
     }
 
@@ -322,7 +321,7 @@ impl Daemon {
     }
 
     /// An image's disk as it is at this host; blocks. `None` where it has none, or nothing of it is here, or a machine
-    /// is being made with it.
+    /// is being made with it. What an earlier stay left at its owner is not the disk.
     ///
     /// # Errors
     /// When its log cannot be opened.
@@ -331,7 +330,7 @@ impl Daemon {
         image: &Arc<Image>,
         record: &ImageRecord,
     ) -> Result<Option<Arc<dyn Disk>>, ErrorBody> {
-        if record.profile.disk_bytes == 0 {
+        if record.profile.disk_bytes == 0 || (record.owner == self.me && self.is_untouched(record)) {
             return Ok(None);
         }
         let mut place = locked(&image.disk.place);
@@ -371,9 +370,11 @@ impl Daemon {
             while let Some(log) = opened.upgrade().filter(|log| !log.is_closed()) {
                 let idle = locked(&log.used).elapsed();
                 if idle >= IDLE {
-                    let closing = tokio::task::spawn_blocking(move || close_idle(&holder, &log));
-                    let _ = closing.await;
-                    return;
+                    let holder = holder.clone();
+                    match tokio::task::spawn_blocking(move || close_idle(&holder, &log)).await {
+                        Ok(false) => continue,
+                        Ok(true) | Err(_) => return,
+                    }
                 }
                 drop(log);
                 tokio::time::sleep(IDLE - idle).await;
@@ -446,17 +447,24 @@ impl Daemon {
     }
 }
 
-fn close_idle(image: &Weak<Image>, log: &Arc<OpenLog>) {
-    if let Some(image) = image.upgrade() {
-        let mut place = locked(&image.disk.place);
-        if let Place::Open(open) = &*place
-            && Arc::ptr_eq(open, log)
-        {
-            *locked(&image.disk.known) = Some(Held::of(&**log));
-            *place = Place::Free;
-        }
+/// Closes a log, unless somebody has come to use it; whether it is closed. One that is an image's is closed before its
+/// place is free: whoever opens the file next finds nobody at it.
+fn close_idle(image: &Weak<Image>, log: &Arc<OpenLog>) -> bool {
+    let image = image.upgrade();
+    let mut place = image.as_ref().map(|image| locked(&image.disk.place));
+    if locked(&log.used).elapsed() < IDLE {
+        return false;
+    }
+    if let (Some(image), Some(place)) = (&image, &mut place)
+        && let Place::Open(open) = &**place
+        && Arc::ptr_eq(open, log)
+    {
+        *locked(&image.disk.known) = Some(Held::of(&**log));
+        log.close();
+        **place = Place::Free;
     }
     log.close();
+    true
 }
 
 /// The files that say which stay of an image a log belongs to.

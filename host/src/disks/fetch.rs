@@ -53,17 +53,23 @@ struct Errand {
 }
 
 impl Errand {
+    /// What is here by now, or can be read again, answers whoever waits for it.
     fn new(disk: &dyn Disk, blocks: &[u32], why: Why) -> Self {
         let mut errand = Self { open: Vec::new(), got: Vec::new(), corrupt: Vec::new(), pulled: 0 };
         for &block in blocks.iter().take(BLOCKS) {
             match disk.block(block) {
-                Block::Zeros => {}
                 Block::Missing(digest) => errand.open.push(Wanted { block, digest }),
+                Block::Zeros | Block::Held(_) if why == Why::Ahead => {}
+                Block::Zeros => errand.got.push((block, Fill::Zeros)),
                 Block::Held(digest) => {
-                    let mut bytes = [0; PAGE_SIZE];
-                    if why != Why::Ahead && matches!(disk.read(block, &mut bytes), Block::Missing(_)) {
-                        errand.open.push(Wanted { block, digest: Some(digest) });
-                        errand.corrupt.push(block);
+                    let mut bytes = Box::new([0; PAGE_SIZE]);
+                    match disk.read(block, &mut bytes) {
+                        Block::Missing(_) => {
+                            errand.open.push(Wanted { block, digest: Some(digest) });
+                            errand.corrupt.push(block);
+                        }
+                        Block::Zeros => errand.got.push((block, Fill::Zeros)),
+                        Block::Held(_) => errand.got.push((block, Fill::Bytes(bytes))),
                     }
                 }
             }

@@ -20,7 +20,7 @@ use kage_machine::{
 use crate::{
     api::error::{Code, ErrorBody},
     http::Call,
-    lifecycle::{Daemon, blocking},
+    lifecycle::{Daemon, Image, blocking},
 };
 
 /// Blocks of one question.
@@ -257,9 +257,11 @@ impl Daemon {
         let (daemon, user) = (self.clone(), user.clone());
         blocking(move || {
             let record = daemon.existing(&user)?.record;
-            let disk = daemon.disk(&daemon.image(&user), &record)?;
-            let disk = disk.ok_or_else(|| daemon.nothing_of(&user))?;
-            Ok(List::encode(&*disk))
+            let image = daemon.image(&user);
+            let disk = daemon.disk(&image, &record)?;
+            let list = disk.as_ref().map(|disk| List::encode(&**disk));
+            daemon.stayed(&image, disk.as_ref())?;
+            list.ok_or_else(|| daemon.nothing_of(&user))
         })
         .await
     }
@@ -282,14 +284,29 @@ impl Daemon {
             let image = daemon.image(&user);
             let disk = daemon.disk(&image, &record)?;
             let aside = daemon.aside(&image, &record);
+            let given: Vec<Given> =
+                wanted.iter().map(|wanted| give(disk.as_deref(), aside.as_deref(), *wanted)).collect();
+            daemon.stayed(&image, disk.as_ref())?;
             if disk.is_none() && aside.is_none() {
                 return Err(daemon.nothing_of(&user));
             }
-            let given: Vec<Given> =
-                wanted.iter().map(|wanted| give(disk.as_deref(), aside.as_deref(), *wanted)).collect();
             Ok(encode_given(&given))
         })
         .await
+    }
+
+    /// Whether what was just looked at is the image's disk still: a log that is closed meanwhile has nothing, which is
+    /// no answer, and whoever asked is to ask again.
+    fn stayed(&self, image: &Image, disk: Option<&Arc<dyn Disk>>) -> Result<(), ErrorBody> {
+        let went = match disk {
+            Some(disk) => self.is_gone(image, disk),
+            None => image.disk.is_lent(),
+        };
+        if !went {
+            return Ok(());
+        }
+        let message = format!("{}'s disk at host {} is just changing hands; try again", image.user, self.me);
+        Err(ErrorBody::new(Code::Busy, message))
     }
 
     fn nothing_of(&self, user: &UserName) -> ErrorBody {

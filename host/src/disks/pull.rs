@@ -211,12 +211,12 @@ impl Pulls {
     pub fn begin(&self) {
         self.forget();
         self.pulled.store(0, Ordering::Relaxed);
-        self.listed.send_replace(false);
     }
 
-    /// Nobody waits any more: the machine that did has ended.
+    /// Nobody waits any more: the machine that did has ended, and the digests that its process was told with it.
     pub fn forget(&self) {
         let _ = locked(&self.needs).wanted.take();
+        self.listed.send_replace(false);
         self.waiting.send_replace(false);
     }
 
@@ -467,6 +467,9 @@ impl Daemon {
             let taken = blocking(move || tell(&*told, &list)).await;
             taken.map_err(|error| of_disk(error, self.is_gone(image, disk)))?;
         }
+        if self.is_gone(image, disk) {
+            return Err(Step::Again);
+        }
         image.disk.pulls.listed.send_replace(true);
         Ok(())
     }
@@ -499,7 +502,8 @@ impl Daemon {
             disk.flush().map_err(disk_error)?;
             loop {
                 let Versioned { revision, mut record } = daemon.existing(&holder.user)?;
-                if record.owner != daemon.me || record.disk_origin != since {
+                // A log of which this stay knows nothing is an earlier one's, however whole it is.
+                if record.owner != daemon.me || record.disk_origin != since || daemon.is_untouched(&record) {
                     return Ok(Step::Again);
                 }
                 let origin = record.disk_origin.take().map(|origin| origin.host);

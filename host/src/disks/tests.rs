@@ -277,6 +277,54 @@ async fn an_image_that_never_came_to_its_owner_goes_back() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn an_old_log_does_not_become_the_disk_of_an_owner_that_never_started() {
+    let (_site, hosts) = TestSite::with_disks("disk-stale", 2, SIZE).await;
+    login(&hosts[1], "h2").await;
+    disk(&hosts[1]).put(5, &page(5));
+    stop(&hosts[1]).await;
+    login(&hosts[0], "h1").await;
+    whole(&hosts[0]).await;
+    disk(&hosts[0]).put(5, &page(1005));
+    stop(&hosts[0]).await;
+    hosts[1].net.fail_next("image");
+    let (status, body) =
+        hosts[1].call(&Call::new(Method::PUT, "/v1/images/alice").json(&json!({ "at": "h2" }))).await;
+    assert_eq!(status, 500, "{body}");
+    let image = hosts[1].daemon.image(&"alice".parse().unwrap());
+    hosts[1].daemon.pull(&image);
+    stop(&hosts[1]).await;
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    assert_eq!(record(&hosts[0]).disk_origin.unwrap().host.as_str(), "h1");
+    login(&hosts[1], "h2").await;
+    assert_eq!(get(&hosts[1], 5).await, Some(page(1005)));
+    whole(&hosts[1]).await;
+    assert_eq!(get(&hosts[1], 5).await, Some(page(1005)));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_machine_that_never_ran_where_it_was_taken_goes_on_from_its_source() {
+    let (_site, hosts) = TestSite::with_disks("disk-revived", 2, SIZE).await;
+    login(&hosts[1], "h2").await;
+    disk(&hosts[1]).put(5, &page(5));
+    stop(&hosts[1]).await;
+    login(&hosts[0], "h1").await;
+    whole(&hosts[0]).await;
+    disk(&hosts[0]).put(5, &page(1005));
+    stop(&hosts[0]).await;
+    // As a claim leaves it: the right is here, and the log an earlier stay's.
+    let (user, me) = ("alice".parse().unwrap(), hosts[1].daemon.me.clone());
+    let found = hosts[0].daemon.existing(&user).unwrap();
+    let term = found.record.term.next();
+    let claimed = ImageRecord { owner: me, term, ..found.record };
+    hosts[0].daemon.swap(&user, found.revision, &claimed).unwrap();
+    let image = hosts[1].daemon.image(&user);
+    assert!(hosts[1].daemon.stand_on_source(&image, &hosts[0].daemon.me).await);
+    login(&hosts[1], "h2").await;
+    assert_eq!(get(&hosts[1], 5).await, Some(page(1005)));
+    whole(&hosts[1]).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_stopped_disk_becomes_whole_too_and_then_goes_on() {
     let (_site, hosts) = TestSite::with_disks("disk-stopped", 3, SIZE).await;
     login(&hosts[1], "h2").await;

@@ -2,8 +2,8 @@
 
 use std::{sync::Arc, time::Duration};
 
-use kage_directory::Wanted;
-use kage_machine::{HandoverId, Machine, Term, UserName};
+use kage_directory::{DirectoryError, DiskOrigin, ImageRecord, Versioned, Wanted};
+use kage_machine::{HandoverId, HostName, Machine, Term, UserName};
 use kage_migrate::{
     Cause, Ticket,
     drive::target::{TargetHost, TargetSide},
@@ -16,8 +16,8 @@ use serde_json::json;
 use tokio::sync::OwnedMutexGuard;
 
 use crate::{
-    api::types::State,
-    lifecycle::{Daemon, Image, Slot},
+    api::{error::ErrorBody, types::State},
+    lifecycle::{AGAIN, Daemon, Image, Slot, blocking},
     machines::{Hosted, MachineSpec, Via},
 };
 
@@ -60,6 +60,53 @@ impl Daemon {
         }
     }
 
+    /// Before a machine whose gate was never opened here is started anew: has the record say that the source has its
+    /// disk, for as long as it takes. Whether it may be started. The slot is held.
+    pub(crate) async fn stand_on_source(self: &Arc<Self>, image: &Arc<Image>, source: &HostName) -> bool {
+        loop {
+            let (daemon, holder, host) = (self.clone(), image.clone(), source.clone());
+            match blocking(move || daemon.found_on_source(&holder.user, &host)).await {
+                Ok(None) => return true,
+                Ok(Some(reason)) => {
+                    self.events.emit("start_failed", Some(&image.user), json!({ "reason": reason }));
+                    image.set(State::Failed, Some(reason));
+                    return false;
+                }
+                // What is here must not become the disk: nothing starts until the directory answers.
+                Err(error) => {
+                    image.set(State::InDoubt, Some(error.message));
+                    tokio::time::sleep(AGAIN).await;
+                }
+            }
+        }
+    }
+
+    /// Returns why the machine cannot be started, if it cannot.
+    fn found_on_source(&self, user: &UserName, source: &HostName) -> Result<Option<String>, ErrorBody> {
+        loop {
+            let Some(Versioned { revision, record }) = self.record(user)? else { return Ok(None) };
+            let (next, reason) = match Ground::of(&record, &self.me, source) {
+                Ground::Firm => return Ok(None),
+                Ground::Source(next) => (next, None),
+                Ground::Split(next) => {
+                    let origin =
+                        record.disk_origin.as_ref().map_or("another host", |origin| origin.host.as_str());
+                    let reason = format!(
+                        "its machine ended before it could run here; what it wrote last is at host {source}, the rest \
+                         of its disk at host {origin}, and what is here is older: whoever starts it goes on without \
+                         what host {source} has"
+                    );
+                    (next, Some(reason))
+                }
+            };
+            match self.swap(user, revision, &next) {
+                Ok(_) => return Ok(reason),
+                Err(DirectoryError::Conflict { .. }) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+    }
+
     fn attach_bulk(&self, handover: HandoverId, link: TlsLink) {
         self.targets.attach_bulk(handover, Box::new(link));
     }
@@ -73,6 +120,34 @@ pub struct Arriving {
     machine: Box<dyn Hosted>,
     spec: MachineSpec,
     term: Term,
+    /// Its gate was opened. Before that its disk commits nothing here, and the source's log is the current one.
+    opened: bool,
+}
+
+/// What a machine whose gate was never opened here is started from.
+enum Ground {
+    /// Nothing is in the way of a start.
+    Firm,
+    /// The record as it must be first: the source has the disk.
+    Source(Box<ImageRecord>),
+    /// Parts of the disk are at the source, others at its origin; no start can have both.
+    Split(Box<ImageRecord>),
+}
+
+impl Ground {
+    fn of(record: &ImageRecord, me: &HostName, source: &HostName) -> Self {
+        if record.owner != *me || record.profile.disk_bytes == 0 {
+            return Self::Firm;
+        }
+        let here = DiskOrigin { host: source.clone(), since: record.term };
+        match &record.disk_origin {
+            None => Self::Source(Box::new(ImageRecord { disk_origin: Some(here), ..record.clone() })),
+            // A swap that was not answered has applied.
+            Some(origin) if *origin == here => Self::Firm,
+            // Wanted no more, so that no daemon starts it on its own.
+            Some(_) => Self::Split(Box::new(ImageRecord { wanted: Wanted::Stopped, ..record.clone() })),
+        }
+    }
 }
 
 impl Arriving {
@@ -139,7 +214,7 @@ impl Arriving {
         slot.ticket = Some(ticket.clone());
         daemon.routes.hold(spec.vid);
         let term = ticket.term.next();
-        Ok(Self { daemon: daemon.clone(), image, slot, machine, spec, term })
+        Ok(Self { daemon: daemon.clone(), image, slot, machine, spec, term, opened: false })
     }
 
     /// With a machine that an earlier daemon had taken.
@@ -149,10 +224,12 @@ impl Arriving {
         mut slot: OwnedMutexGuard<Slot>,
     ) -> Option<Self> {
         let spec = slot.spec.clone()?;
-        let machine = slot.machine.take()?;
+        let mut machine = slot.machine.take()?;
+        // One that is gone may have run.
+        let opened = matches!(machine.found(), Found::Running | Found::None);
         let term = slot.ticket.as_ref().map_or(spec.term, |ticket| ticket.term.next());
         daemon.routes.hold(spec.vid);
-        Some(Self { daemon: daemon.clone(), image: image.clone(), slot, machine, spec, term })
+        Some(Self { daemon: daemon.clone(), image: image.clone(), slot, machine, spec, term, opened })
     }
 
     fn route_here(&self) {
@@ -172,6 +249,7 @@ impl TargetSide for Arriving {
     }
 
     fn target_running(&mut self) {
+        self.opened = true;
         self.route_here();
         let (memory, pid, term) = (self.machine.memory(), self.machine.pid(), self.term);
         let inspector = self.machine.inspector();
@@ -199,7 +277,7 @@ impl TargetSide for Arriving {
     }
 
     fn ended(self: Box<Self>, ticket: &Ticket, outcome: &TargetOutcome) {
-        let Self { daemon, image, mut slot, mut machine, mut spec, term } = *self;
+        let Self { daemon, image, mut slot, mut machine, mut spec, term, opened } = *self;
         let vid = spec.vid;
         slot.ticket = None;
         match outcome {
@@ -220,9 +298,15 @@ impl TargetSide for Arriving {
                 slot.tap = None;
                 daemon.routes.let_go(vid, Term(0));
                 image.set(State::Starting, Some(cause.to_string()));
-                let (again, user, reason) = (daemon.clone(), image.user.clone(), cause.to_string());
-                drop(slot);
-                daemon.runtime.spawn(async move { again.settle(user, reason).await });
+                let (again, reason, source) = (daemon.clone(), cause.to_string(), ticket.source.clone());
+                daemon.runtime.spawn(async move {
+                    // With the slot held: nobody starts it before.
+                    if !opened && !again.stand_on_source(&image, &source).await {
+                        return;
+                    }
+                    drop(slot);
+                    again.settle(image.user.clone(), reason).await;
+                });
             }
             TargetOutcome::Nothing(cause) => {
                 machine.end();
@@ -235,6 +319,44 @@ impl TargetSide for Arriving {
                 image.update(|status| *status = crate::lifecycle::Status::default());
                 let details = json!({ "from": ticket.source, "reason": cause.to_string() });
                 daemon.events.emit("not_taken", Some(&image.user), details);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_never_ran_here_is_started_from_its_source() {
+        let (me, source): (HostName, HostName) = ("b".parse().unwrap(), "a".parse().unwrap());
+        let origin = |host: &str, since| Some(DiskOrigin { host: host.parse().unwrap(), since: Term(since) });
+        let record = |owner: &str, disk_bytes, disk_origin| ImageRecord {
+            term: Term(4),
+            owner: owner.parse().unwrap(),
+            intent: None,
+            backup: None,
+            wanted: Wanted::Running,
+            number: kage_machine::ImageNumber(7),
+            indices: ImageRecord::FIRST_INDICES,
+            ipv4: None,
+            disk_origin,
+            profile: kage_directory::Profile { disk_bytes, ..crate::fake::profile() },
+        };
+        let firm = |record| matches!(Ground::of(&record, &me, &source), Ground::Firm);
+        assert!(firm(record("b", 0, None)) && firm(record("a", 4096, None)));
+        assert!(firm(record("b", 4096, origin("a", 4))), "said already");
+        match Ground::of(&record("b", 4096, None), &me, &source) {
+            Ground::Source(next) => assert_eq!(*next, record("b", 4096, origin("a", 4))),
+            Ground::Firm | Ground::Split(_) => panic!("the source has the disk"),
+        }
+        for before in [origin("o", 3), origin("a", 3)] {
+            match Ground::of(&record("b", 4096, before.clone()), &me, &source) {
+                Ground::Split(next) => {
+                    assert_eq!((next.disk_origin, next.wanted), (before, Wanted::Stopped));
+                }
+                Ground::Firm | Ground::Source(_) => panic!("no host has all of it"),
             }
         }
     }

@@ -146,6 +146,7 @@ impl SourceSide for Leaving {
         if let Some(mut machine) = self.slot.machine.take() {
             machine.end();
         }
+        self.image.disk.back();
     }
 
     fn in_doubt(&mut self, cause: &Cause) {

@@ -344,8 +344,8 @@ impl Daemon {
         (slot.spec, slot.ticket, slot.tap) = (None, None, None);
         if let Some(mut machine) = slot.machine.take() {
             machine.end();
-            image.disk.back();
         }
+        image.disk.back();
         image.update(|status| *status = super::Status::default());
     }
 }

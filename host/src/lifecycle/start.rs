@@ -360,6 +360,7 @@ impl Daemon {
                 record.return_indices(resources::next_index(&*old.memory()));
             }
         }
+        image.disk.back();
         image.update(|status| *status = super::Status { state: State::Starting, ..Default::default() });
         let before = record.clone();
         record.term = record.term.next();
@@ -545,8 +546,8 @@ impl Daemon {
         slot.incarnation += 1;
         if let Some(mut machine) = slot.machine.take() {
             machine.end();
-            image.disk.back();
         }
+        image.disk.back();
         (slot.spec, slot.tap, slot.ticket) = (None, None, None);
         if let Err(reason) = self.net.remove_tap(record.number) {
             tracing::warn!(reason, "a tap was not removed");
