@@ -349,6 +349,8 @@ impl Daemon {
         match self.known(user).map(|image| image.status()) {
             Some(status) => {
                 view.state = status.state;
+                // The record was read before: what runs here by now may run under a later term.
+                view.term = view.term.max(status.term);
                 view.note = status.note;
                 view.operation = status.operation;
                 view.pid = status.pid;

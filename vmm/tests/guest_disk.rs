@@ -175,7 +175,7 @@ fn an_idle_machine_does_nothing() {
     let before = disk::figures();
     // Nothing waits for a time: nothing is left that could run.
     assert!(executor::run(std::future::pending::<()>(), 1_000_000).is_none());
-    assert_eq!(format!("{before:?}"), format!("{:?}", disk::figures()));
+    assert_eq!(before, disk::figures());
     assert_eq!(block_on(fs::sync_all()), Ok(()));
     assert_eq!(before.flushes, disk::figures().flushes, "there was nothing to commit");
 }
@@ -857,74 +857,6 @@ fn after_every_crash_files_are_as_they_were_at_one_instant() {
     }
     println!("600 crashes; {later} left more than the last sync had");
     assert!(later > 50, "commits that nobody asked for are tried too: {later}");
-}
-
-/// Tells what common work costs; run it alone, with `--ignored --nocapture`.
-#[test]
-#[ignore = "a figure, not a test"]
-fn what_it_costs() {
-    let _alone = machine(262_144);
-    let timed = |what: &str, act: &mut dyn FnMut()| {
-        let before = disk::figures();
-        let _ = executor::longest();
-        let began = std::time::Instant::now();
-        act();
-        let took = began.elapsed();
-        let now = disk::figures();
-        println!(
-            "{what}: {:.1} ms, no task held on for more than {} µs, {} writes of {} blocks, {} reads of {}, {} commits",
-            took.as_secs_f64() * 1e3,
-            executor::longest().as_micros(),
-            now.writes.saturating_sub(before.writes),
-            now.blocks_written.saturating_sub(before.blocks_written),
-            now.reads.saturating_sub(before.reads),
-            now.blocks_read.saturating_sub(before.blocks_read),
-            now.flushes.saturating_sub(before.flushes),
-        );
-    };
-    fs::make_directory("/tmp/d").unwrap();
-    timed("create 10,000 files of 100 bytes", &mut || {
-        (0..10_000).for_each(|file| write(&format!("/tmp/d/{file}"), &[7; 100]));
-    });
-    timed("sync", &mut sync);
-    timed("stat them", &mut || {
-        (0..10_000).for_each(|file| assert!(fs::stat(&format!("/tmp/d/{file}")).is_ok()))
-    });
-    let content = disk::crash();
-    disk::attach_with(262_144, content);
-    timed("mount", &mut boot);
-    timed("read them", &mut || {
-        (0..10_000).for_each(|file| assert_eq!(read(&format!("/tmp/d/{file}")).unwrap().len(), 100))
-    });
-    timed("check", &mut all_is_well);
-    timed("delete them", &mut || (0..10_000).for_each(|file| fs::remove(&format!("/tmp/d/{file}")).unwrap()));
-    timed("sync", &mut sync);
-    let bytes = pattern(1 << 20, 1);
-    timed("create 1,000 files, each synced", &mut || {
-        (0..1000).for_each(|file| {
-            write(&format!("/tmp/d/{file}"), &[7; 100]);
-            sync();
-        });
-    });
-    let file = fs::open("/tmp/big", CREATE).unwrap();
-    timed("write 64 MiB", &mut || {
-        (0..64).for_each(|at| assert!(block_on(file.write_at(at << 20, &bytes)).is_ok()))
-    });
-    timed("sync", &mut sync);
-    let mut piece = vec![0; 64 << 10];
-    timed("read 64 MiB", &mut || {
-        (0..1024).for_each(|at| assert_eq!(block_on(file.read_at(at << 16, &mut piece)), Ok(64 << 10)));
-    });
-    timed("write 4 KiB at 2,000 places", &mut || {
-        (0..2000)
-            .for_each(|_| assert!(block_on(file.write_at(random(16_384) * 4096, &bytes[..4096])).is_ok()));
-    });
-    timed("sync", &mut sync);
-    timed("read 4 KiB at 2,000 places", &mut || {
-        (0..2000)
-            .for_each(|_| assert!(block_on(file.read_at(random(16_384) * 4096, &mut piece[..4096])).is_ok()));
-    });
-    println!("{:?}, {} KiB of memory kept for metadata", fs::state(), fs::state().records * 4);
 }
 
 #[test]

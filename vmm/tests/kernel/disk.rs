@@ -54,7 +54,7 @@ struct Request {
 }
 
 /// Figures of a disk since it was attached.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Figures {
     pub reads: u64,
     pub blocks_read: u64,

@@ -34,7 +34,6 @@ thread_local! {
     static TIMERS: RefCell<BTreeMap<(Duration, u64), Waker>> = const { RefCell::new(BTreeMap::new()) };
     static NEXT: Cell<u64> = const { Cell::new(0) };
     static RANDOM: Cell<u64> = const { Cell::new(0) };
-    static LONGEST: Cell<Duration> = const { Cell::new(Duration::ZERO) };
 }
 
 /// Forgets all tasks and timers.
@@ -79,21 +78,13 @@ fn run_tasks() -> bool {
         }
         ran = true;
         let waker = Waker::from(Arc::clone(&task.woken));
-        let began = std::time::Instant::now();
-        let pending = task.future.as_mut().poll(&mut Context::from_waker(&waker)).is_pending();
-        LONGEST.set(LONGEST.get().max(began.elapsed()));
-        pending
+        task.future.as_mut().poll(&mut Context::from_waker(&waker)).is_pending()
     });
     TASKS.with_borrow_mut(|all| {
         tasks.append(all);
         *all = tasks;
     });
     ran
-}
-
-/// The longest that a task ran without giving way, since last asked.
-pub fn longest() -> Duration {
-    LONGEST.replace(Duration::ZERO)
 }
 
 /// Goes on to the next timer, if there is one.
