@@ -4,6 +4,12 @@
 //! nothing up; files made or removed meanwhile may be in it or not.
 
 use alloc::vec::Vec;
+use core::{
+    future::{Future, poll_fn},
+    pin::pin,
+    task::Poll,
+    time::Duration,
+};
 
 use kage_abi::resources::table::{
     Endpoint, Entry, Facts, FileState, HEADER, MAX, ProcessState, Protocol, SocketState, header, write,
@@ -15,6 +21,7 @@ use crate::{
     local::Local,
     memory, net,
     process::{self, Process},
+    time,
 };
 
 /// Entries written between two looks at the cost; a path may be two thousand names long.
@@ -23,6 +30,9 @@ const PIECE: usize = 4;
 const PIECE_COST: u64 = 1_500;
 /// Cost of each byte of a path.
 const NAME_COST: u64 = 30;
+
+/// Longest wait for files that are not mounted yet: what tells of them may have to come from another host.
+const MOUNT: Duration = Duration::from_secs(1);
 
 /// Doors over which a table stays where it is.
 const DOORS: usize = 64;
@@ -76,7 +86,18 @@ impl Table {
     }
 }
 
+/// Waits for the files, or as long as that may take.
+async fn mounted() {
+    let (mut ready, mut late) = (pin!(fs::ready()), pin!(time::sleep(MOUNT)));
+    poll_fn(|context| match ready.as_mut().poll(context) {
+        Poll::Ready(()) => Poll::Ready(()),
+        Poll::Pending => late.as_mut().poll(context),
+    })
+    .await;
+}
+
 async fn publish(round: u32) {
+    mounted().await;
     let mut table = Table { bytes: Vec::from([0; HEADER]), entries: 0, all: 0 };
     for processes in process::table::all().chunks(PIECE) {
         processes.iter().for_each(|process| table.add(&process_entry(process)));
