@@ -321,7 +321,11 @@ fn the_operator_is_told_what_a_command_or_a_copy_came_to() {
     assert_eq!(site.output("h1", &mut cat).unwrap().stdout, fs::read(&input).unwrap());
 
     // What is ended here ends there.
-    let mut endless = start(&site, "h1", &["exec", "alice", "--", "work loop"]);
+    // Tests that run in the background of a shell have ^C ignored, and what they start would too.
+    let mut endless = Command::new("env");
+    endless.args(["--default-signal=INT", &program().display().to_string()]);
+    endless.args(["exec", "alice", "--", "work loop"]).stdin(Stdio::null()).stderr(Stdio::piped());
+    let mut endless = site.start("h1", &mut endless);
     let runs =
         || site.json("h1", &["ps", "alice"]).as_array().unwrap().iter().any(|one| one["name"] == "work");
     let until = Instant::now() + SETTLED;
