@@ -6,6 +6,7 @@
 //! - [`api`], [`http`], [`peers`]: the HTTP API, here and at other hosts.
 //! - [`roaming`]: where users are.
 //! - [`events`], [`operations`], [`metrics`], [`logs`]: what is seen of it.
+//! - `mirrors`: copies of machines, kept nearly fresh.
 //! - [`resources`]: what machines consist of.
 //! - [`disks`]: where the blocks of disks are, and fetching those that are elsewhere.
 //! - [`machines`]: the traits behind which machines and the network are.
@@ -28,6 +29,7 @@ pub mod links;
 pub mod logs;
 pub mod machines;
 pub mod metrics;
+mod mirrors;
 pub mod moves;
 pub mod operations;
 pub mod peers;

@@ -346,6 +346,7 @@ impl Daemon {
         if record.owner != self.me {
             return view;
         }
+        view.replicas = self.replicas(user);
         match self.known(user).map(|image| image.status()) {
             Some(status) => {
                 view.state = status.state;

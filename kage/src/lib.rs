@@ -5,6 +5,7 @@
 //! - [`client`]: talking to a daemon.
 //! - [`copy`]: files into and out of a machine.
 //! - [`demo`]: the main job, to be watched.
+//! - [`operation`]: following what a daemon does to its end.
 //! - [`operator`]: how the operator reaches a machine.
 //! - [`output`]: tables and JSON.
 //! - [`testbed`]: hosts, access points and devices as network namespaces.
@@ -15,6 +16,7 @@ pub mod client;
 mod commands;
 pub mod copy;
 pub mod demo;
+mod operation;
 pub mod operator;
 pub mod output;
 mod ssh;

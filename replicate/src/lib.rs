@@ -7,6 +7,7 @@
 //! - [`tracker`]: which pages each follower lacks, and how hot pages are.
 //! - [`planner`]: what to send now; what a handover would cost now. Pure.
 //! - [`codec`]: how pages are written and which way pays. The choice is pure.
+//! - [`predict`]: where a user goes next. Pure.
 //! - [`pace`]: rates, limited and measured. Pure.
 //! - [`sender`], [`receiver`]: the two ends of a page stream.
 //! - [`store`]: what a follower holds; [`digest`]: proof of it.
@@ -24,6 +25,7 @@ pub mod digest;
 pub mod link;
 pub mod pace;
 pub mod planner;
+pub mod predict;
 pub mod receiver;
 pub mod sender;
 pub mod store;

@@ -232,6 +232,8 @@ impl Samples {
                     watermark: None,
                     lag_ms: 12.5,
                     missing_bytes: 4096,
+                    handover_ms: 1.2,
+                    handover_bytes: 20_480,
                 }],
                 pid: Some(4711),
                 operation: None,

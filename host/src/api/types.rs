@@ -97,6 +97,12 @@ pub struct Replica {
     pub lag_ms: f64,
     /// Bytes it lacks.
     pub missing_bytes: u64,
+    /// If handover came now: how long nobody would run the machine.
+    #[serde(default)]
+    pub handover_ms: f64,
+    /// If handover came now: bytes on the wire.
+    #[serde(default)]
+    pub handover_bytes: u64,
 }
 
 /// One image, in `kage ls` and `kage show`.

@@ -9,12 +9,11 @@
 use std::{
     fs,
     path::{Path, PathBuf},
-    time::Duration,
 };
 
 use http::Method;
 use kage_host::{
-    api::types::{MigrateRequest, Operation, OperationState},
+    api::types::{MigrateRequest, Operation},
     http::Call,
     units::Size,
 };
@@ -28,6 +27,7 @@ use super::{
 };
 use crate::{
     client::Failure,
+    operation::follow,
     output::Output,
     testbed::{Cancel, Testbed, TestbedSpec},
 };
@@ -37,8 +37,6 @@ const QUICK: u32 = 2;
 const MEMORY: Size = Size(64 << 20);
 /// 4 KiB writes that make 1 % of 1 GiB.
 const ONE_PERCENT: u32 = 2621;
-/// Longest wait for one look at a move.
-const LOOK: Duration = Duration::from_secs(5);
 
 /// Runs the bench.
 ///
@@ -214,14 +212,14 @@ impl Desk<'_> {
         self.file_work("seq-write-synced bench-file")?;
         // Each host gets to hold the disk.
         for host in ["h2", "h1"] {
-            self.go(host)?;
+            self.go(host, output)?;
         }
         let (mut written, mut idle) = (Moves::default(), Moves::default());
         for run in 0..runs {
             cancel.check().map_err(Failure::new)?;
-            idle.push(&self.go("h2")?)?;
+            idle.push(&self.go("h2", output)?)?;
             self.file_work(&format!("rand-write-synced bench-file {}", ONE_PERCENT + run))?;
-            written.push(&self.go("h1")?)?;
+            written.push(&self.go("h1", output)?)?;
         }
         output.progress(format!("handovers: {runs} of each"));
         let params = json!({ "held_bytes": files::FILE_BYTES, "written_bytes": ONE_PERCENT * 4096 });
@@ -237,19 +235,17 @@ impl Desk<'_> {
     }
 
     /// Moves the machine and returns the report.
-    fn go(&self, host: &str) -> Result<Value, Failure> {
+    fn go(&self, host: &str, output: Output) -> Result<Value, Failure> {
         let to = host.parse().map_err(Failure::new)?;
         let request = MigrateRequest { to: Some(to), ..MigrateRequest::default() };
         let call = Call::new(Method::POST, format!("/v1/images/{USER}/migrate")).json(&request);
         let runtime = runtime()?;
-        let mut operation: Operation = runtime.block_on(self.client.call(&call))?;
-        while operation.state == OperationState::Running {
-            let path = format!("/v1/operations/{}?wait={}s", operation.id, LOOK.as_secs());
-            operation = runtime.block_on(self.client.call(&Call::new(Method::GET, path)))?;
-        }
-        let report = operation.result.unwrap_or_default();
+        let report: Value = runtime.block_on(async {
+            let operation: Operation = self.client.call(&call).await?;
+            follow(&self.client, operation, output, |_| None).await
+        })?;
         if report["outcome"] != "handed_over" {
-            return Err(Failure::new(format!("the move to {host} failed: {report} {:?}", operation.error)));
+            return Err(Failure::new(format!("the move to {host} failed: {report}")));
         }
         Ok(report)
     }

@@ -7,8 +7,8 @@ use kage_host::{
     api::{
         error::{Code, ErrorBody},
         types::{
-            ImageView, MigrateRequest, MoveOutcome, MovePlan, MoveReport, Operation, OperationState,
-            RoamAction, RoamReply, RoamRequest,
+            ImageView, MigrateRequest, MoveOutcome, MovePlan, MoveReport, Operation, RoamAction, RoamReply,
+            RoamRequest,
         },
     },
     http::Call,
@@ -18,11 +18,9 @@ use kage_machine::{UserName, identity::ApName};
 use crate::{
     cli::MigrateArgs,
     client::{Client, Failure},
+    operation::follow,
     output::{Output, bytes},
 };
-
-/// How long one look at an operation waits for a change.
-const LOOK: &str = "wait=1s";
 
 /// How long a roam with its move may take.
 const ROAM: Duration = Duration::from_secs(90);
@@ -54,42 +52,15 @@ pub async fn migrate(client: Client, args: MigrateArgs, output: Output) -> Resul
         });
     }
     let operation: Operation = client.call(&call).await?;
-    let report = follow(&client, operation, args.verbose, output).await?;
+    let mut said = serde_json::Value::Null;
+    let progress = |progress: &serde_json::Value| {
+        let is_new = args.verbose && *progress != said;
+        said = progress.clone();
+        is_new.then(|| progress.to_string())
+    };
+    let report: MoveReport = follow(&client, operation, output, progress).await?;
     output.result(&report, line)?;
     verdict(&report)
-}
-
-/// Follows a move to its end; ^C cancels it.
-async fn follow(
-    client: &Client,
-    mut operation: Operation,
-    verbose: bool,
-    output: Output,
-) -> Result<MoveReport, Failure> {
-    let path = format!("/v1/operations/{}", operation.id);
-    let mut cancelled = false;
-    let mut said = serde_json::Value::Null;
-    while operation.state == OperationState::Running {
-        if verbose && operation.progress != said {
-            said = operation.progress.clone();
-            output.progress(&said);
-        }
-        let call = Call::new(Method::GET, format!("{path}?{LOOK}"));
-        let look = client.call(&call);
-        tokio::select! {
-            found = look => operation = found?,
-            _ = tokio::signal::ctrl_c(), if !cancelled => {
-                cancelled = true;
-                output.progress("cancelling");
-                let _: Operation = client.call(&Call::new(Method::DELETE, path.clone())).await?;
-            }
-        }
-    }
-    match (operation.result, operation.error) {
-        (Some(report), _) => serde_json::from_value(report).map_err(Failure::new),
-        (None, Some(error)) => Err(error.into()),
-        (None, None) => Err(Failure::new(format!("operation {} ended without a report", operation.id))),
-    }
 }
 
 /// The exit code a report stands for.

@@ -4,19 +4,17 @@ use std::{collections::BTreeSet, ffi::OsStr};
 
 use http::Method;
 use kage_host::{
-    api::types::{Operation, OperationState, ScrubReport},
+    api::types::{Operation, ScrubReport},
     http::Call,
 };
 use kage_machine::UserName;
 
 use crate::{
     client::{Client, Failure},
+    operation::follow,
     operator::Machine,
     output::{Output, bytes, shown},
 };
-
-/// How long one look at an operation waits for a change.
-const LOOK: &str = "wait=1s";
 
 /// The machine's check of all files.
 const CHECK: &str = "fsck -a";
@@ -29,7 +27,14 @@ const UNREADABLE: (&str, &str) = (": offset ", " cannot be read, block ");
 /// `kage scrub`.
 pub async fn scrub(client: Client, user: UserName, output: Output) -> Result<(), Failure> {
     let begun: Operation = client.call(&Call::new(Method::POST, format!("/v1/images/{user}/scrub"))).await?;
-    let mut report = follow(&client, begun, output).await?;
+    let mut said = 0;
+    let progress = |progress: &serde_json::Value| {
+        let checked = progress["checked_bytes"].as_u64().unwrap_or(0);
+        let is_new = checked > said;
+        said = said.max(checked);
+        is_new.then(|| format!("{} checked", bytes(checked)))
+    };
+    let mut report: ScrubReport = follow(&client, begun, output, progress).await?;
     if report.lost_blocks > 0 {
         match damaged_files(&client, &user).await {
             Ok(files) => report.files = files,
@@ -42,33 +47,6 @@ pub async fn scrub(client: Client, user: UserName, output: Output) -> Result<(),
     match report.lost_blocks {
         0 => Ok(()),
         lost => Err(Failure::new(format!("{lost} blocks of {user}'s disk are lost: no host has them"))),
-    }
-}
-
-/// Follows a scrub to its end; ^C cancels it.
-async fn follow(client: &Client, mut operation: Operation, output: Output) -> Result<ScrubReport, Failure> {
-    let path = format!("/v1/operations/{}", operation.id);
-    let (mut cancelled, mut said) = (false, 0);
-    while operation.state == OperationState::Running {
-        let checked = operation.progress["checked_bytes"].as_u64().unwrap_or(0);
-        if checked > said {
-            said = checked;
-            output.progress(format!("{} checked", bytes(checked)));
-        }
-        let call = Call::new(Method::GET, format!("{path}?{LOOK}"));
-        tokio::select! {
-            found = client.call(&call) => operation = found?,
-            _ = tokio::signal::ctrl_c(), if !cancelled => {
-                cancelled = true;
-                output.progress("cancelling");
-                let _: Operation = client.call(&Call::new(Method::DELETE, path.clone())).await?;
-            }
-        }
-    }
-    match (operation.result, operation.error) {
-        (Some(report), _) => serde_json::from_value(report).map_err(Failure::new),
-        (None, Some(error)) => Err(error.into()),
-        (None, None) => Err(Failure::new(format!("operation {} ended without a report", operation.id))),
     }
 }
 

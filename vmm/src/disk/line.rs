@@ -43,6 +43,18 @@ pub enum Given {
     Unavailable,
 }
 
+/// When a flush that the daemon asks for may make things durable.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Flush {
+    /// Not between the writes of a guest's commit: after a crash half of one would be worse than none. Its end is
+    /// waited for.
+    Whole,
+    /// As well; and the machine is this host's from here on, so that what [`Ask::Hold`] held up comes first.
+    Settled,
+    /// At once.
+    Torn,
+}
+
 /// What the daemon asks for.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Ask {
@@ -50,17 +62,11 @@ pub enum Ask {
     Set(Vec<(u32, Content)>),
     /// Take what was missing or corrupt.
     Fill(Vec<(u32, Given)>),
-    /// Commit nothing until the flush that says so: the machine comes from a host that may yet keep it, and what is
+    /// Commit nothing until a [`Flush::Settled`], or the gate's opening: the machine comes from a host that may yet keep it, and what is
     /// missing there may be what this log had at its last commit.
     Hold,
     /// Make everything durable.
-    Flush {
-        /// The machine is this host's: commits need not be held any more.
-        settled: bool,
-        /// Even while a commit of the guest's is half written. Otherwise its end is waited for: after a crash
-        /// half a commit would be worse than none.
-        torn: bool,
-    },
+    Flush(Flush),
     /// Read some of the log; answered by [`Tell::Scrubbed`].
     Scrub {
         /// About so many bytes.
@@ -162,7 +168,7 @@ pub fn decode_asked(packet: &[u8]) -> Option<(Asked, Vec<&PageBytes>)> {
         Ask::Fill(blocks) => {
             (blocks.len(), blocks.iter().filter(|(_, given)| *given == Given::Bytes).count())
         }
-        Ask::Hold | Ask::Flush { .. } | Ask::Scrub { .. } | Ask::Sync => (0, 0),
+        Ask::Hold | Ask::Flush(_) | Ask::Scrub { .. } | Ask::Sync => (0, 0),
     };
     (named <= MOST_BLOCKS && with_bytes == bytes.len()).then_some((asked, bytes))
 }

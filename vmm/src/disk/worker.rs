@@ -20,7 +20,8 @@ use rustix::{
 use super::{
     Attach, Done, Shared, Standing,
     line::{
-        Ask, Asked, Content, Given, LINE_PACKET, MOST_BLOCKS, MOST_SCRUB, Tell, decode_asked, encode, reason,
+        Ask, Asked, Content, Flush, Given, LINE_PACKET, MOST_BLOCKS, MOST_SCRUB, Tell, decode_asked, encode,
+        reason,
     },
     queue::{Job, Queue, Task},
 };
@@ -411,11 +412,11 @@ impl Worker {
                 self.held = true;
                 Ok(())
             }
-            Ask::Flush { settled, torn } => {
-                if settled {
+            Ask::Flush(how) => {
+                if how == Flush::Settled {
                     self.settled();
                 }
-                match self.flush(ticket, torn) {
+                match self.flush(ticket, how) {
                     Some(result) => result,
                     None => return,
                 }
@@ -542,9 +543,9 @@ impl Worker {
     }
 
     /// None: it waits for the guest's.
-    fn flush(&mut self, ticket: u64, torn: bool) -> Option<Result<(), String>> {
+    fn flush(&mut self, ticket: u64, how: Flush) -> Option<Result<(), String>> {
         let mut exchange = self.shared.lock();
-        if exchange.unsettled && !torn {
+        if exchange.unsettled && how != Flush::Torn {
             exchange.prompt = true;
             drop(exchange);
             self.deferred.push(ticket);

@@ -25,7 +25,9 @@ use rustix::net::{
 };
 
 use crate::{
-    disk::line::{Ask, Asked, Content, Given, LINE_PACKET, MOST_BLOCKS, MOST_BYTES, Tell, decode, encode},
+    disk::line::{
+        Ask, Asked, Content, Flush, Given, LINE_PACKET, MOST_BLOCKS, MOST_BYTES, Tell, decode, encode,
+    },
     packet,
     process::host_now,
 };
@@ -96,11 +98,6 @@ struct Inner {
 pub struct RemoteDisk {
     inner: Arc<Inner>,
 }
-
-/// A flush that was asked for.
-#[derive(Clone, Copy, Debug)]
-#[must_use]
-pub struct Flushing(u64);
 
 fn refused(reason: impl Into<String>) -> MachineError {
     MachineError::Refused { reason: reason.into() }
@@ -186,43 +183,28 @@ impl RemoteDisk {
         }
     }
 
-    /// Begins to make everything durable; not between the writes of a guest's commit unless `torn`.
+    /// Has nothing committed until [`RemoteDisk::settle_commits`].
     ///
     /// # Errors
     /// As any call to a machine.
-    pub fn begin_flush(&self, torn: bool) -> Result<Flushing, MachineError> {
-        self.settle()?;
-        self.inner.ask(Ask::Flush { settled: false, torn }, &[]).map(Flushing)
-    }
-
-    /// Has nothing committed until [`RemoteDisk::begin_settled_flush`].
-    ///
-    /// # Errors
-    /// As any call to a machine.
-    pub fn hold(&self) -> Result<(), MachineError> {
+    pub fn hold_commits(&self) -> Result<(), MachineError> {
         let ticket = self.inner.ask(Ask::Hold, &[])?;
         self.inner.done(ticket, PATIENCE)
     }
 
-    /// Lets commits be again, those that waited first, and begins to make everything durable.
+    /// Lets commits be again, those that waited first, and makes everything durable: once the guest's commit that may
+    /// be half written is whole, or at once when that takes long.
     ///
     /// # Errors
     /// As any call to a machine.
-    pub fn begin_settled_flush(&self) -> Result<Flushing, MachineError> {
+    pub fn settle_commits(&self) -> Result<(), MachineError> {
         self.settle()?;
-        self.inner.ask(Ask::Flush { settled: true, torn: false }, &[]).map(Flushing)
-    }
-
-    /// Waits for a flush. One that waits too long for the guest's is begun anew without regard for that.
-    ///
-    /// # Errors
-    /// As any call to a machine.
-    pub fn finish_flush(&self, flushing: Flushing) -> Result<(), MachineError> {
-        match self.inner.answer(flushing.0, COMMIT)? {
+        let settled = self.inner.ask(Ask::Flush(Flush::Settled), &[])?;
+        match self.inner.answer(settled, COMMIT)? {
             Some(answer) => done(answer),
             None => {
-                let again = self.inner.ask(Ask::Flush { settled: false, torn: true }, &[])?;
-                self.inner.done(again, PATIENCE)
+                let torn = self.inner.ask(Ask::Flush(Flush::Torn), &[])?;
+                self.inner.done(torn, PATIENCE)
             }
         }
     }
@@ -579,8 +561,8 @@ impl Disk for RemoteDisk {
     }
 
     fn flush(&self) -> Result<(), MachineError> {
-        // Nobody waits for this as for a gate: it never comes between the writes of a guest's commit.
-        let Flushing(ticket) = self.begin_flush(false)?;
+        self.settle()?;
+        let ticket = self.inner.ask(Ask::Flush(Flush::Whole), &[])?;
         self.inner.done(ticket, PATIENCE)
     }
 

@@ -1,6 +1,13 @@
 //! One contract for every device: serve a driver, save, restore, compare; and drivers that break the rules.
 
-use std::{fs::File, num::NonZeroUsize, os::fd::OwnedFd};
+use std::{
+    fs::File,
+    num::NonZeroUsize,
+    os::{
+        fd::{AsFd, OwnedFd},
+        unix::fs::FileExt,
+    },
+};
 
 use kage_machine::state::VirtioState;
 use proptest::prelude::*;
@@ -11,10 +18,17 @@ use rustix::{
 use vm_memory::{Bytes, GuestAddress, GuestRegionMmap, bitmap::AtomicBitmap, mmap::MmapRegionBuilder};
 
 use kage_disk::{Geometry, Index, Initial, Store, Tuning};
-use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
+use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, send, socketpair};
 
 use super::{block::Block, entropy::Entropy, mmio::Transport, net::Net};
-use crate::{dirty::GuestMemory, disk::Attach};
+use crate::{
+    dirty::GuestMemory,
+    disk::{
+        Attach,
+        line::{Ask, Asked, Flush, LINE_PACKET, Tell, decode, encode},
+    },
+    packet,
+};
 
 const MEMORY: u64 = kage_abi::MEMORY;
 const SIZE: u64 = 1 << 20;
@@ -229,7 +243,6 @@ fn requests_wait_in_the_ring_for_a_disk_and_fail_once_it_cannot_be_opened() {
     block_request(&memory, 1, 1, 0, 4096, false);
     assert!(!block.serve(&memory, |_| {}));
     assert_eq!(block.unfinished(), 0);
-    std::os::unix::fs::FileExt::write_all_at(&log(), &[1], 0).unwrap();
     let other = log();
     let index = Index::private(BLOCKS).unwrap();
     let geometry = Geometry::new(BLOCKS, Geometry::log_bytes_for(BLOCKS)).unwrap();
@@ -276,6 +289,91 @@ fn requests_a_save_finds_unfinished_are_issued_again_after_a_restore() {
     serve_until(&mut target, &memory, 3);
     let heads = [0, 8, 16].map(|at| memory.read_obj::<u32>(GuestAddress(USED + 4 + at)).unwrap());
     assert_eq!(heads, [3, 0, 6], "the reads are done where they went, each once");
+}
+
+/// Asks the worker as a daemon, and waits for what it says to that.
+fn ask(line: &OwnedFd, ticket: u64, ask: Ask) -> Result<(), String> {
+    send(line, &encode(&Asked { ticket, ask }), SendFlags::empty()).unwrap();
+    let mut buffer = vec![0; LINE_PACKET];
+    loop {
+        let packet = packet::receive(line.as_fd(), &mut buffer, RecvFlags::empty()).unwrap();
+        match decode(&packet.bytes) {
+            Some(Tell::Done { ticket: answered, result }) if answered == ticket => return result,
+            Some(_) => {}
+            None => panic!("the line has ended"),
+        }
+    }
+}
+
+/// First byte of a block for whoever opens a log now.
+fn committed(log: &File, block: u64) -> u8 {
+    let mut bytes = vec![0; log.metadata().unwrap().len() as usize];
+    log.read_exact_at(&mut bytes, 0).unwrap();
+    let copy = self::log();
+    copy.write_all_at(&bytes, 0).unwrap();
+    let index = Index::private(BLOCKS).unwrap();
+    let store = Store::open(copy, index, [1; 16], Tuning::default()).unwrap();
+    let mut held = [0; 4096];
+    store.read(block, &mut held).unwrap();
+    held[0]
+}
+
+#[test]
+fn an_arriving_machine_commits_nothing_before_it_is_settled() {
+    for by_gate in [false, true] {
+        let memory = memory();
+        let mut block = Block::new(BLOCKS * 4096).unwrap();
+        let log = log();
+        let line = attach(&mut block, log.try_clone().unwrap(), false);
+        start(&mut block.transport, &memory, 1, 0);
+        memory.write_slice(&[0xa5; 4096], GuestAddress(DATA + 0x1000)).unwrap();
+        block_request(&memory, 1, 1, 24, 4096, false);
+        serve_until(&mut block, &memory, 1);
+        block_request(&memory, 2, 4, 0, 0, false);
+        serve_until(&mut block, &memory, 2);
+        assert_eq!((status(&memory), committed(&log, 3)), (0, 0xa5));
+        assert_eq!(ask(&line, 1, Ask::Hold), Ok(()));
+        memory.write_slice(&[0x5a; 4096], GuestAddress(DATA + 0x1000)).unwrap();
+        block_request(&memory, 3, 1, 24, 4096, false);
+        serve_until(&mut block, &memory, 3);
+        block_request(&memory, 4, 4, 0, 0, false);
+        block.serve(&memory, |_| {});
+        // Not even in pieces; and by the second answer the worker has come by the guest's own flush.
+        assert!(ask(&line, 2, Ask::Flush(Flush::Torn)).is_err());
+        assert!(ask(&line, 3, Ask::Flush(Flush::Torn)).is_err());
+        block.serve(&memory, |_| {});
+        assert_eq!((used(&memory, 0), committed(&log, 3)), (3, 0xa5));
+        if by_gate {
+            block.settle();
+        } else {
+            assert_eq!(ask(&line, 4, Ask::Flush(Flush::Settled)), Ok(()));
+        }
+        serve_until(&mut block, &memory, 4);
+        assert_eq!((status(&memory), committed(&log, 3)), (0, 0x5a));
+    }
+}
+
+#[test]
+fn a_daemons_flush_does_not_come_between_a_commits_discards_and_its_writes() {
+    let memory = memory();
+    let mut block = Block::new(BLOCKS * 4096).unwrap();
+    let log = log();
+    let line = attach(&mut block, log.try_clone().unwrap(), false);
+    start(&mut block.transport, &memory, 1, 0);
+    memory.write_slice(&[0xa5; 4096], GuestAddress(DATA + 0x1000)).unwrap();
+    block_request(&memory, 1, 1, 24, 4096, false);
+    serve_until(&mut block, &memory, 1);
+    block_request(&memory, 2, 4, 0, 0, false);
+    serve_until(&mut block, &memory, 2);
+    let range = [24u64.to_le_bytes(), 8u64.to_le_bytes()].concat();
+    memory.write_slice(&range, GuestAddress(DATA + 0x1000)).unwrap();
+    block_request(&memory, 3, 11, 0, 16, false);
+    serve_until(&mut block, &memory, 3);
+    send(&line, &encode(&Asked { ticket: 1, ask: Ask::Flush(Flush::Whole) }), SendFlags::empty()).unwrap();
+    // Answered behind it, and at once.
+    assert_eq!(ask(&line, 2, Ask::Fill(Vec::new())), Ok(()));
+    assert_eq!(committed(&log, 3), 0xa5);
+    assert!(block.halt(&memory, |_| {}), "where the machine goes, it is still in the midst of it");
 }
 
 #[test]
