@@ -7,6 +7,7 @@ mod disks;
 pub mod error;
 mod hosts;
 mod images;
+mod mirrors;
 mod openapi;
 mod stream;
 pub mod types;
@@ -59,6 +60,7 @@ pub struct Route {
 fn routes() -> Vec<Route> {
     let mut all = images::routes();
     all.extend(disks::routes());
+    all.extend(mirrors::routes());
     all.extend(hosts::routes());
     all.extend(stream::routes());
     all

@@ -107,6 +107,8 @@ enum Place {
     Open(Arc<OpenLog>),
     /// A machine's process, or the making of one.
     Lent(Option<Arc<dyn Disk>>),
+    /// A mirror's shell, or the making of one.
+    Mirror(Option<Arc<dyn Disk>>),
 }
 
 /// The disk of one image at this host.
@@ -149,14 +151,59 @@ fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl ImageDisk {
-    /// Closes the log here, for a machine that gets it; waits for a call that is under way.
-    pub fn lend(&self) {
+    /// Closes the log here, for a machine that gets it; waits for a call that is under way. Not while a mirror has it.
+    #[must_use]
+    pub fn lend(&self) -> bool {
         let mut place = locked(&self.place);
-        if let Place::Open(log) = &*place {
-            log.close();
+        match &*place {
+            Place::Mirror(_) => return false,
+            Place::Open(log) => log.close(),
+            Place::Free | Place::Lent(_) => {}
         }
         self.pulls.forget();
         *place = Place::Lent(None);
+        true
+    }
+
+    /// As [`Self::lend`], for the shell of a mirror: only while nobody has it.
+    #[must_use]
+    pub fn lend_to_mirror(&self) -> bool {
+        let mut place = locked(&self.place);
+        match &*place {
+            Place::Lent(_) | Place::Mirror(_) => return false,
+            Place::Open(log) => log.close(),
+            Place::Free => {}
+        }
+        self.pulls.forget();
+        *place = Place::Mirror(None);
+        true
+    }
+
+    /// The mirror's shell has it.
+    pub fn lent_to_mirror(&self, disk: Option<Arc<dyn Disk>>) {
+        let mut place = locked(&self.place);
+        if let Place::Mirror(_) = &*place {
+            *place = Place::Mirror(disk);
+        }
+    }
+
+    /// The shell of a mirror is to run its machine.
+    pub fn mirror_arrives(&self) {
+        let mut place = locked(&self.place);
+        if let Place::Mirror(disk) = &*place {
+            *place = Place::Lent(disk.clone());
+        }
+    }
+
+    /// The mirror's process has ended.
+    pub fn back_from_mirror(&self) {
+        let mut place = locked(&self.place);
+        if let Place::Mirror(disk) = &*place {
+            if let Some(disk) = disk {
+                *locked(&self.known) = Some(Held::of(&**disk));
+            }
+            *place = Place::Free;
+        }
     }
 
     /// The machine has it.
@@ -187,8 +234,8 @@ impl ImageDisk {
 
     fn in_place(place: &Place) -> Option<Arc<dyn Disk>> {
         match place {
-            Place::Free | Place::Lent(None) => None,
-            Place::Lent(Some(disk)) => Some(disk.clone()),
+            Place::Free | Place::Lent(None) | Place::Mirror(None) => None,
+            Place::Lent(Some(disk)) | Place::Mirror(Some(disk)) => Some(disk.clone()),
             Place::Open(log) => Some(log.clone()),
         }
     }
@@ -391,7 +438,11 @@ impl Daemon {
         record: &ImageRecord,
         arrives: bool,
     ) -> Result<(), ErrorBody> {
-        image.disk.lend();
+        if !image.disk.lend() {
+            let message =
+                format!("a mirror of {}'s machine is being made at this host; try again", image.user);
+            return Err(ErrorBody::new(Code::Busy, message));
+        }
         let Some(origin) = record.disk_origin.as_ref().filter(|_| record.profile.disk_bytes > 0) else {
             return Ok(());
         };

@@ -48,6 +48,7 @@ use crate::{
     events::Events,
     machines::{Hosted, Inspect, MachineSpec, Machines, Net},
     metrics::Metrics,
+    mirrors::ImageMirrors,
     operations::Operations,
     peers::Peers,
     routes::{Keeper, Records},
@@ -120,6 +121,8 @@ pub struct Image {
     status: Mutex<Status>,
     /// Its disk here.
     pub disk: ImageDisk,
+    /// Its mirrors elsewhere, while it runs here.
+    pub mirrors: ImageMirrors,
     /// Held by whoever waits for its table of resources.
     pub asking: Arc<tokio::sync::Mutex<()>>,
     /// Bumped at every change of status.
@@ -173,6 +176,7 @@ impl Image {
             slot: Arc::default(),
             status: Mutex::default(),
             disk: ImageDisk::default(),
+            mirrors: ImageMirrors::default(),
             asking: Arc::default(),
             changed: watch::Sender::new(0),
         }
@@ -347,6 +351,7 @@ impl Daemon {
             return view;
         }
         view.replicas = self.replicas(user);
+        let copied = view.replicas.iter().map(|replica| replica.missing_bytes).min();
         match self.known(user).map(|image| image.status()) {
             Some(status) => {
                 view.state = status.state;
@@ -355,9 +360,10 @@ impl Daemon {
                 view.note = status.note;
                 view.operation = status.operation;
                 view.pid = status.pid;
-                // No copy elsewhere: everything that may hold something would be lost with this host.
+                // Without a copy elsewhere everything that may hold something would be lost with this host.
                 if let Some(memory) = status.memory {
-                    view.dirty_bytes = u64::from(memory.populated().len()) * kage_machine::PAGE_SIZE as u64;
+                    let all = || u64::from(memory.populated().len()) * kage_machine::PAGE_SIZE as u64;
+                    view.dirty_bytes = copied.unwrap_or_else(all);
                 }
             }
             None if record.wanted == Wanted::Running => view.state = State::Starting,

@@ -3,7 +3,8 @@
 //! ```text
 //! peer port ─ TLS, both certificates ─┬─ ALPN http/1.1 ─▶ the API
 //!                                     └─ ALPN kage/1 ─ Hello ─┬─ Directory ─▶ a thread, while this host serves it
-//!                                                             └─ Switch, Bulk ─▶ the handover's target
+//!                                                             ├─ Switch, Bulk ─▶ the handover's target
+//!                                                             └─ Mirror ─▶ the same, long before
 //! ```
 //! Orderly end: on SIGTERM the sockets close and the daemon returns; machines, taps and routes stay.
 
@@ -130,7 +131,9 @@ fn take_link(
         };
         match hello.purpose {
             Purpose::Directory => links::serve_directory(link, &daemon.me, embedded.as_deref()),
-            Purpose::Switch | Purpose::Bulk { .. } => daemon.take_handover_link(link, hello.purpose),
+            Purpose::Switch | Purpose::Bulk { .. } | Purpose::Mirror => {
+                daemon.take_handover_link(link, hello.purpose)
+            }
         }
     })?;
     Ok(())

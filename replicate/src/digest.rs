@@ -33,6 +33,9 @@ impl PageDigest {
     /// Of a page of zeros.
     pub const ZERO: Self = Self(0);
 
+    /// Of a page of which it is only known that it is another: no page is taken for it.
+    pub(crate) const OTHER: Self = Self(u128::MAX);
+
     /// Of a page of memory.
     #[must_use]
     pub fn of(index: PageIndex, bytes: &PageBytes) -> Self {
@@ -69,6 +72,12 @@ impl PageDigest {
     #[must_use]
     pub const fn to_bytes(self) -> [u8; 16] {
         self.0.to_le_bytes()
+    }
+
+    /// Half of it: enough to tell whether two hosts hold the same page.
+    #[must_use]
+    pub const fn half(self) -> u64 {
+        self.0 as u64
     }
 
     /// Whether it is a page of zeros.

@@ -7,6 +7,7 @@
 //! - [`tracker`]: which pages each follower lacks, and how hot pages are.
 //! - [`planner`]: what to send now; what a handover would cost now. Pure.
 //! - [`codec`]: how pages are written and which way pays. The choice is pure.
+//! - [`mirrors`]: the streams that keep a machine's mirrors fresh.
 //! - [`predict`]: where a user goes next. Pure.
 //! - [`pace`]: rates, limited and measured. Pure.
 //! - [`sender`], [`receiver`]: the two ends of a page stream.
@@ -23,6 +24,7 @@ mod cache;
 pub mod codec;
 pub mod digest;
 pub mod link;
+pub mod mirrors;
 pub mod pace;
 pub mod planner;
 pub mod predict;
@@ -35,6 +37,7 @@ pub mod tracker;
 mod testing;
 
 pub use link::{Link, LinkError, TlsIdentity, TlsLink};
+pub use mirrors::{Given, Mirrors, OwnerSide};
 pub use pace::Rate;
 pub use receiver::{ReceiveError, Receiver};
 pub use sender::{EpochStats, LastEpoch, LastError, Progress, SendError, Sender, UnknownBlock, find_unknown};

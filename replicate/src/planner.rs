@@ -85,6 +85,44 @@ pub fn coldest(due: &PageSet, heat: impl Fn(PageIndex) -> Heat, budget: u32) -> 
     now
 }
 
+/// Pages cooler than this are sent at once: not written in any of the last three harvests.
+const COLD: Heat = Heat(32);
+
+/// How much of a switch may be spent on pages that a mirror was not sent since they are always written anew. Of the
+/// 5 ms that a handover to a mirror may stop the machine; a hot page then costs its delta once, at the switch, instead
+/// of at every harvest.
+pub const HOLD: Duration = Duration::from_millis(2);
+
+/// What to send a mirror now: cold pages at once (the paper's "proactively flush rarely updated pages"), of the others
+/// the coolest ones, until those left could be sent in `hold`.
+#[must_use]
+pub fn for_mirror(
+    due: &PageSet,
+    heat: impl Fn(PageIndex) -> Heat,
+    rates: &StreamRates,
+    hold: Duration,
+) -> PageSet {
+    let page = SWITCH_PER_PAGE + rates.link.time_for((PAGE_SIZE as f64 * rates.ratio) as u64);
+    let left = u32::try_from(hold.as_nanos() / page.as_nanos().max(1)).unwrap_or(u32::MAX);
+    let mut now = coldest(due, &heat, due.len().saturating_sub(left));
+    for page in due.iter().filter(|&page| heat(page) < COLD) {
+        now.insert(page);
+    }
+    now
+}
+
+/// Between two harvests of a machine that is written to: what a handover has to send then is what was written in it.
+pub const HARVEST_BUSY: Duration = Duration::from_millis(100);
+/// Longest time between two harvests. The first write to a page after a harvest costs a fault, so a machine that
+/// nobody uses is left alone.
+pub const HARVEST_IDLE: Duration = Duration::from_millis(800);
+
+/// How long after a harvest that found so many pages the next one is due.
+#[must_use]
+pub fn next_harvest(interval: Duration, dirty_pages: u32) -> Duration {
+    if dirty_pages > 0 { HARVEST_BUSY } else { (interval * 2).clamp(HARVEST_BUSY, HARVEST_IDLE) }
+}
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
@@ -109,6 +147,30 @@ mod tests {
         let rates = StreamRates { link: Rate::bytes_per_s(0.0), ratio: 1e300, round_trip: Duration::MAX };
         assert_eq!(if_now(u32::MAX, &rates).blackout, Duration::MAX);
         assert_eq!(epoch_time(u32::MAX, &rates), Duration::MAX);
+    }
+
+    #[test]
+    fn a_mirror_gets_cold_pages_at_once_and_hot_ones_where_they_would_hold_up_a_switch() {
+        let rates =
+            StreamRates { link: Rate::bytes_per_s(6.25e6), ratio: 0.1, round_trip: Duration::from_millis(1) };
+        let heat = |page: PageIndex| Heat(if page.0 < 10 { 16 } else { 255 });
+        let due = PageSet::full(20);
+        let now: Vec<_> = for_mirror(&due, heat, &rates, HOLD).iter().map(|page| page.0).collect();
+        assert_eq!(now, (0..10).collect::<Vec<_>>(), "ten hot pages take 0.7 ms");
+        assert_eq!(for_mirror(&due, heat, &rates, Duration::ZERO).len(), 20);
+        let thin = StreamRates { link: Rate::bytes_per_s(1e5), ..rates };
+        assert_eq!(for_mirror(&due, heat, &thin, HOLD).len(), 20);
+    }
+
+    #[test]
+    fn a_machine_that_nobody_uses_is_looked_at_less_and_less() {
+        let mut interval = HARVEST_BUSY;
+        for _ in 0..10 {
+            interval = next_harvest(interval, 0);
+        }
+        assert_eq!(interval, HARVEST_IDLE);
+        assert_eq!(next_harvest(interval, 1), HARVEST_BUSY);
+        assert_eq!(next_harvest(Duration::ZERO, 0), HARVEST_BUSY);
     }
 
     proptest! {

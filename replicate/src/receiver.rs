@@ -8,12 +8,13 @@ use std::{sync::Arc, time::Instant};
 
 use kage_machine::{Epoch, Memory, PageIndex};
 use kage_wire::{
-    BatchError, EpochMark, Frame, Have, Kind, Refusal, RefusalCode, delta,
+    BatchError, EpochMark, Frame, Have, Held, Kind, Refusal, RefusalCode, delta,
     pages::{Batch, split_last_epoch},
 };
 
 use crate::{
     codec::{Content, DecodeError, Decoder},
+    digest::DigestTable,
     link::{Link, LinkError},
     store::{ElsewhereError, Mirror},
 };
@@ -96,7 +97,7 @@ impl Receiver {
     /// A replica in `memory`, as [`Mirror::new`] makes it: empty but for what is held of the disk.
     #[must_use]
     pub fn new(memory: Arc<dyn Memory>) -> Self {
-        Self { mirror: Mirror::new(memory), decoder: Decoder::new(), epoch: Epoch(0), records: 0 }
+        Self::over(Mirror::new(memory))
     }
 
     /// What is held.
@@ -105,10 +106,34 @@ impl Receiver {
         &self.mirror
     }
 
-    /// What the owner need not send; for [`crate::Sender::knowing`].
+    /// Goes on from a mirror that was filled otherwise.
+    #[must_use]
+    pub fn over(mirror: Mirror) -> Self {
+        Self { mirror, decoder: Decoder::new(), epoch: Epoch(0), records: 0 }
+    }
+
+    /// What is held, page by page; the machine's pages are its own from now on.
+    #[must_use]
+    pub fn into_digests(self) -> DigestTable {
+        self.mirror.into_digests()
+    }
+
+    /// What of the disk the owner need not send; for [`crate::Sender::knowing`].
     #[must_use]
     pub fn have(&self) -> Have {
         self.mirror.have()
+    }
+
+    /// What the owner need not send; for [`crate::Sender::holding`].
+    #[must_use]
+    pub fn held(&self) -> Held {
+        self.mirror.held()
+    }
+
+    /// Makes ready for another stream, which goes on from what is held: whatever the last one ended in.
+    pub fn begin_anew(&mut self) {
+        self.mirror.begin_anew();
+        (self.decoder, self.epoch, self.records) = (Decoder::new(), Epoch(0), 0);
     }
 
     /// Receives until the next end of an epoch and acknowledges it. On an error of the owner's

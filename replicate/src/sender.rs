@@ -20,7 +20,7 @@ use std::{
 
 use kage_machine::{Epoch, Geometry, Memory, PAGE_SIZE, PageBytes, PageIndex, PageSet, disk::Block};
 use kage_wire::{
-    BatchError, BatchWriter, Encoding, EpochMark, Frame, Have, Kind,
+    BatchError, BatchWriter, Encoding, EpochMark, Frame, Have, Held, Kind,
     pages::{RECORD_HEADER, append_to_last_epoch},
 };
 
@@ -201,6 +201,8 @@ pub struct LastEpoch {
 pub struct Sender {
     geometry: Geometry,
     held: DigestTable,
+    /// Pages of the memory that the follower says it holds, by half their digests; until [`Sender::due`] compares them.
+    claimed: Have,
     /// What `held` has digests of, for some pages; only pages of `sent` are looked up.
     cache: Cache,
     /// Pages whose last record had their content.
@@ -233,9 +235,27 @@ impl Sender {
             let page = PageIndex(geometry.memory_pages.saturating_add(block));
             held.set(page, PageDigest::of_block_digest(page, digest));
         }
+        Self::of(geometry, held, Have::default())
+    }
+
+    /// For a follower that holds what [`crate::Receiver::held`] says. [`Self::due`] has to be called before the first
+    /// epoch, and all of it sent in that.
+    #[must_use]
+    pub fn holding(geometry: Geometry, held: &Held) -> Self {
+        Self { claimed: held.memory.clone(), ..Self::knowing(geometry, &held.disk) }
+    }
+
+    /// For a follower that holds exactly this.
+    #[must_use]
+    pub fn following(geometry: Geometry, held: DigestTable) -> Self {
+        Self::of(geometry, held, Have::default())
+    }
+
+    fn of(geometry: Geometry, held: DigestTable, claimed: Have) -> Self {
         Self {
             geometry,
             held,
+            claimed,
             sent: PageSet::empty(geometry.pages()),
             cache: Cache::new(CACHED_PAGES),
             encoder: Encoder::new(),
@@ -250,11 +270,24 @@ impl Sender {
     }
 
     /// What the follower lacks of a machine: what its memory holds, and the blocks of its disk that are others there,
-    /// in either direction. Reads no block. What is written after the harvest before this call is found by the
-    /// next one.
+    /// in either direction. Reads no block, and of the memory only pages the follower says it holds. What is written
+    /// after the harvest before this call is found by the next one.
     #[must_use]
-    pub fn due(&self, memory: &dyn Memory) -> PageSet {
+    pub fn due(&mut self, memory: &dyn Memory) -> PageSet {
         let mut due = memory.populated();
+        let mut bytes = [0; PAGE_SIZE];
+        for (page, half) in &std::mem::take(&mut self.claimed) {
+            let page = PageIndex(page);
+            memory.read(page, &mut bytes);
+            let digest = PageDigest::of(page, &bytes);
+            if digest.half() == half {
+                self.held.set(page, digest);
+                due.remove(page);
+            } else {
+                self.held.set(page, PageDigest::OTHER);
+                due.insert(page);
+            }
+        }
         for page in (self.geometry.memory_pages..self.geometry.pages()).map(PageIndex) {
             let held = self.held.get(page);
             // What is not populated is zeros: there is no need to ask.

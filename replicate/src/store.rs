@@ -19,7 +19,7 @@ use kage_machine::{
     Epoch, Geometry, Memory, PAGE_SIZE, PageBytes, PageIndex, PageSet,
     disk::{Block, block_digest},
 };
-use kage_wire::Have;
+use kage_wire::{Have, Held};
 
 use crate::digest::{DigestTable, PageDigest, is_block};
 
@@ -81,6 +81,12 @@ impl Mirror {
         }
     }
 
+    /// Another stream begins: its epochs count from the start.
+    pub fn begin_anew(&mut self) {
+        self.versions = vec![0; self.geometry.pages() as usize];
+        self.epoch = Epoch(0);
+    }
+
     /// Sizes of the page space.
     #[must_use]
     pub const fn geometry(&self) -> Geometry {
@@ -105,6 +111,14 @@ impl Mirror {
         self.digests.sum()
     }
 
+    /// What is held.
+    #[must_use]
+    pub fn held(&self) -> Held {
+        let pages = (0..self.geometry.memory_pages).map(PageIndex);
+        let pages = pages.map(|page| (page, self.digests.get(page))).filter(|(_, digest)| !digest.is_zero());
+        Held { disk: self.have(), memory: Have::of(pages.map(|(page, digest)| (page.0, digest.half()))) }
+    }
+
     /// Which blocks of the disk are held.
     #[must_use]
     pub fn have(&self) -> Have {
@@ -122,6 +136,12 @@ impl Mirror {
 
     const fn page_of(&self, block: u32) -> PageIndex {
         PageIndex(self.geometry.memory_pages + block)
+    }
+
+    /// What is held, page by page, for whoever goes on from here.
+    #[must_use]
+    pub fn into_digests(self) -> DigestTable {
+        self.digests
     }
 
     /// Pages that are older than their owner's.

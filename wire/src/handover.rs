@@ -2,8 +2,8 @@
 //!
 //! ```text
 //! source                                   target
-//!   Prepare            ──────────────────▶  makes a shell
-//!                      ◀──────────────────  Ready + what it has of the disk | Failed
+//!   Prepare            ──────────────────▶  makes a shell, or takes the mirror it has
+//!                      ◀──────────────────  Ready + what it holds already | Failed
 //!   Probe              ──────────────────▶
 //!                      ◀──────────────────  Probed            (any number, before the switch)
 //!   Switch + last epoch ─────────────────▶  restores, runs with its gate shut
@@ -14,15 +14,20 @@
 //!
 //!   Inquire            ──────────────────▶                    (first message of a new link)
 //!                      ◀──────────────────  Holds | HoldsNothing
+//!
+//! owner                                    follower             (on a link of its own: a mirror)
+//!   Follow             ──────────────────▶  makes a shell, or takes the mirror it has
+//!                      ◀──────────────────  Ready + what it holds already | Failed
+//!   epochs             ──────────────────▶
 //! ```
 //! Body of a frame: u32 length of the message, the message in postcard, then what travels with it as
-//! it is: the last epoch's pages behind [`Message::Switch`], a [`crate::Have`] behind [`Message::Ready`],
+//! it is: the last epoch's pages behind [`Message::Switch`], a [`crate::Held`] behind [`Message::Ready`],
 //! nothing behind the others. Strings, the saved state and the list are capped when read. What each message commits its sender to is `kage-migrate`'s.
 
 use kage_machine::{BaseHash, Geometry, HandoverId, Term, UserName, state::MAX_STATE_BYTES};
 use serde::{Deserialize, Serialize};
 
-use crate::{Frame, Kind, bytes::Cursor, have::MAX_HAVE};
+use crate::{Frame, Kind, bytes::Cursor, have::MAX_HELD};
 
 /// Longest reason in words, in bytes.
 pub const MAX_REASON: usize = 1024;
@@ -51,6 +56,23 @@ pub struct Prepare {
     pub base: BaseHash,
     /// Longest time the whole handover may take, in milliseconds: the target gives up after it.
     pub timeout_ms: u32,
+    /// Digest of the mirror that the target has of it as far as the source knows, if any.
+    pub expects: Option<u128>,
+}
+
+/// What an owner asks of a host that is to keep a mirror.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Follow {
+    /// Whose image.
+    pub user: UserName,
+    /// The owner's term.
+    pub term: Term,
+    /// The machine's page space.
+    pub geometry: Geometry,
+    /// The base it runs on.
+    pub base: BaseHash,
+    /// Digest of the mirror that is there already as far as the owner knows, if any.
+    pub expects: Option<u128>,
 }
 
 /// The state of the paused machine, complete with the last epoch that travels behind it.
@@ -91,9 +113,11 @@ pub enum Message {
         /// And, irrevocably, the right is yours.
         released: bool,
     },
-    /// Target: shell, tap and layout are there; the bulk link may be opened. Behind it travels what the target
-    /// has of the disk already.
-    Ready,
+    /// Target or follower: shell, tap and layout are there; pages may come. Behind it travels what is held already.
+    Ready {
+        /// What is held is what was expected: nothing travels behind it.
+        as_expected: bool,
+    },
     /// Target: the answer to a probe.
     Probed {
         /// The probe's.
@@ -120,6 +144,8 @@ pub enum Message {
     Holds,
     /// Target's daemon: holds nothing, and refuses everything of this term from now on.
     HoldsNothing,
+    /// Owner: keep a mirror of this; the epochs follow on this link.
+    Follow(Follow),
 }
 
 /// Why a body is no message.
@@ -202,10 +228,13 @@ impl Message {
             Self::Switch(switch) if switch.state.len() > MAX_STATE_BYTES => {
                 Err(MessageError::Damaged("its state is too long"))
             }
-            Self::Ready if behind.len() > MAX_HAVE => {
-                Err(MessageError::Damaged("what the target has is too long"))
+            Self::Ready { as_expected: true } if !behind.is_empty() => {
+                Err(MessageError::Damaged("bytes travel behind it"))
             }
-            Self::Switch(_) | Self::Ready => Ok((message, behind)),
+            Self::Ready { .. } if behind.len() > MAX_HELD => {
+                Err(MessageError::Damaged("what is held is too long"))
+            }
+            Self::Switch(_) | Self::Ready { .. } => Ok((message, behind)),
             _ if !behind.is_empty() => Err(MessageError::Damaged("bytes travel behind it")),
             _ => Ok((message, behind)),
         }
@@ -228,13 +257,21 @@ mod tests {
                 geometry: Geometry { memory_pages: 4096, disk_pages: 0 },
                 base: BaseHash([8; 32]),
                 timeout_ms: 30_000,
+                expects: None,
             }),
             Message::Probe { sent_ns: 300 },
             Message::Switch(Switch { paused_at_ns: 9, state: vec![1, 2, 3], memory_hash: None }),
             Message::Released,
             Message::Cancel,
             Message::Inquire { user, term, handover, released: true },
-            Message::Ready,
+            Message::Ready { as_expected: false },
+            Message::Follow(Follow {
+                user: user.clone(),
+                term,
+                geometry: Geometry { memory_pages: 4096, disk_pages: 7 },
+                base: BaseHash([8; 32]),
+                expects: Some(u128::MAX),
+            }),
             Message::Probed { sent_ns: 300, clock_ns: 301 },
             Message::Failed { reason: "no".into() },
             Message::Started { at_ns: 1 },
@@ -247,7 +284,7 @@ mod tests {
     #[test]
     fn every_message_comes_back() {
         for message in samples() {
-            let carries = matches!(message, Message::Switch(_) | Message::Ready);
+            let carries = matches!(message, Message::Switch(_) | Message::Ready { as_expected: false });
             let behind: &[u8] = if carries { &[9, 9] } else { &[] };
             let frame = message.to_frame_with(behind);
             assert_eq!(Message::from_frame(&frame), Ok((message, behind)));
@@ -283,7 +320,7 @@ mod tests {
 
     #[test]
     fn what_is_above_its_limit_is_refused() {
-        let mut long = Message::Ready.to_frame().body;
+        let mut long = Message::Ready { as_expected: false }.to_frame().body;
         long[..4].copy_from_slice(&(MAX_MESSAGE as u32 + 1).to_le_bytes());
         assert!(matches!(
             Message::from_frame(&Frame::new(Kind::Handover, long)),
@@ -291,9 +328,9 @@ mod tests {
         ));
         let behind = Message::Released.to_frame_with(&[1]);
         assert_eq!(Message::from_frame(&behind), Err(MessageError::Damaged("bytes travel behind it")));
-        let most = Message::Ready.to_frame_with(&vec![1; MAX_HAVE]);
+        let most = Message::Ready { as_expected: false }.to_frame_with(&vec![1; MAX_HELD]);
         assert!(Message::from_frame(&most).is_ok() && most.emit().is_ok());
-        let more = Message::Ready.to_frame_with(&vec![1; MAX_HAVE + 1]);
+        let more = Message::Ready { as_expected: false }.to_frame_with(&vec![1; MAX_HELD + 1]);
         assert_eq!(Message::from_frame(&more), Err(MessageError::Damaged("what the target has is too long")));
         let wordy = Message::Failed { reason: "é".repeat(MAX_REASON) }.to_frame();
         let Ok((Message::Failed { reason }, _)) = Message::from_frame(&wordy) else { panic!() };

@@ -18,6 +18,9 @@ const DIGEST: usize = 8;
 /// Most bytes of a list: the largest disk in one run. Every further run saves the digest of the block before it.
 pub const MAX_HAVE: usize = (Geometry::MAX_DISK / PAGE_SIZE as u64) as usize * DIGEST + 8;
 
+/// Most bytes of a [`Held`].
+pub const MAX_HELD: usize = 4 + MAX_HAVE + (Geometry::MAX_MEMORY / PAGE_SIZE as u64) as usize * DIGEST + 8;
+
 /// Why bytes are no list of blocks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum HaveError {
@@ -131,6 +134,46 @@ impl<'a> IntoIterator for &'a Have {
 
     fn into_iter(self) -> Iter<'a> {
         self.iter()
+    }
+}
+
+/// What a replica holds: the blocks of its disk, each by the digest of its bytes, and the pages of its memory that are
+/// not zeros, each by half the digest it counts with.
+///
+/// ```text
+/// u32     bytes of the list of blocks, little-endian
+/// list    of blocks
+/// list    of pages
+/// ```
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Held {
+    /// Of the disk.
+    pub disk: Have,
+    /// Of the memory.
+    pub memory: Have,
+}
+
+impl Held {
+    /// Checks what a peer says it holds of a machine.
+    ///
+    /// # Errors
+    /// [`HaveError`].
+    pub fn parse(bytes: &[u8], geometry: Geometry) -> Result<Self, HaveError> {
+        if bytes.is_empty() {
+            return Ok(Self::default());
+        }
+        let mut cursor = Cursor::new(bytes);
+        let length = cursor.u32()? as usize;
+        let disk = Have::parse(cursor.take(length)?, geometry.disk_pages)?;
+        let memory = Have::parse(cursor.rest(), geometry.memory_pages)?;
+        Ok(Self { disk, memory })
+    }
+
+    /// What [`Self::parse`] takes.
+    #[must_use]
+    pub fn to_bytes(&self) -> Vec<u8> {
+        let disk = self.disk.as_bytes();
+        [&(disk.len() as u32).to_le_bytes(), disk, self.memory.as_bytes()].concat()
     }
 }
 
@@ -252,6 +295,22 @@ mod tests {
         assert_eq!((have.len(), have.is_empty()), (3, false));
         assert_eq!(Have::of([]).as_bytes(), [0; 0]);
         assert_eq!(Have::parse(&[], 0), Ok(Have::default()));
+    }
+
+    #[test]
+    fn what_is_held_of_a_machine_is_two_lists() {
+        let held = Held { disk: Have::of([(0, 1)]), memory: Have::of([(2, 3), (3, 4)]) };
+        let geometry = Geometry { memory_pages: 4, disk_pages: 1 };
+        let bytes = held.to_bytes();
+        assert_eq!(bytes[..6], [10, 0, 0, 0, 0, 1]);
+        assert_eq!(Held::parse(&bytes, geometry), Ok(held.clone()));
+        assert_eq!(Held::parse(&[], geometry), Ok(Held::default()));
+        for end in 1..bytes.len() {
+            let cut = Held::parse(&bytes[..end], geometry);
+            assert!(cut != Ok(held.clone()), "cut at {end}");
+        }
+        let smaller = Geometry { memory_pages: 3, ..geometry };
+        assert_eq!(Held::parse(&bytes, smaller), Err(HaveError::Outside { end: 4, blocks: 3 }));
     }
 
     #[test]

@@ -25,7 +25,7 @@ pub mod refusal;
 mod bytes;
 
 pub use frame::{Frame, FrameDecoder, FrameError, Kind};
-pub use have::{Have, HaveError};
+pub use have::{Have, HaveError, Held};
 pub use hello::{HandoverId, Hello, HelloError, Purpose};
 pub use pages::{BatchError, BatchReader, BatchWriter, Encoding, EpochMark};
 pub use refusal::{Refusal, RefusalCode};

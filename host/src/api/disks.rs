@@ -25,7 +25,7 @@ use crate::{http::Call, lifecycle::Daemon};
 pub struct Peer(pub HostName);
 
 /// A host of this site that asks for what is not for people.
-struct Asking(HostName);
+pub(super) struct Asking(HostName);
 
 impl FromRequestParts<App> for Asking {
     type Rejection = ErrorBody;

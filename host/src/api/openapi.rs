@@ -7,9 +7,10 @@ use super::{
     routes,
     types::{
         ApView, DiskView, FileView, GiveRequest, Given, HostView, ImageView, LogView, LoginReply,
-        LoginRequest, MigrateRequest, MoveOutcome, MovePlan, MoveReport, Operation, OperationState,
-        OperatorView, PhaseView, Place, ProcessView, Pulse, PulseRequest, Ready, Replica, ReplicaHit,
-        ReplicaKind, Resources, RoamAction, RoamReply, RoamRequest, ScrubReport, SocketView, State,
+        LoginRequest, MigrateRequest, MirrorCheck, MirrorState, MirrorsRequest, MoveOutcome, MovePlan,
+        MoveReport, Operation, OperationState, OperatorView, PhaseView, Place, ProcessView, Pulse,
+        PulseRequest, Ready, Replica, ReplicaHit, ReplicaKind, Resources, RoamAction, RoamReply, RoamRequest,
+        ScrubReport, SocketView, State,
     },
 };
 use crate::events::Event;
@@ -119,6 +120,19 @@ fn schemas() -> Value {
     add("Given", serde_json::to_value(Given { term: Some(samples.image.term) }));
     add("ScrubReport", serde_json::to_value(ScrubReport::of(&samples.image.user)));
     add("MigrateRequest", serde_json::to_value(MigrateRequest::default()));
+    add(
+        "MirrorsRequest",
+        serde_json::to_value(MirrorsRequest { hosts: Some(vec![samples.host.name.clone()]) }),
+    );
+    add("MirrorCheck", serde_json::to_value(&samples.mirror));
+    add(
+        "MirrorState",
+        serde_json::to_value(MirrorState {
+            epoch: samples.mirror.epoch,
+            digest: samples.mirror.mirror_digest.clone(),
+            wrong_pages: 0,
+        }),
+    );
     add("MovePlan", serde_json::to_value(&samples.plan));
     add("MoveReport", serde_json::to_value(&samples.report));
     add("Operation", serde_json::to_value(&samples.operation));
@@ -147,6 +161,7 @@ fn schemas() -> Value {
 struct Samples {
     image: ImageView,
     login: LoginReply,
+    mirror: MirrorCheck,
     plan: MovePlan,
     report: MoveReport,
     operation: Operation,
@@ -251,6 +266,14 @@ impl Samples {
                 disk_missing_bytes: 1 << 30,
                 disk_pulled_bytes: 96 << 10,
                 note: None,
+            },
+            mirror: MirrorCheck {
+                host: host("h2"),
+                epoch: kage_machine::Epoch(17),
+                owner_digest: "0f".repeat(16),
+                mirror_digest: "0f".repeat(16),
+                mirror_epoch: kage_machine::Epoch(16),
+                scrubbed_wrong_pages: 0,
             },
             plan: MovePlan {
                 user: user.clone(),

@@ -6,7 +6,7 @@ use std::{
 };
 
 use kage_machine::{
-    HostName, Term, UserName,
+    Epoch, HostName, Term, UserName,
     identity::{ApName, Kind},
 };
 use serde::{Deserialize, Serialize};
@@ -103,6 +103,42 @@ pub struct Replica {
     /// If handover came now: bytes on the wire.
     #[serde(default)]
     pub handover_bytes: u64,
+}
+
+/// Where mirrors of an image are to be.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct MirrorsRequest {
+    /// At exactly these hosts; absent: where the user may be next.
+    pub hosts: Option<Vec<HostName>>,
+}
+
+/// A mirror beside what was sent to it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MirrorCheck {
+    /// Where.
+    pub host: HostName,
+    /// The last epoch that was acknowledged.
+    pub epoch: Epoch,
+    /// Digest of everything sent, in hexadecimal.
+    pub owner_digest: String,
+    /// Digest of everything the mirror claims to hold.
+    pub mirror_digest: String,
+    /// The latest epoch in which something of it was written.
+    pub mirror_epoch: Epoch,
+    /// Pages that are not what it claims, read one by one.
+    pub scrubbed_wrong_pages: u32,
+}
+
+/// A mirror as its own host finds it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MirrorState {
+    /// The latest epoch in which something of it was written.
+    pub epoch: Epoch,
+    /// Digest of everything it claims to hold, in hexadecimal.
+    pub digest: String,
+    /// Pages that are not what it claims.
+    pub wrong_pages: u32,
 }
 
 /// One image, in `kage ls` and `kage show`.

@@ -6,12 +6,15 @@ use kage_directory::{DirectoryError, DiskOrigin, ImageRecord, Versioned, Wanted}
 use kage_machine::{HandoverId, HostName, Machine, Term, UserName};
 use kage_migrate::{
     Cause, Ticket,
-    drive::target::{TargetHost, TargetSide},
+    drive::target::{MirrorSide, TargetHost, TargetSide},
     recover::Found,
     target::TargetOutcome,
 };
-use kage_replicate::{Link, link::TlsLink};
-use kage_wire::{Purpose, handover::Prepare};
+use kage_replicate::{Link, digest::DigestTable, link::TlsLink};
+use kage_wire::{
+    Purpose,
+    handover::{Follow, Prepare},
+};
 use serde_json::json;
 use tokio::sync::OwnedMutexGuard;
 
@@ -19,6 +22,7 @@ use crate::{
     api::{error::ErrorBody, types::State},
     lifecycle::{AGAIN, Daemon, Image, Slot, blocking},
     machines::{Hosted, MachineSpec, Via},
+    mirrors::{Parts, Shelf},
 };
 
 /// How long a former copy may take to be gone before a new one is taken.
@@ -28,8 +32,23 @@ const SLOT: Duration = Duration::from_secs(2);
 struct Receiving(Arc<Daemon>);
 
 impl TargetHost for Receiving {
-    fn prepare(&self, ticket: &Ticket, request: &Prepare) -> Result<Box<dyn TargetSide>, String> {
-        Arriving::prepare(&self.0, ticket, request).map(|side| Box::new(side) as Box<dyn TargetSide>)
+    fn prepare(
+        &self,
+        ticket: &Ticket,
+        request: &Prepare,
+        mirror: Option<Box<dyn MirrorSide>>,
+    ) -> Result<Box<dyn TargetSide>, String> {
+        let side = Arriving::prepare(&self.0, ticket, request, mirror.and_then(Shelf::from_side))?;
+        Ok(Box::new(side))
+    }
+
+    fn follow(
+        &self,
+        owner: &HostName,
+        request: &Follow,
+        kept: Option<Box<dyn MirrorSide>>,
+    ) -> Result<Box<dyn MirrorSide>, String> {
+        self.0.take_in_mirror(owner, request, kept)
     }
 
     fn holds(&self, user: &UserName) -> bool {
@@ -56,6 +75,7 @@ impl Daemon {
         match purpose {
             Purpose::Switch => self.targets.serve_switch(&Receiving(self.clone()), Box::new(link)),
             Purpose::Bulk { handover } => self.attach_bulk(handover, link),
+            Purpose::Mirror => self.targets.serve_mirror(&Receiving(self.clone()), Box::new(link)),
             Purpose::Directory => {}
         }
     }
@@ -107,6 +127,13 @@ impl Daemon {
         }
     }
 
+    /// The slot of an image that is to arrive; blocks.
+    pub(crate) fn slot_for_arrival(&self, image: &Image) -> Result<OwnedMutexGuard<Slot>, String> {
+        self.runtime
+            .block_on(async { tokio::time::timeout(SLOT, image.slot.clone().lock_owned()).await })
+            .map_err(|_| "something of it is still under way at this host; try again".to_owned())
+    }
+
     fn attach_bulk(&self, handover: HandoverId, link: TlsLink) {
         self.targets.attach_bulk(handover, Box::new(link));
     }
@@ -120,6 +147,8 @@ pub struct Arriving {
     machine: Box<dyn Hosted>,
     spec: MachineSpec,
     term: Term,
+    /// What it held at the switch, as its source knows too.
+    held: Option<DigestTable>,
     /// Its gate was opened. Before that its disk commits nothing here, and the source's log is the current one.
     opened: bool,
 }
@@ -151,7 +180,12 @@ impl Ground {
 }
 
 impl Arriving {
-    fn prepare(daemon: &Arc<Daemon>, ticket: &Ticket, request: &Prepare) -> Result<Self, String> {
+    fn prepare(
+        daemon: &Arc<Daemon>,
+        ticket: &Ticket,
+        request: &Prepare,
+        mirror: Option<Box<Shelf>>,
+    ) -> Result<Self, String> {
         let record = daemon.existing(&ticket.user).map_err(|error| error.message)?.record;
         if record.owner != ticket.source || record.term != ticket.term {
             return Err(format!(
@@ -169,10 +203,7 @@ impl Arriving {
             );
         }
         let image = daemon.image(&ticket.user);
-        let mut slot = daemon
-            .runtime
-            .block_on(async { tokio::time::timeout(SLOT, image.slot.clone().lock_owned()).await })
-            .map_err(|_| "something of it is still under way at this host; try again".to_owned())?;
+        let mut slot = daemon.slot_for_arrival(&image)?;
         if slot.unreachable.is_some() {
             return Err("this host holds a machine of it that cannot be reached".to_owned());
         }
@@ -189,10 +220,20 @@ impl Arriving {
             return Err("its size in the directory is another than its machine's".to_owned());
         }
         slot.tap = None;
-        let tap = daemon.fresh_tap(spec.number).map_err(|error| error.message)?;
-        let kept = tap.try_clone().ok();
-        daemon.lend_log(&image, &record, true).map_err(|error| error.message)?;
-        let mut machine = daemon.machines.shell(&spec, tap).inspect_err(|_| image.disk.back())?;
+        let Parts { mut machine, tap: kept } = match mirror {
+            Some(shelf) => {
+                shelf.into_parts(request.base).ok_or("the process of its mirror here has ended; try again")?
+            }
+            None => {
+                let tap = daemon.fresh_tap(spec.number).map_err(|error| error.message)?;
+                let kept = tap.try_clone().ok();
+                daemon.lend_log(&image, &record, true).map_err(|error| error.message)?;
+                Parts {
+                    machine: daemon.machines.shell(&spec, tap).inspect_err(|_| image.disk.back())?,
+                    tap: kept,
+                }
+            }
+        };
         if machine.base() != request.base {
             machine.end();
             image.disk.back();
@@ -214,7 +255,7 @@ impl Arriving {
         slot.ticket = Some(ticket.clone());
         daemon.routes.hold(spec.vid);
         let term = ticket.term.next();
-        Ok(Self { daemon: daemon.clone(), image, slot, machine, spec, term, opened: false })
+        Ok(Self { daemon: daemon.clone(), image, slot, machine, spec, term, held: None, opened: false })
     }
 
     /// With a machine that an earlier daemon had taken.
@@ -229,7 +270,8 @@ impl Arriving {
         let opened = matches!(machine.found(), Found::Running | Found::None);
         let term = slot.ticket.as_ref().map_or(spec.term, |ticket| ticket.term.next());
         daemon.routes.hold(spec.vid);
-        Some(Self { daemon: daemon.clone(), image: image.clone(), slot, machine, spec, term, opened })
+        let (daemon, image) = (daemon.clone(), image.clone());
+        Some(Self { daemon, image, slot, machine, spec, term, held: None, opened })
     }
 
     fn route_here(&self) {
@@ -242,6 +284,10 @@ impl Arriving {
 impl TargetSide for Arriving {
     fn machine(&mut self) -> &mut dyn Machine {
         self.machine.as_machine()
+    }
+
+    fn switched(&mut self, held: DigestTable) {
+        self.held = Some(held);
     }
 
     fn target_started(&mut self) {
@@ -277,7 +323,7 @@ impl TargetSide for Arriving {
     }
 
     fn ended(self: Box<Self>, ticket: &Ticket, outcome: &TargetOutcome) {
-        let Self { daemon, image, mut slot, mut machine, mut spec, term, opened } = *self;
+        let Self { daemon, image, mut slot, mut machine, mut spec, term, held, opened } = *self;
         let vid = spec.vid;
         slot.ticket = None;
         match outcome {
@@ -286,7 +332,15 @@ impl TargetSide for Arriving {
                 if let Err(error) = machine.relabel(&spec.label()) {
                     tracing::warn!(%error, "an arrived machine keeps its old label");
                 }
+                let geometry = spec.geometry;
                 daemon.install(&image, &mut slot, spec, machine);
+                if let Some(held) = held {
+                    image.mirrors.streams.begin_from(held, geometry);
+                }
+                // Its former host has it as it was at the switch: the cheapest mirror there is.
+                if daemon.config.replicate.followers > 0 {
+                    daemon.mirror_to(&image.user, &[ticket.source.clone()]);
+                }
                 daemon.pull(&image);
                 daemon.routes.let_go(vid, term);
                 let details = json!({ "from": ticket.source, "term": term });

@@ -6,14 +6,14 @@ use std::{
 };
 
 use kage_directory::ImageRecord;
-use kage_machine::{HostName, Machine, Term};
+use kage_machine::{HostName, Machine, PageSet, Term};
 use kage_migrate::{
     Cause, Outcome, Report, Ticket,
     drive::{Control, source, source::SourceSide},
     report::Drained,
 };
-use kage_replicate::{Link, link::tls};
-use kage_wire::{Hello, Purpose};
+use kage_replicate::{Given, Link};
+use kage_wire::Purpose;
 use serde_json::json;
 use tokio::sync::OwnedMutexGuard;
 
@@ -75,20 +75,30 @@ impl Leaving {
         match report.outcome {
             Outcome::HandedOver => {
                 let number = self.slot.spec.as_ref().map(|spec| spec.number);
+                let left = self.slot.machine.as_ref().map(|machine| machine.memory());
                 self.slot.tap = None;
+                image.mirrors.streams.stop(true);
                 daemon.end_here(image, &mut self.slot);
                 if let Some(number) = number
                     && let Err(reason) = daemon.net.remove_tap(number)
                 {
                     tracing::warn!(reason, "a tap was not removed");
                 }
+                if let Some(left) = left.filter(|_| daemon.config.replicate.followers > 0)
+                    && let Err(reason) = daemon.stay_as_mirror(image, &self.slot, &*left)
+                {
+                    tracing::debug!(reason, user = %image.user, "what it left is not kept as a mirror");
+                }
             }
-            Outcome::KeptHere if self.slot.machine.is_some() => image.update(|status| {
-                status.state = State::Running;
-                status.note = None;
-                status.operation = None;
-                status.term = report.term;
-            }),
+            Outcome::KeptHere if self.slot.machine.is_some() => {
+                image.update(|status| {
+                    status.state = State::Running;
+                    status.note = None;
+                    status.operation = None;
+                    status.term = report.term;
+                });
+                daemon.keep_mirrors(image);
+            }
             // Nothing runs, or nothing is settled: looked at anew.
             Outcome::KeptHere | Outcome::InDoubt | Outcome::Restarted => image.update(|status| {
                 status.operation = None;
@@ -115,12 +125,15 @@ impl SourceSide for Leaving {
     }
 
     fn connect(&mut self, purpose: Purpose) -> Result<Box<dyn Link>, String> {
-        let address = self.daemon.address(&self.target).map_err(|error| error.message)?;
-        let identity = self.daemon.peers.identity();
-        let hello = Hello::new(self.daemon.me.clone(), purpose);
-        tls::connect(address, &self.target, identity.links(), &hello, CONNECT)
-            .map(|link| Box::new(link) as Box<dyn Link>)
-            .map_err(|error| format!("host {} at {address}: {error}", self.target))
+        self.daemon.link_to(&self.target, purpose, CONNECT)
+    }
+
+    fn mirror(&mut self) -> Option<Given> {
+        self.image.mirrors.streams.give(&self.target)
+    }
+
+    fn harvested(&mut self, pages: &PageSet) {
+        self.image.mirrors.streams.harvested(pages);
     }
 
     fn announced(&mut self) -> Result<(), String> {

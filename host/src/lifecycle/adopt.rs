@@ -50,7 +50,7 @@ impl Daemon {
         let (label, found, mut machine) = match adopted {
             Adopted::Machine { label, found, machine } => (label, found, machine),
             Adopted::Unreachable(reason) => {
-                image.disk.lend();
+                let _ = image.disk.lend();
                 let note = format!("its process is held here, and cannot be reached: {reason}");
                 image.set(State::InDoubt, Some(note));
                 if slot.unreachable.as_ref() != Some(&reason) {

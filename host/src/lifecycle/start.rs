@@ -412,6 +412,8 @@ impl Daemon {
         record: &ImageRecord,
         cold: bool,
     ) -> Result<(), ErrorBody> {
+        // A mirror for another owner is in the way of it.
+        self.targets.forget_mirror(&image.user);
         let mut spec = self.spec(&image.user, record)?;
         spec.cold = cold;
         let begun = Instant::now();
@@ -457,6 +459,8 @@ impl Daemon {
         mut machine: Box<dyn crate::machines::Hosted>,
     ) {
         slot.incarnation += 1;
+        // Those of another machine are none of this one.
+        image.mirrors.streams.stop(true);
         let (daemon, user, incarnation) = (Arc::downgrade(self), image.user.clone(), slot.incarnation);
         image.update(|status| {
             *status = super::Status {
@@ -544,6 +548,7 @@ impl Daemon {
     /// Ends the process here, if there is one, and removes its tap.
     pub(crate) fn take_down(&self, image: &Image, slot: &mut Slot, record: &ImageRecord) {
         slot.incarnation += 1;
+        image.mirrors.streams.stop(false);
         if let Some(mut machine) = slot.machine.take() {
             machine.end();
         }

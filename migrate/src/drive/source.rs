@@ -8,9 +8,9 @@ use std::{
 
 use kage_directory::Directory;
 use kage_machine::{Epoch, HostInstant, Machine, MachineError, PageSet, PauseCause, Paused};
-use kage_replicate::{EpochStats, LastError, Link, LinkError, Rate, SendError, Sender, find_unknown};
+use kage_replicate::{EpochStats, Given, LastError, Link, LinkError, Rate, SendError, Sender, find_unknown};
 use kage_wire::{
-    Frame, Have, Purpose,
+    Frame, Held, Purpose,
     handover::{MAX_LAST_EPOCH, Message, Prepare, Switch},
 };
 
@@ -66,6 +66,14 @@ pub trait SourceSide: Send {
     /// # Errors
     /// Who does not, in words; the handover is given up.
     fn announced(&mut self) -> Result<(), String>;
+    /// The mirror that the target has, with nothing under way to it; from now on it is the handover's.
+    fn mirror(&mut self) -> Option<Given> {
+        None
+    }
+    /// These pages were harvested: other mirrors lack them too.
+    fn harvested(&mut self, pages: &PageSet) {
+        let _ = pages;
+    }
     /// The right is given away, or lost: points the kernel's route at the target.
     fn source_released(&mut self);
     /// Sends on what the tap's queue holds now; called at the release and once more at the end.
@@ -111,7 +119,9 @@ pub fn resume(
         lost: "never opened".to_owned(),
         inbox: VecDeque::new(),
         bulk: None,
-        have: Have::default(),
+        held: Held::default(),
+        mirror: None,
+        replica_hit: ReplicaHit::None,
         sender: None,
         epoch: Epoch(1),
         dirty: None,
@@ -176,8 +186,11 @@ struct Drive<'a> {
     /// Messages that came while a probe was under way.
     inbox: VecDeque<Message>,
     bulk: Option<Box<dyn Link>>,
-    /// What the target has of the disk.
-    have: Have,
+    /// What the target has, where that is not what was expected.
+    held: Held,
+    /// The target's mirror, until the target has said whether it is what was expected.
+    mirror: Option<Given>,
+    replica_hit: ReplicaHit,
     sender: Option<Sender>,
     epoch: Epoch,
     /// Pages the target lacks; `None` before the first round.
@@ -310,6 +323,8 @@ impl Drive<'_> {
         if find_unknown(&*memory).is_err() {
             return Some(SourceEvent::RoundFailed(Cause::DiskUnknown));
         }
+        self.mirror = self.side.mirror();
+        let expects = self.mirror.as_ref().map(|mirror| mirror.sender.digest());
         let ticket = &self.spec.ticket;
         let prepare = Message::Prepare(Prepare {
             user: ticket.user.clone(),
@@ -318,6 +333,7 @@ impl Drive<'_> {
             geometry: memory.geometry(),
             base,
             timeout_ms: u32::try_from(self.spec.goal.timeout.as_millis()).unwrap_or(u32::MAX),
+            expects,
         });
         match self.side.connect(Purpose::Switch) {
             Ok(link) => self.switch = Some(link),
@@ -327,16 +343,15 @@ impl Drive<'_> {
     }
 
     fn send_round(&mut self) -> Result<SourceEvent, SourceEvent> {
-        let first = self.dirty.is_none();
-        self.probe(PROBES[usize::from(!first)]);
+        self.probe(PROBES[usize::from(self.figures.rounds > 0)]);
         if self.switch.is_none() {
             return Err(SourceEvent::LinkLost(self.lost.clone()));
         }
         let machine = living(self.side)?;
         let memory = machine.memory();
-        let (have, bandwidth) = (&self.have, self.spec.bandwidth);
+        let (held, bandwidth) = (&self.held, self.spec.bandwidth);
         let sender = self.sender.get_or_insert_with(|| {
-            let mut sender = Sender::knowing(memory.geometry(), have);
+            let mut sender = Sender::holding(memory.geometry(), held);
             sender.set_limit(bandwidth);
             sender
         });
@@ -345,6 +360,7 @@ impl Drive<'_> {
             None => {
                 // Tracking starts with the harvest, so what is written from here on is found later.
                 let mut pages = machine.harvest().map_err(gone)?;
+                self.side.harvested(&pages);
                 pages.union(&sender.due(&*memory));
                 pages
             }
@@ -374,6 +390,7 @@ impl Drive<'_> {
         self.figures.count(&stats);
         self.figures.bytes_wire += stats.bytes_wire;
         let dirty = living(self.side)?.harvest().map_err(gone)?;
+        self.side.harvested(&dirty);
         let round = Round {
             pages: stats.pages + stats.pages_zero + stats.pages_elsewhere / NAMES_PER_PAGE,
             bytes_wire: stats.bytes_wire,
@@ -421,6 +438,9 @@ impl Drive<'_> {
             self.lose(error);
         }
         self.figures.bytes_wire += frame.wire_len() as u64;
+        if let Some(paused) = &self.paused {
+            self.side.harvested(&paused.dirty);
+        }
         SourceEvent::OfferMade
     }
 
@@ -567,7 +587,7 @@ impl Drive<'_> {
             match link.recv(Some(until)) {
                 Ok(frame) => match Message::from_frame(&frame) {
                     Ok((Message::Probed { .. }, _)) => {}
-                    Ok((Message::Ready, have)) => return Some(self.ready(have)),
+                    Ok((Message::Ready { as_expected }, held)) => return Some(self.ready(as_expected, held)),
                     Ok((message, _)) => return Some(self.told(message)),
                     Err(error) => self.lose(error),
                 },
@@ -582,12 +602,23 @@ impl Drive<'_> {
         }
     }
 
-    /// The target is ready, and has these blocks of the disk.
-    fn ready(&mut self, have: &[u8]) -> SourceEvent {
-        let blocks = self.side.machine().map_or(0, |machine| machine.memory().geometry().disk_pages);
-        match Have::parse(have, blocks) {
-            Ok(have) => {
-                self.have = have;
+    /// The target is ready, and holds what was expected or this.
+    fn ready(&mut self, as_expected: bool, held: &[u8]) -> SourceEvent {
+        let Some(machine) = self.side.machine() else { return SourceEvent::MachineGone("no process".into()) };
+        let geometry = machine.memory().geometry();
+        let mirror = self.mirror.take();
+        if let Some(Given { mut sender, link, epoch, due }) = mirror.filter(|_| as_expected) {
+            sender.set_limit(self.spec.bandwidth);
+            (self.sender, self.bulk, self.epoch, self.dirty) = (Some(sender), Some(link), epoch, Some(due));
+            self.replica_hit = ReplicaHit::Full;
+            return SourceEvent::TargetReady;
+        }
+        match Held::parse(held, geometry) {
+            Ok(held) => {
+                if !held.memory.is_empty() {
+                    self.replica_hit = ReplicaHit::Partial;
+                }
+                self.held = held;
                 SourceEvent::TargetReady
             }
             Err(error) => {
@@ -599,7 +630,7 @@ impl Drive<'_> {
 
     fn told(&mut self, message: Message) -> SourceEvent {
         match message {
-            Message::Ready => SourceEvent::TargetReady,
+            Message::Ready { .. } => SourceEvent::TargetReady,
             Message::Failed { reason } if self.sender.is_none() => {
                 SourceEvent::TargetFailed(Cause::TargetRefused(reason))
             }
@@ -657,14 +688,14 @@ impl Drive<'_> {
             disk_pages_sent: figures.disk_pages,
             disk_bytes_sent: figures.disk_bytes,
             disk_pages_elsewhere: figures.disk_elsewhere,
-            disk_pages_held: self.have.len().into(),
+            disk_pages_held: self.held.disk.len().into(),
             faults: 0,
             fault_wait_ms: 0.0,
             forwarded_frames: figures.drained.forwarded_frames,
             reordered_frames: figures.drained.reordered_frames,
             lost_frames: figures.drained.lost_frames,
             lost_pages: 0,
-            replica_hit: ReplicaHit::None,
+            replica_hit: self.replica_hit,
             phases: figures.phases,
         }
     }

@@ -7,11 +7,13 @@ use std::{
 };
 
 use kage_directory::{Directory, ImageRecord, Records as _};
-use kage_machine::{HandoverId, HostInstant, HostName, Machine, MachineError, SavedState, Term, UserName};
-use kage_replicate::{Link, LinkError, Receiver};
+use kage_machine::{
+    Epoch, HandoverId, HostInstant, HostName, Machine, MachineError, Memory, SavedState, Term, UserName,
+};
+use kage_replicate::{Link, LinkError, Receiver, digest::DigestTable};
 use kage_wire::{
-    Frame, Have, Kind, Refusal, RefusalCode,
-    handover::{Message, Prepare},
+    Frame, Held, Kind, Refusal, RefusalCode,
+    handover::{Follow, Message, Prepare},
 };
 
 use super::{Limits, Ownership, Told, hash_memory, now};
@@ -28,6 +30,9 @@ const LOOK_INTERVAL: Duration = Duration::from_millis(20);
 /// Longest time a source may ask a session to wait for it.
 const MAX_TIMEOUT: Duration = Duration::from_secs(3600);
 
+/// A mirror that was dropped otherwise is noticed so late by the thread that waits for its next owner.
+const LOOK_AGAIN: Duration = Duration::from_secs(5);
+
 /// Beyond the source's own timeout the target waits for its word that long.
 const TIMEOUT_MARGIN: Duration = Duration::from_secs(5);
 
@@ -38,16 +43,42 @@ const MOST_REFUSED: usize = 65_536;
 /// to begin within [`Limits::answer`].
 const REFUSED_FOR: Duration = Duration::from_secs(3600);
 
+/// A mirror that nobody follows any more is kept so long: for the next owner, or one whose link was lost.
+const ORPHANED: Duration = Duration::from_secs(60);
+
 /// What a daemon lends to all sessions.
 pub trait TargetHost: Send + Sync {
-    /// Makes a shell of that geometry with its tap, and labels its machine with the ticket. Refuses while
-    /// anything of the image is held here.
+    /// Makes a shell of that geometry with its tap, or takes that of a mirror, and labels its machine with the ticket.
+    /// Refuses while anything of the image is held here.
     ///
     /// # Errors
     /// Why not, in words, for the source's user.
-    fn prepare(&self, ticket: &Ticket, request: &Prepare) -> Result<Box<dyn TargetSide>, String>;
+    fn prepare(
+        &self,
+        ticket: &Ticket,
+        request: &Prepare,
+        mirror: Option<Box<dyn MirrorSide>>,
+    ) -> Result<Box<dyn TargetSide>, String>;
+    /// Makes a shell for a mirror, or takes that of one that was kept for another owner or term.
+    ///
+    /// # Errors
+    /// Why not, in words, for the owner's operator.
+    fn follow(
+        &self,
+        owner: &HostName,
+        request: &Follow,
+        kept: Option<Box<dyn MirrorSide>>,
+    ) -> Result<Box<dyn MirrorSide>, String>;
     /// Whether a machine of that user, more than a shell, is held here.
     fn holds(&self, user: &UserName) -> bool;
+}
+
+/// What a daemon lends to one mirror: a shell that nothing runs in. Dropped, it ends.
+pub trait MirrorSide: Send {
+    /// The shell's page space.
+    fn memory(&self) -> Arc<dyn Memory>;
+    /// Itself, for the daemon that lent it.
+    fn into_any(self: Box<Self>) -> Box<dyn std::any::Any + Send>;
 }
 
 /// What a daemon lends to one session.
@@ -56,6 +87,10 @@ pub trait TargetSide: Send {
     fn machine(&mut self) -> &mut dyn Machine;
     /// It runs, gate shut: frames for it may come, so this host's route points at its tap from now on.
     fn target_started(&mut self);
+    /// The machine is whole; what it holds at the switch, as its source knows too.
+    fn switched(&mut self, held: DigestTable) {
+        let _ = held;
+    }
     /// Its gate is open: announces it, sets what is left of its routes.
     fn target_running(&mut self);
     /// Starts the image anew here; its swap is done. The machine was ended.
@@ -77,6 +112,7 @@ pub struct Targets {
 #[derive(Default)]
 struct State {
     sessions: HashMap<UserName, Arc<Session>>,
+    mirrors: HashMap<UserName, Mirrored>,
     /// Terms of which "nothing held" was said, and when: it binds.
     refused: HashMap<UserName, (Term, Instant)>,
 }
@@ -84,10 +120,57 @@ struct State {
 /// One handover to this host.
 struct Session {
     ticket: Ticket,
+    copy: Arc<Copy>,
+}
+
+/// A mirror of an image that is at another host.
+struct Mirrored {
+    side: Box<dyn MirrorSide>,
+    copy: Arc<Copy>,
+}
+
+/// A replica that is received, for a mirror and then for the handover that ends it.
+#[derive(Default)]
+struct Copy {
     brought: Mutex<Brought>,
     changed: Condvar,
-    /// Where pages of the bulk link go, once there is a shell.
-    receiver: Mutex<Option<Receiver>>,
+    stream: Mutex<Stream>,
+}
+
+/// Where the pages of a link go.
+#[derive(Default)]
+struct Stream {
+    /// Once there is a shell, until its machine is to run.
+    receiver: Option<Receiver>,
+    /// Which link's pages are taken: each one that begins replaces the one before.
+    number: u64,
+}
+
+impl Stream {
+    /// Pages of another link come from now on; returns its number.
+    fn begin_anew(&mut self) -> u64 {
+        if let Some(receiver) = &mut self.receiver {
+            receiver.begin_anew();
+        }
+        self.number += 1;
+        self.number
+    }
+
+    /// Whether exactly that is held.
+    fn is(&self, digest: Option<u128>) -> bool {
+        digest.is_some() && digest == self.receiver.as_ref().map(|receiver| receiver.mirror().digest())
+    }
+}
+
+/// What reading a whole mirror found.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Checked {
+    /// Its latest epoch.
+    pub epoch: Epoch,
+    /// What it claims to hold.
+    pub digest: u128,
+    /// Pages that are not what it claims.
+    pub wrong_pages: u32,
 }
 
 /// What other threads bring a session.
@@ -109,18 +192,17 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 impl Session {
     fn new(ticket: Ticket) -> Arc<Self> {
-        Arc::new(Self {
-            ticket,
-            brought: Mutex::default(),
-            changed: Condvar::new(),
-            receiver: Mutex::new(None),
-        })
+        Self::with(ticket, Arc::default())
+    }
+
+    fn with(ticket: Ticket, copy: Arc<Copy>) -> Arc<Self> {
+        Arc::new(Self { ticket, copy })
     }
 
     fn inquire(&self, released: bool, patience: Duration) -> Option<bool> {
         let (answer, answered) = mpsc::channel();
-        lock(&self.brought).inquiries.push_back(Inquiry { released, answer });
-        self.changed.notify_all();
+        lock(&self.copy.brought).inquiries.push_back(Inquiry { released, answer });
+        self.copy.changed.notify_all();
         answered.recv_timeout(patience).ok()
     }
 }
@@ -167,12 +249,174 @@ impl Targets {
         let Some(session) = session.filter(|session| session.ticket.source == *link.peer()) else {
             return refuse(&mut *link, format!("handover {handover} is not under way here"));
         };
-        if let Err(error) = receive(&session, &mut *link) {
-            let mut brought = lock(&session.brought);
-            brought.copy_failed = Some(error);
-            drop(brought);
-            session.changed.notify_all();
+        let copy = &session.copy;
+        let number = lock(&copy.stream).begin_anew();
+        if let Err(error) = receive(copy, number, &mut *link) {
+            copy.fail(number, error);
         }
+    }
+
+    /// Serves the link of a mirror from its first message on, until the owner ends it; blocks, and for a while more:
+    /// the mirror is kept for whoever follows it next.
+    pub fn serve_mirror(&self, host: &dyn TargetHost, mut link: Box<dyn Link>) {
+        let request = match link.recv(Some(Instant::now() + self.limits.answer)) {
+            Ok(frame) => match Message::from_frame(&frame) {
+                Ok((Message::Follow(request), _)) => request,
+                Ok((other, _)) => {
+                    return refuse(&mut *link, format!("a mirror's link cannot begin with {other:?}"));
+                }
+                Err(error) => return refuse(&mut *link, error.to_string()),
+            },
+            Err(error) => {
+                return tracing::debug!(peer = %link.peer(), %error, "a mirror's link without a message");
+            }
+        };
+        let owner = link.peer().clone();
+        let (copy, number, answer) = match self.follow(host, &owner, &request) {
+            Ok(followed) => followed,
+            Err(reason) => {
+                tracing::debug!(%owner, user = %request.user, reason, "a mirror is refused");
+                drop(link.send(&Message::Failed { reason }.to_frame()));
+                return;
+            }
+        };
+        let ended = match link.send(&answer) {
+            Ok(()) => receive(&copy, number, &mut *link),
+            Err(error) => Err(error.to_string()),
+        };
+        tracing::debug!(%owner, user = %request.user, ?ended, "a mirror's link ended");
+        if matches!(ended, Ok(Last::Cancelled)) {
+            return self.drop_mirror(&request.user, &copy, number);
+        }
+        copy.fail(number, ended.err().unwrap_or_else(|| "its link ended".to_owned()));
+        self.keep_orphan(&request.user, &copy, number);
+    }
+
+    /// Takes an owner's wish in: its replica, the number of its stream, and what to answer.
+    fn follow(
+        &self,
+        host: &dyn TargetHost,
+        owner: &HostName,
+        request: &Follow,
+    ) -> Result<(Arc<Copy>, u64, Frame), String> {
+        let user = &request.user;
+        let (kept, copy) = {
+            let mut state = lock(&self.state);
+            if state.sessions.contains_key(user) {
+                return Err("a handover of it is under way here".to_owned());
+            }
+            match state.mirrors.remove(user) {
+                Some(Mirrored { side, copy }) => (Some(side), copy),
+                None => (None, Arc::default()),
+            }
+        };
+        // What is dropped with an error has ended.
+        let kept = kept.filter(|side| side.memory().geometry() == request.geometry);
+        let is_kept = kept.is_some();
+        let side = host.follow(owner, request, kept)?;
+        let mut stream = lock(&copy.stream);
+        if !is_kept || stream.receiver.is_none() {
+            stream.receiver = Some(Receiver::new(side.memory()));
+        }
+        let number = stream.begin_anew();
+        let as_expected = stream.is(request.expects);
+        let held = match &stream.receiver {
+            Some(receiver) if !as_expected => receiver.held().to_bytes(),
+            _ => Vec::new(),
+        };
+        drop(stream);
+        let mut state = lock(&self.state);
+        if state.sessions.contains_key(user) {
+            return Err("a handover of it is under way here".to_owned());
+        }
+        let before = state.mirrors.insert(user.clone(), Mirrored { side, copy: copy.clone() });
+        drop(state);
+        drop(before);
+        Ok((copy, number, Message::Ready { as_expected }.to_frame_with(&held)))
+    }
+
+    /// Takes over a mirror that was no stream's: what its owner left when it handed the image over. Blocks for as long
+    /// as it waits for the new owner.
+    pub fn keep(&self, user: &UserName, side: Box<dyn MirrorSide>, receiver: Receiver) {
+        let copy = Arc::new(Copy::default());
+        lock(&copy.stream).receiver = Some(receiver);
+        {
+            let mut state = lock(&self.state);
+            if state.sessions.contains_key(user) || state.mirrors.contains_key(user) {
+                return;
+            }
+            state.mirrors.insert(user.clone(), Mirrored { side, copy: copy.clone() });
+        }
+        self.keep_orphan(user, &copy, 0);
+    }
+
+    /// Drops a mirror whose stream has ended, unless another begins in time.
+    fn keep_orphan(&self, user: &UserName, copy: &Arc<Copy>, number: u64) {
+        let until = Instant::now() + ORPHANED;
+        let mut brought = lock(&copy.brought);
+        loop {
+            let is_over = {
+                let stream = lock(&copy.stream);
+                stream.number != number || stream.receiver.is_none()
+            };
+            let left = until.saturating_duration_since(Instant::now());
+            if is_over || Arc::strong_count(copy) == 1 {
+                return;
+            }
+            if left.is_zero() {
+                break;
+            }
+            brought = match copy.changed.wait_timeout(brought, left.min(LOOK_AGAIN)) {
+                Ok((guard, _)) => guard,
+                Err(poisoned) => poisoned.into_inner().0,
+            };
+        }
+        drop(brought);
+        self.drop_mirror(user, copy, number);
+    }
+
+    /// Drops a mirror whose last stream was that.
+    fn drop_mirror(&self, user: &UserName, copy: &Arc<Copy>, number: u64) {
+        let mut state = lock(&self.state);
+        let is_it = state.mirrors.get(user).is_some_and(|mirror| Arc::ptr_eq(&mirror.copy, copy));
+        let dropped = (is_it && lock(&copy.stream).number == number).then(|| state.mirrors.remove(user));
+        // Ends a process: not under the lock.
+        drop(state);
+        drop(dropped);
+    }
+
+    /// Drops the mirror of an image, if there is one: something else of it is to be here. Blocks.
+    pub fn forget_mirror(&self, user: &UserName) {
+        let dropped = lock(&self.state).mirrors.remove(user);
+        if let Some(Mirrored { side, copy }) = dropped {
+            lock(&copy.stream).receiver = None;
+            copy.changed.notify_all();
+            drop(side);
+        }
+    }
+
+    /// Whether there is a mirror of an image here.
+    #[must_use]
+    pub fn mirrors(&self, user: &UserName) -> bool {
+        lock(&self.state).mirrors.contains_key(user)
+    }
+
+    /// How many mirrors there are, and the bytes their memories may take.
+    #[must_use]
+    pub fn all_mirrors(&self) -> (usize, u64) {
+        let state = lock(&self.state);
+        let bytes = state.mirrors.values().map(|mirror| mirror.side.memory().geometry().memory_bytes());
+        (state.mirrors.len(), bytes.sum())
+    }
+
+    /// Reads a mirror whole and compares it with what it claims; blocks.
+    #[must_use]
+    pub fn check_mirror(&self, user: &UserName) -> Option<Checked> {
+        let copy = lock(&self.state).mirrors.get(user).map(|mirror| mirror.copy.clone())?;
+        let stream = lock(&copy.stream);
+        let mirror = stream.receiver.as_ref()?.mirror();
+        let (epoch, digest) = (mirror.epoch(), mirror.digest());
+        Some(Checked { epoch, digest, wrong_pages: mirror.scrub().len() })
     }
 
     /// Goes on with a handover whose machine an earlier daemon held ([`crate::recover`]). Blocks.
@@ -196,7 +440,8 @@ impl Targets {
             source: link.peer().clone(),
             target: self.me.clone(),
         };
-        let session = Session::new(ticket.clone());
+        let mut session = Session::new(ticket.clone());
+        let mut mirror = None;
         let refusal = {
             let mut state = lock(&self.state);
             if state.refused.get(&ticket.user).is_some_and(|&(refused, _)| ticket.term <= refused) {
@@ -204,6 +449,9 @@ impl Targets {
             } else if state.sessions.contains_key(&ticket.user) {
                 Some("another handover of it is under way here".to_owned())
             } else {
+                if let Some(Mirrored { side, copy }) = state.mirrors.remove(&ticket.user) {
+                    (session, mirror) = (Session::with(ticket.clone(), copy), Some(side));
+                }
                 state.sessions.insert(ticket.user.clone(), session.clone());
                 None
             }
@@ -213,8 +461,7 @@ impl Targets {
             return;
         }
         let (target, actions) = Target::begin();
-        let request = (host, request.clone());
-        self.drive(&session, target, actions, Some(link), Making::Asked(request.0, request.1));
+        self.drive(&session, target, actions, Some(link), Making::Asked(host, request.clone(), mirror));
     }
 
     fn drive(
@@ -226,7 +473,7 @@ impl Targets {
         making: Making<'_>,
     ) -> TargetOutcome {
         let timeout = match &making {
-            Making::Asked(_, request) => Duration::from_millis(request.timeout_ms.into()),
+            Making::Asked(_, request, _) => Duration::from_millis(request.timeout_ms.into()),
             Making::Made(_) | Making::Refused => Duration::ZERO,
         };
         let mut drive = Drive {
@@ -238,6 +485,7 @@ impl Targets {
             link,
             lost: "its daemon was restarted".to_owned(),
             making,
+            as_expected: false,
             offer: None,
             started: None,
             answers: VecDeque::new(),
@@ -256,7 +504,7 @@ impl Targets {
             state.sessions.remove(&ticket.user);
         }
         drop(state);
-        for inquiry in lock(&session.brought).inquiries.drain(..) {
+        for inquiry in lock(&session.copy.brought).inquiries.drain(..) {
             // The asker may have given up.
             let _ = inquiry.answer.send(!matches!(outcome, TargetOutcome::Nothing(_)));
         }
@@ -331,25 +579,50 @@ impl State {
     }
 }
 
-/// Applies a bulk link's frames until it closes.
-fn receive(session: &Session, link: &mut dyn Link) -> Result<(), String> {
+impl Copy {
+    /// A stream has come to nothing; no matter where another has replaced it.
+    fn fail(&self, number: u64, why: String) {
+        if lock(&self.stream).number == number {
+            lock(&self.brought).copy_failed = Some(why);
+            self.changed.notify_all();
+        }
+    }
+}
+
+/// How a stream of pages ended in order.
+#[derive(Debug)]
+enum Last {
+    /// The link closed. An end between two epochs is the source's business on the switch link.
+    Closed,
+    /// The owner wants no mirror here any more.
+    Cancelled,
+}
+
+/// Applies a link's frames until it closes.
+fn receive(copy: &Copy, number: u64, link: &mut dyn Link) -> Result<Last, String> {
     loop {
         let frame = match link.recv(None) {
             Ok(frame) => frame,
-            // An end between two epochs is the source's business on the switch link.
-            Err(LinkError::Closed) => return Ok(()),
+            Err(LinkError::Closed) => return Ok(Last::Closed),
             Err(error) => return Err(error.to_string()),
         };
-        let mut receiver = lock(&session.receiver);
-        let Some(receiver) = receiver.as_mut() else {
-            return Err("pages came before there was a shell".into());
+        if frame.kind == Kind::Handover && matches!(Message::from_frame(&frame), Ok((Message::Cancel, _))) {
+            return Ok(Last::Cancelled);
+        }
+        let mut stream = lock(&copy.stream);
+        if stream.number != number {
+            return Err("another link has taken its place".into());
+        }
+        let Some(receiver) = &mut stream.receiver else {
+            return Err("pages came where there is no shell for them".into());
         };
         match receiver.apply(&frame) {
             Ok(None) => {}
             Ok(Some(mark)) => {
+                drop(stream);
                 // Known here before the source knows it, so that its switch finds a whole copy.
-                lock(&session.brought).copy_held = true;
-                session.changed.notify_all();
+                lock(&copy.brought).copy_held = true;
+                copy.changed.notify_all();
                 let ack = Frame::new(Kind::EpochAck, mark.emit().to_vec());
                 link.send(&ack).map_err(|error| error.to_string())?;
             }
@@ -357,6 +630,8 @@ fn receive(session: &Session, link: &mut dyn Link) -> Result<(), String> {
                 if let Some(refusal) = error.as_refusal() {
                     drop(link.send(&refusal.to_frame()));
                 }
+                // What is held now is not known: of no use to any other stream.
+                stream.receiver = None;
                 return Err(error.to_string());
             }
         }
@@ -371,7 +646,7 @@ fn refuse(link: &mut dyn Link, detail: String) {
 
 /// How far the session's side is made.
 enum Making<'a> {
-    Asked(&'a dyn TargetHost, Prepare),
+    Asked(&'a dyn TargetHost, Prepare, Option<Box<dyn MirrorSide>>),
     Made(Box<dyn TargetSide>),
     Refused,
 }
@@ -385,6 +660,8 @@ struct Drive<'a> {
     link: Option<Box<dyn Link>>,
     lost: String,
     making: Making<'a>,
+    /// Its mirror is what the source said it is: the mirror's stream goes on.
+    as_expected: bool,
     /// The switch message, until it is applied.
     offer: Option<Frame>,
     started: Option<HostInstant>,
@@ -470,10 +747,13 @@ impl Drive<'_> {
     }
 
     fn make_shell(&mut self) -> TargetEvent {
-        let Making::Asked(host, request) = std::mem::replace(&mut self.making, Making::Refused) else {
+        let Making::Asked(host, request, mirror) = std::mem::replace(&mut self.making, Making::Refused)
+        else {
             return TargetEvent::ShellRefused("no request".into());
         };
-        let mut side = match host.prepare(&self.session.ticket, &request) {
+        let mirror = mirror.filter(|mirror| mirror.memory().geometry() == request.geometry);
+        let is_mirror = mirror.is_some();
+        let mut side = match host.prepare(&self.session.ticket, &request, mirror) {
             Ok(side) => side,
             Err(why) => return TargetEvent::ShellRefused(why),
         };
@@ -484,7 +764,18 @@ impl Drive<'_> {
             side.ended(&self.session.ticket, &TargetOutcome::Nothing(Cause::TargetRefused(why.clone())));
             return TargetEvent::ShellRefused(why);
         }
-        *lock(&self.session.receiver) = Some(Receiver::new(memory));
+        let copy = &self.session.copy;
+        let mut stream = lock(&copy.stream);
+        if !is_mirror || stream.receiver.is_none() {
+            stream.receiver = Some(Receiver::new(memory));
+        }
+        self.as_expected = stream.is(request.expects);
+        if !self.as_expected {
+            stream.begin_anew();
+        }
+        let mut brought = lock(&copy.brought);
+        (brought.copy_held, brought.copy_failed) = (false, None);
+        drop((brought, stream));
         self.making = Making::Made(side);
         TargetEvent::ShellReady
     }
@@ -508,10 +799,10 @@ impl Drive<'_> {
         let session = self.session;
         let side = self.side().ok_or("no shell")?;
         {
-            let mut receiver = lock(&session.receiver);
             // Taken out: from here on the pages are the machine's own.
-            let mut receiver = receiver.take().ok_or("no shell")?;
+            let mut receiver = lock(&session.copy.stream).receiver.take().ok_or("no shell")?;
             receiver.apply_last(last_epoch).map_err(|error| error.to_string())?;
+            side.switched(receiver.into_digests());
         }
         let machine = side.machine();
         if let Some(expected) = switch.memory_hash
@@ -534,11 +825,14 @@ impl Drive<'_> {
         {
             side.target_started();
         }
-        let mut have = Have::default();
+        let mut held = Vec::new();
         let message = match what {
             ToSource::Ready => {
-                have = lock(&self.session.receiver).as_ref().map(Receiver::have).unwrap_or_default();
-                Message::Ready
+                if !self.as_expected {
+                    let stream = lock(&self.session.copy.stream);
+                    held = stream.receiver.as_ref().map_or_else(Held::default, Receiver::held).to_bytes();
+                }
+                Message::Ready { as_expected: self.as_expected }
             }
             ToSource::Failed(reason) => Message::Failed { reason },
             ToSource::Started => Message::Started { at_ns: self.started.unwrap_or_default().ns },
@@ -548,7 +842,7 @@ impl Drive<'_> {
             }
         };
         if let Some(link) = &mut self.link
-            && let Err(error) = link.send(&message.to_frame_with(have.as_bytes()))
+            && let Err(error) = link.send(&message.to_frame_with(&held))
         {
             self.lost = error.to_string();
             self.link = None;
@@ -599,16 +893,16 @@ impl Drive<'_> {
             } else if target.listens() {
                 return Some(TargetEvent::LinkLost(self.lost.clone()));
             } else {
-                let brought = lock(&self.session.brought);
+                let brought = lock(&self.session.copy.brought);
                 if brought.inquiries.is_empty() {
-                    drop(self.session.changed.wait_timeout(brought, left));
+                    drop(self.session.copy.changed.wait_timeout(brought, left));
                 }
             }
         }
     }
 
     fn brought(&mut self, target: &Target) -> Option<TargetEvent> {
-        let mut brought = lock(&self.session.brought);
+        let mut brought = lock(&self.session.copy.brought);
         if let Some(Inquiry { released, answer }) = brought.inquiries.pop_front() {
             self.answers.push_back(answer);
             return Some(TargetEvent::Inquired { released });

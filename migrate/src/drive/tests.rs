@@ -2,6 +2,7 @@
 
 mod disks;
 mod inquiries;
+mod mirrors;
 mod recovery;
 
 use std::{
@@ -17,7 +18,7 @@ use kage_directory::{
     Changes, Directory, DirectoryError, Embedded, Entry, ImageRecord, Listing, Records, Revision, Transport,
 };
 use kage_machine::{
-    Geometry, HandoverId, HostName, Machine, Term, UserName,
+    Geometry, HandoverId, HostName, Machine, Memory, Term, UserName,
     control::Phase,
     sim::{Call, Mishap, Outside, SimDisk, SimMachine, SimSpec, SimVmm},
 };
@@ -25,12 +26,15 @@ use kage_replicate::{
     Link,
     link::memory::{self, Fault},
 };
-use kage_wire::{Purpose, handover::Prepare};
+use kage_wire::{
+    Purpose,
+    handover::{Follow, Prepare},
+};
 
 use super::{
     Control, Limits, now,
     source::{self, SourceSide, SourceSpec},
-    target::{TargetHost, TargetSide, Targets},
+    target::{MirrorSide, TargetHost, TargetSide, Targets},
 };
 use crate::{
     Cause, Outcome, Report, Ticket,
@@ -167,7 +171,16 @@ struct AsTarget {
 }
 
 impl TargetHost for Arc<Host> {
-    fn prepare(&self, _: &Ticket, request: &Prepare) -> Result<Box<dyn TargetSide>, String> {
+    fn prepare(
+        &self,
+        _: &Ticket,
+        request: &Prepare,
+        mirror: Option<Box<dyn MirrorSide>>,
+    ) -> Result<Box<dyn TargetSide>, String> {
+        if let Some(shelf) = mirror.and_then(|mirror| mirror.into_any().downcast::<Shelf>().ok()) {
+            *self.vmm.lock().unwrap() = Some(shelf.machine.vmm().clone());
+            return Ok(Box::new(AsTarget { host: self.clone(), machine: shelf.machine.vmm().handle() }));
+        }
         if self.refuses.load(Ordering::SeqCst) {
             return Err("cordoned".into());
         }
@@ -178,8 +191,40 @@ impl TargetHost for Arc<Host> {
         Ok(Box::new(AsTarget { host: self.clone(), machine: vmm.handle() }))
     }
 
+    fn follow(
+        &self,
+        _: &HostName,
+        request: &Follow,
+        kept: Option<Box<dyn MirrorSide>>,
+    ) -> Result<Box<dyn MirrorSide>, String> {
+        if self.refuses.load(Ordering::SeqCst) {
+            return Err("cordoned".into());
+        }
+        assert_eq!(request.geometry, GEOMETRY);
+        Ok(kept.unwrap_or_else(|| {
+            let vmm =
+                SimVmm::shell_on(self.disk.clone(), self.spec(), Arc::new(now), self.world.outside.clone());
+            Box::new(Shelf { machine: vmm.handle() })
+        }))
+    }
+
     fn holds(&self, _: &UserName) -> bool {
         !matches!(self.found(), Found::None | Found::Shell)
+    }
+}
+
+/// A mirror's shell.
+struct Shelf {
+    machine: SimMachine,
+}
+
+impl MirrorSide for Shelf {
+    fn memory(&self) -> Arc<dyn Memory> {
+        self.machine.memory()
+    }
+
+    fn into_any(self: Box<Self>) -> Box<dyn std::any::Any + Send> {
+        self
     }
 }
 
@@ -248,6 +293,7 @@ impl SourceSide for AsSource {
                 there.set_fault(self.cuts.bulk_target);
                 thread::spawn(move || targets.attach_bulk(handover, Box::new(there)))
             }
+            Purpose::Mirror => unreachable!("no part of a handover"),
             Purpose::Switch | Purpose::Directory => {
                 if self.opened == 1 {
                     here.set_fault(self.cuts.switch_source);

@@ -183,7 +183,7 @@ impl Sim {
                     Some(dirty) => dirty,
                     None => {
                         let Ok(mut pages) = machine.harvest() else { return gone() };
-                        pages.union(&run.sender.as_ref().expect("ready before a round").due(&*memory));
+                        pages.union(&run.sender.as_mut().expect("ready before a round").due(&*memory));
                         pages
                     }
                 };

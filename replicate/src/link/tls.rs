@@ -192,7 +192,7 @@ impl TlsLink {
     /// Sets what a link's purpose asks of its socket.
     fn settle(&mut self, purpose: Purpose) -> Result<(), LinkError> {
         match purpose {
-            Purpose::Bulk { .. } => socket::keep_queue_short(&self.stream)?,
+            Purpose::Bulk { .. } | Purpose::Mirror => socket::keep_queue_short(&self.stream)?,
             Purpose::Switch | Purpose::Directory => {}
         }
         Ok(())
