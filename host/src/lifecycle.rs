@@ -48,7 +48,7 @@ use crate::{
     events::Events,
     machines::{Hosted, Inspect, MachineSpec, Machines, Net},
     metrics::Metrics,
-    mirrors::ImageMirrors,
+    mirrors::{Departures, ImageMirrors},
     operations::Operations,
     peers::Peers,
     routes::{Keeper, Records},
@@ -90,6 +90,8 @@ pub struct Daemon {
     operator_keys: Vec<String>,
     /// Handovers to this host.
     pub targets: Targets,
+    /// Handovers from this host.
+    pub leaving: Departures,
     spare_number: Mutex<Option<ImageNumber>>,
     /// Questions for resources that are waited for.
     pub asked: Arc<tokio::sync::Semaphore>,
@@ -240,6 +242,7 @@ impl Daemon {
             disk_limits: disks::Limits::default(),
             images: Mutex::default(),
             targets: Targets::new(me.clone(), directory.clone(), Limits::default()),
+            leaving: Departures::default(),
             operator_keys,
             config,
             me,

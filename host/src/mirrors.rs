@@ -8,7 +8,10 @@ mod check;
 mod shelf;
 
 use std::{
-    sync::{Arc, Mutex, PoisonError},
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicUsize, Ordering},
+    },
     time::Duration,
 };
 
@@ -55,6 +58,35 @@ impl ImageMirrors {
     fn wanted(&self) -> Vec<HostName> {
         let wish = self.wish();
         wish.pinned.clone().unwrap_or_else(|| wish.chosen.clone())
+    }
+}
+
+/// Counts handovers from this host, before which mirrors wait: what is queued on a thin link is in the way of a last
+/// epoch, whose machine stands still.
+#[derive(Clone, Default)]
+pub struct Departures(Arc<AtomicUsize>);
+
+/// A handover under way, until it is dropped.
+pub struct Departure(Departures);
+
+impl Departures {
+    /// One begins.
+    #[must_use]
+    pub fn begin(&self) -> Departure {
+        self.0.fetch_add(1, Ordering::SeqCst);
+        Departure(self.clone())
+    }
+
+    /// Whether one is under way.
+    #[must_use]
+    pub fn any(&self) -> bool {
+        self.0.load(Ordering::SeqCst) > 0
+    }
+}
+
+impl Drop for Departure {
+    fn drop(&mut self) {
+        self.0.0.fetch_sub(1, Ordering::SeqCst);
     }
 }
 
@@ -106,7 +138,12 @@ impl OwnerSide for Owning {
         Some(Rate::bytes_per_s(limit.bytes_per_second() as f64 / streams.max(1) as f64))
     }
 
-    fn sent(&self, _host: &HostName, stats: &EpochStats) {
+    fn is_busy(&self) -> bool {
+        self.daemon.leaving.any()
+    }
+
+    fn sent(&self, _host: &HostName, stats: &EpochStats, lag: Duration) {
+        self.daemon.metrics.observe("kage_replica_lag_seconds", &[], lag);
         self.daemon.metrics.add("kage_replica_bytes_total", &[("kind", "mirror")], stats.bytes_wire);
     }
 

@@ -54,6 +54,11 @@ const GIVING: Duration = Duration::from_secs(1);
 /// Before a machine that somebody else holds is asked again.
 const HELD: Duration = Duration::from_millis(20);
 
+/// Longest wait of a stream for handovers: longer than one to a mirror takes, shorter than one that copies everything.
+const WAY: Duration = Duration::from_millis(500);
+/// Looks at them meanwhile.
+const BUSY: Duration = Duration::from_millis(5);
+
 /// What a daemon lends to the mirrors of a machine.
 pub trait OwnerSide: Send + Sync {
     /// The machine's page space; none once it is not this host's any more.
@@ -72,8 +77,12 @@ pub trait OwnerSide: Send + Sync {
     fn connect(&self, host: &HostName) -> Result<Box<dyn Link>, String>;
     /// Most bytes per second of one mirror.
     fn limit(&self) -> Option<Rate>;
-    /// An epoch has been sent.
-    fn sent(&self, host: &HostName, stats: &EpochStats);
+    /// Whether a handover from this host is under way, which goes first.
+    fn is_busy(&self) -> bool {
+        false
+    }
+    /// An epoch has been sent, so long after the oldest of its pages was found written.
+    fn sent(&self, host: &HostName, stats: &EpochStats, lag: Duration);
     /// So many pages were found written: what a mirror that is sent every one of them whole would cost.
     fn found(&self, pages: u64) {
         let _ = pages;
@@ -336,6 +345,18 @@ impl Mirrors {
         given.recv_timeout(GIVING).ok()
     }
 
+    /// Waits for handovers that are under way, unless something else is wanted of the stream than to send.
+    fn make_way(&self, side: &dyn OwnerSide, host: &HostName) {
+        let until = Instant::now() + WAY;
+        while side.is_busy() && Instant::now() < until {
+            let inner = self.inner();
+            if !inner.streams.get(host).is_some_and(|entry| matches!(entry.wish, Wish::Go)) {
+                return;
+            }
+            drop(self.wait(inner, Instant::now() + BUSY));
+        }
+    }
+
     /// Has a mirror's stream answer between two epochs: `question` is called with its last epoch and the digest of
     /// everything sent. Whether there is a stream to ask.
     pub fn ask(&self, host: &HostName, question: impl FnOnce(Epoch, u128) + Send + 'static) -> bool {
@@ -583,7 +604,10 @@ impl Streaming<'_> {
             self.limit = limit;
         }
         let (mirrors, host) = (self.mirrors, self.host);
+        let side = self.side;
+        mirrors.make_way(side, host);
         let mut watch = |progress: &crate::sender::Progress| {
+            mirrors.make_way(side, host);
             // An epoch that has been sent is worth its acknowledgement.
             let done = progress.pages_done >= progress.pages_total;
             let wanted = mirrors.inner().streams.get(host).is_some_and(Entry::is_wanted);
@@ -597,8 +621,9 @@ impl Streaming<'_> {
         };
         let epoch = self.epoch;
         self.epoch.0 += 1;
-        self.side.sent(self.host, &sent);
         let mut inner = self.mirrors.inner();
+        let behind = inner.streams.get(self.host).and_then(|entry| entry.behind);
+        self.side.sent(self.host, &sent, behind.map(|since| since.elapsed()).unwrap_or_default());
         let Inner { tracker, streams, .. } = &mut *inner;
         if let (Some(tracker), Some(unsent)) = (tracker.as_mut(), &unsent) {
             tracker.put_back(self.host, unsent);

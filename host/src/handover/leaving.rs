@@ -25,6 +25,7 @@ use crate::{
     },
     lifecycle::{Daemon, Image, Slot, Status, blocking},
     machines::{Addresses, MachineSpec, Via},
+    mirrors::Departure,
     operations::Handle,
 };
 
@@ -42,6 +43,7 @@ pub struct Leaving {
     target: HostName,
     addresses: Option<Addresses>,
     progress: Option<Box<dyn Fn(&'static str) + Send>>,
+    departure: Option<Departure>,
 }
 
 impl Leaving {
@@ -66,11 +68,13 @@ impl Leaving {
             target: ticket.target.clone(),
             addresses,
             progress,
+            departure: None,
         }
     }
 
     /// Leaves the image as the handover ended; gives the slot back.
     pub fn over(mut self, report: &Report) {
+        self.departure = None;
         let (daemon, image) = (&self.daemon, &self.image);
         match report.outcome {
             Outcome::HandedOver => {
@@ -129,7 +133,10 @@ impl SourceSide for Leaving {
     }
 
     fn mirror(&mut self) -> Option<Given> {
-        self.image.mirrors.streams.give(&self.target)
+        let mirror = self.image.mirrors.streams.give(&self.target);
+        // From now on, so that the stream is not one of those that wait.
+        self.departure = Some(self.daemon.leaving.begin());
+        mirror
     }
 
     fn harvested(&mut self, pages: &PageSet) {

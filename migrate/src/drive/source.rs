@@ -607,7 +607,15 @@ impl Drive<'_> {
         let Some(machine) = self.side.machine() else { return SourceEvent::MachineGone("no process".into()) };
         let geometry = machine.memory().geometry();
         let mirror = self.mirror.take();
-        if let Some(Given { mut sender, link, epoch, due }) = mirror.filter(|_| as_expected) {
+        if let Some(Given { mut sender, link, epoch, mut due }) = mirror.filter(|_| as_expected) {
+            // With what was written since its last epoch, so that little is left for the pause.
+            match machine.harvest() {
+                Ok(dirty) => {
+                    due.union(&dirty);
+                    self.side.harvested(&dirty);
+                }
+                Err(error) => return gone(error),
+            }
             sender.set_limit(self.spec.bandwidth);
             (self.sender, self.bulk, self.epoch, self.dirty) = (Some(sender), Some(link), epoch, Some(due));
             self.replica_hit = ReplicaHit::Full;

@@ -56,7 +56,7 @@ impl OwnerSide for Owner {
         self.limit
     }
 
-    fn sent(&self, _: &HostName, stats: &EpochStats) {
+    fn sent(&self, _: &HostName, stats: &EpochStats, _: Duration) {
         self.sent.lock().unwrap().push(*stats);
     }
 }
