@@ -3,11 +3,13 @@
 //! - [`files`]: files in a machine beside the same on its host, the store beneath them, and what a disk costs in a move.
 //! - [`start`]: from a login to the machine's first answer, and what an idle machine costs.
 //! - [`processes`]: programs in a machine beside the same programs on its host, and what they do to others.
+//! - [`replicate`]: what mirrors cost: bytes, and the owner's processor.
 //! - [`walk`]: users who walk a campus, each with a machine that works; moves to where mirrors are and to elsewhere.
 
 mod desk;
 pub mod files;
 pub mod processes;
+pub mod replicate;
 pub mod start;
 mod store;
 pub mod walk;
