@@ -150,7 +150,7 @@ struct Script {
 }
 
 /// Between two keys, in milliseconds: from, and how many more.
-const KEY_MS: (u64, u64) = (25, 50);
+const KEY_MS: (u64, u64) = (15, 30);
 /// Before a command.
 const THOUGHT_MS: (u64, u64) = (100, 300);
 
@@ -187,7 +187,7 @@ fn command(dice: &mut Dice) -> String {
         1 => format!("cat note-{note}"),
         2 => "ps".to_owned(),
         3 => format!("sum note-{note}"),
-        4 | 5 => format!("echo {:x} > note-{note}", dice.below(u64::MAX)),
+        4 | 5 => format!("echo {:x} > note-{note}", dice.below(1 << 24)),
         6 => format!("echo {} >> note-{note}", dice.below(1000)),
         _ => format!("echo {} words", dice.below(1000)),
     }

@@ -45,12 +45,12 @@ const FIGURES: [Figure; 7] = [
     ("gap", "ms", |step| step.gap_ms),
     ("client_gap", "ms", |step| Some(step.client_gap_ms)),
     ("bytes_after_roam", "kB", |step| step.bytes_wire.map(|bytes| bytes as f64 / 1e3)),
-    ("share_of_dwell", "%", |step| share(step, step.dwell_ms)),
+    ("share_of_dwell", "%", |step| share(step.blackout_ms, step.dwell_ms)),
 ];
 
-/// What of the time at an access point the interruption took, in percent.
-fn share(step: &Step, dwell_ms: f64) -> Option<f64> {
-    step.blackout_ms.filter(|_| dwell_ms > 0.0).map(|blackout| 100.0 * blackout / dwell_ms)
+/// What of a stay a time took, in percent.
+fn share(ms: Option<f64>, dwell_ms: f64) -> Option<f64> {
+    ms.filter(|_| dwell_ms > 0.0).map(|ms| 100.0 * ms / dwell_ms)
 }
 
 fn is_moved(step: &Step) -> bool {
@@ -77,25 +77,25 @@ pub fn cases(params: &Params, users: &[Walker], steps: &[Step]) -> Vec<Case> {
     cases
 }
 
-/// The paper's figure, over all moves.
+/// The paper's figure, over all moves: of the time nobody ran the machine, and of the time until it ran where its user
+/// was; of the stays as they were, and as if each had been as long as in the paper.
 fn shares(params: &Value, moved: &[&Step]) -> Vec<Case> {
-    let with = |dwell: &str| {
-        let mut params = params.clone();
-        params["paper_percent"] = json!(PAPER_PERCENT);
-        params["dwell"] = json!(dwell);
-        params
-    };
-    let of_dwell = |step: &&Step| share(step, step.dwell_ms);
-    let of_paper = |step: &&Step| share(step, PAPER_DWELL_S * 1e3);
-    let measured: Vec<_> = moved.iter().filter_map(of_dwell).collect();
-    let stretched: Vec<_> = moved.iter().filter_map(of_paper).collect();
-    if measured.is_empty() {
-        return Vec::new();
+    let costs: [(&str, fn(&Step) -> Option<f64>); 2] =
+        [("", |step| step.blackout_ms), ("event_to_running_", |step| step.event_to_running_ms)];
+    let stays: [(&str, fn(&Step) -> f64); 2] =
+        [("dwell", |step| step.dwell_ms), ("45_s", |_| PAPER_DWELL_S * 1e3)];
+    let mut params = params.clone();
+    params["paper_percent"] = json!(PAPER_PERCENT);
+    let mut cases = Vec::new();
+    for (cost, ms) in costs {
+        for (stay, dwell_ms) in stays {
+            let found: Vec<_> = moved.iter().filter_map(|step| share(ms(step), dwell_ms(step))).collect();
+            if !found.is_empty() {
+                cases.push(Case::of_mean(&format!("{cost}share_of_{stay}"), params.clone(), "%", found));
+            }
+        }
     }
-    vec![
-        Case::of_mean("share_of_dwell", with("as it was"), "%", measured),
-        Case::of_mean("share_of_45_s", with("45 s"), "%", stretched),
-    ]
+    cases
 }
 
 /// Shares of moves that found a mirror, per user, while learning and afterwards; and of forecasts that were right.
@@ -293,6 +293,8 @@ mod tests {
         let mean = |name: &str| case(name).mean.unwrap();
         assert!((mean("share_of_dwell") - 100.0 * 15.0 / 27_000.0).abs() < 1e-9);
         assert!((mean("share_of_45_s") - 100.0 * 15.0 / 135_000.0).abs() < 1e-9);
+        // 20 ms each.
+        assert!((mean("event_to_running_share_of_45_s") - 100.0 * 20.0 / 45_000.0).abs() < 1e-9);
         assert_eq!(case("share_of_dwell").params["paper_percent"], 10.7);
     }
 
