@@ -3,12 +3,16 @@
 //! - [`files`]: files in a machine beside the same on its host, the store beneath them, and what a disk costs in a move.
 //! - [`start`]: from a login to the machine's first answer, and what an idle machine costs.
 //! - [`processes`]: programs in a machine beside the same programs on its host, and what they do to others.
+//! - [`replicate`]: what mirrors cost: bytes, and the owner's processor.
+//! - [`walk`]: users who walk a campus, each with a machine that works; moves to where mirrors are and to elsewhere.
 
 mod desk;
 pub mod files;
 pub mod processes;
+pub mod replicate;
 pub mod start;
 mod store;
+pub mod walk;
 
 use serde::Serialize;
 
@@ -58,6 +62,12 @@ pub struct Case {
     /// 99th percentile, of enough runs.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub p99: Option<f64>,
+    /// Mean, where it is that which counts.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub mean: Option<f64>,
+    /// 95 % confidence interval of the mean, by Student's t.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ci95: Option<[f64; 2]>,
     /// The same by somebody else, in the same run.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub peer: Option<Peer>,
@@ -99,9 +109,20 @@ impl Case {
             min: at(0.0),
             max: at(1.0),
             p99: (figures.len() >= 100).then(|| at(0.99)),
+            mean: None,
+            ci95: None,
             peer: None,
             ratio: None,
         }
+    }
+
+    /// From independent figures in any order, of which the mean counts.
+    #[must_use]
+    pub fn of_mean(name: &str, params: serde_json::Value, unit: &'static str, figures: Vec<f64>) -> Self {
+        let interval = interval(&figures);
+        let case = Self::of(name, params, unit, figures);
+        let Some((mean, half)) = interval else { return case };
+        Self { mean: Some(mean), ci95: half.map(|half| [mean - half, mean + half]), ..case }
     }
 
     /// Beside a peer's figures, of which the smaller are the better.
@@ -119,6 +140,29 @@ impl Case {
         let case = self.beside(peer, figures);
         Self { ratio: case.ratio.map(|ratio| 1.0 / ratio), ..case }
     }
+}
+
+/// Two-sided 95 % points of Student's t for 1 to 30 degrees of freedom.
+const STUDENT: [f64; 30] = [
+    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,
+    2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042,
+];
+
+/// The mean of figures, and half the width of its 95 % confidence interval where there are at least two.
+fn interval(figures: &[f64]) -> Option<(f64, Option<f64>)> {
+    if figures.is_empty() {
+        return None;
+    }
+    let count = figures.len() as f64;
+    let mean = figures.iter().sum::<f64>() / count;
+    let freedom = figures.len() - 1;
+    if freedom == 0 {
+        return Some((mean, None));
+    }
+    let squares: f64 = figures.iter().map(|figure| (figure - mean).powi(2)).sum();
+    // Beyond the table it is within 2 % of the normal distribution's, and this a little wider.
+    let student = STUDENT.get(freedom - 1).copied().unwrap_or(2.042);
+    Some((mean, Some(student * (squares / freedom as f64 / count).sqrt())))
 }
 
 impl MachineInfo {
@@ -168,17 +212,32 @@ pub fn show(report: &Report) -> String {
                     .map(|peer| format!("{} {}", peer.name, figure(peer.median)))
                     .unwrap_or_default(),
                 case.ratio.map(|ratio| format!("{ratio:.2}")).unwrap_or_default(),
+                case.mean.map(|mean| shown_mean(case, mean)).unwrap_or_default(),
             ]
         })
         .collect();
     let machine = &report.machine;
+    // Without a mean in it the last column says nothing.
+    let means = report.cases.iter().any(|case| case.mean.is_some());
+    let header = ["CASE", "RUNS", "MEDIAN", "MIN", "P99", "MAX", "PEER", "RATIO", "MEAN (95 %)"];
+    let header = &header[..header.len() - usize::from(!means)];
+    let rows: Vec<_> = rows.into_iter().map(|row| row[..header.len()].to_vec()).collect();
     format!(
         "{}, {} CPUs, Linux {}, {} build\n{}",
         machine.cpu,
         machine.cpus,
         machine.kernel,
         machine.build,
-        table(&["CASE", "RUNS", "MEDIAN", "MIN", "P99", "MAX", "PEER", "RATIO"], &rows)
+        table(header, &rows)
+    )
+}
+
+/// A mean with its confidence interval.
+fn shown_mean(case: &Case, mean: f64) -> String {
+    let unit = case.unit;
+    case.ci95.map_or_else(
+        || format!("{mean:.2} {unit}"),
+        |[low, high]| format!("{mean:.2} {unit} ({low:.2} … {high:.2})"),
     )
 }
 
@@ -195,5 +254,20 @@ mod tests {
         assert_eq!(Case::of("x", serde_json::Value::Null, "ms", Vec::new()).runs, 0);
         let case = Case::of("x", serde_json::Value::Null, "ms", vec![4.0]).beside("y", vec![9.0, 2.0, 1.0]);
         assert_eq!((case.peer.map(|peer| peer.median), case.ratio), (Some(2.0), Some(0.5)));
+    }
+    #[test]
+    fn a_mean_comes_with_its_interval() {
+        let mean = |figures: &[f64]| Case::of_mean("x", serde_json::Value::Null, "%", figures.to_vec());
+        // Worked by hand: s² = 2.5, t(4) = 2.776, half = 2.776·√(2.5/5) = 1.963.
+        let case = mean(&[1.0, 2.0, 3.0, 4.0, 5.0]);
+        let [low, high] = case.ci95.unwrap();
+        assert!((low - 1.037).abs() < 1e-3 && (high - 4.963).abs() < 1e-3, "{low} … {high}");
+        assert_eq!((case.mean, case.median), (Some(3.0), 3.0));
+        assert_eq!((mean(&[7.0]).mean, mean(&[7.0]).ci95, mean(&[]).mean), (Some(7.0), None, None));
+        let report = Report { machine: MachineInfo::here(), cases: vec![case] };
+        assert!(show(&report).contains("3.00 % (1.04 … 4.96)"), "{}", show(&report));
+        let report =
+            Report { cases: vec![Case::of("y", serde_json::Value::Null, "ms", vec![1.0])], ..report };
+        assert!(!show(&report).contains("MEAN"));
     }
 }

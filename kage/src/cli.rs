@@ -10,7 +10,10 @@ use kage_host::{
 };
 use kage_machine::{HostName, UserName, identity::ApName};
 
-use crate::testbed::{cli::TestbedCommand, delay};
+use crate::{
+    bench::{replicate::ReplicateArgs, walk::WalkArgs},
+    testbed::{cli::TestbedCommand, delay},
+};
 
 /// Kage: one machine per user, on the edge host nearest to them.
 #[derive(Debug, Parser)]
@@ -497,6 +500,19 @@ pub enum BenchCommand {
         #[arg(long)]
         quick: bool,
     },
+    /// What mirrors cost their owner: bytes per second and processor time, under idle, interactive and dirty loads
+    #[command(
+        after_help = "Counts of mirrors take turns, in rounds; a slow-down is of pairs within a round. Takes about half \
+        an hour.\nExample: kage bench replicate --quick\nExample: kage bench replicate --load interactive --mirrors 2 -o json"
+    )]
+    Replicate(ReplicateArgs),
+    /// Users who walk a campus, each with a machine that works: moves to where a mirror is, and to elsewhere
+    #[command(
+        after_help = "Exit code 1 also when a session broke or memory changed. Takes about 20 minutes; --dwell and --quick \
+        compress it.\nExample: kage bench walk --quick\nExample: kage bench walk --users 3 --hosts 5 --link 50mbit \
+        --dwell 45s -o json"
+    )]
+    Walk(WalkArgs),
 }
 
 #[cfg(test)]
@@ -570,6 +586,8 @@ mod tests {
             "start alice",
             "bench start --runs 5 --quick",
             "bench processes --runs 3",
+            "bench replicate --quick --mirrors 2 --load interactive,dirty_30 --link 50mbit",
+            "bench walk --quick --dwell 3s --users 2 --hosts 3 -o json",
             "image inspect x.kage -o json",
             "image verify x.kage --trust ed25519:00 --config host.toml",
             "image ls",

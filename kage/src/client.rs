@@ -5,8 +5,11 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use http::Method;
+use http_body_util::BodyExt;
 use kage_host::{
     api::error::{Code, ErrorBody},
+    events::Event,
     http::{Call, Connection, unix},
 };
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
@@ -113,6 +116,46 @@ impl Client {
     /// What the daemon says.
     pub async fn call<T: DeserializeOwned>(&self, call: &Call) -> Result<T, ErrorBody> {
         unix(&self.socket).await?.call(call).await?.into_value()
+    }
+
+    /// Hands every event of the daemon's after a number to `take`, those to come as well, until that fails or the
+    /// daemon ends; returns which.
+    pub async fn follow(&self, after: u64, mut take: impl FnMut(&Event) -> Result<(), Failure>) -> Failure {
+        let body = async {
+            let mut connection = self.connect().await?;
+            let call = Call::new(Method::GET, format!("/v1/events?after={after}"));
+            Ok::<_, Failure>((connection.open(&call).await?.into_body(), connection))
+        };
+        // The connection ends with its handle.
+        let (mut body, _connection) = match body.await {
+            Ok(open) => open,
+            Err(failure) => return failure,
+        };
+        let mut pending = Vec::new();
+        loop {
+            match body.frame().await {
+                Some(Ok(frame)) => {
+                    pending.extend_from_slice(frame.data_ref().map_or(&[][..], |data| &data[..]))
+                }
+                Some(Err(error)) => return Failure::new(format!("the daemon has ended: {error}")),
+                None => {
+                    let message = "the daemon has ended; its machines run on";
+                    return ErrorBody::new(Code::Unreachable, message).into();
+                }
+            }
+            // Events are separated by empty lines; the data is on one line.
+            while let Some(end) = pending.windows(2).position(|pair| pair == b"\n\n") {
+                let block: Vec<u8> = pending.drain(..end + 2).collect();
+                let text = String::from_utf8_lossy(&block);
+                for data in text.lines().filter_map(|line| line.strip_prefix("data: ")) {
+                    let taken =
+                        serde_json::from_str(data).map_err(Failure::new).and_then(|event| take(&event));
+                    if let Err(failure) = taken {
+                        return failure;
+                    }
+                }
+            }
+        }
     }
 }
 

@@ -90,6 +90,8 @@ pub fn run(cli: Cli) -> Result<(), Failure> {
         }
         Command::Bench(BenchCommand::Files { runs, quick }) => bench::files::run(runs, quick, output),
         Command::Bench(BenchCommand::Processes { runs, quick }) => bench::processes::run(runs, quick, output),
+        Command::Bench(BenchCommand::Replicate(args)) => bench::replicate::run(&args, output),
+        Command::Bench(BenchCommand::Walk(args)) => bench::walk::run(&args, output),
     }
 }
 

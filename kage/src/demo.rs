@@ -4,7 +4,7 @@
 //! and walks. Every move is driven as in life: the device changes its link, the access point sends its
 //! accounting Start, the hosts do the rest. What the device saw is measured at the device.
 //!
-//! - [`observe`]: the SSH session, the download and a 1 kHz probe.
+//! - [`observe`]: the SSH session and the download.
 //! - [`screen`]: what is shown of it.
 
 mod observe;
@@ -27,10 +27,11 @@ use crate::{
     cli::DemoArgs,
     client::{Client, Failure},
     output::Output,
+    probe::{Probe, ProbeSummary},
     ssh::Key,
     testbed::{Cancel, LinkShape, Testbed, TestbedSpec},
 };
-use observe::{Download, Probe, Session};
+use observe::{Download, Session};
 use screen::Screen;
 
 /// Who walks.
@@ -87,7 +88,7 @@ pub struct Summary {
     /// The download.
     pub stream: observe::DownloadSummary,
     /// The probe.
-    pub probe: observe::ProbeSummary,
+    pub probe: ProbeSummary,
     /// What broke.
     pub broken: Vec<String>,
 }

@@ -8,6 +8,7 @@
 //! - [`operation`]: following what a daemon does to its end.
 //! - [`operator`]: how the operator reaches a machine.
 //! - [`output`]: tables and JSON.
+//! - [`probe`]: what a device sees of a machine.
 //! - [`testbed`]: hosts, access points and devices as network namespaces.
 
 pub mod bench;
@@ -19,6 +20,7 @@ pub mod demo;
 mod operation;
 pub mod operator;
 pub mod output;
+pub mod probe;
 mod ssh;
 pub mod testbed;
 

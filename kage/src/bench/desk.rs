@@ -23,10 +23,13 @@ pub const USER: &str = "bench";
 /// A user who is logged in, at a device.
 pub struct Desk<'a> {
     pub(super) testbed: &'a Testbed,
+    /// The testbed's first host, wherever the machine is.
     pub(super) client: Client,
-    device: String,
+    /// Whose machine it is.
+    pub(super) user: String,
+    pub(super) device: String,
+    pub(super) login: LoginReply,
     key: Key,
-    login: LoginReply,
 }
 
 impl<'a> Desk<'a> {
@@ -36,19 +39,36 @@ impl<'a> Desk<'a> {
     /// When the testbed has no host or device, or the login fails.
     pub fn login(testbed: &'a Testbed) -> Result<Self, Failure> {
         let status = testbed.status().map_err(Failure::new)?;
-        let (Some(host), Some(device)) = (status.hosts.first(), status.devices.first()) else {
-            return Err(Failure::new("the testbed has no host or no device"));
-        };
-        let key = Key::make(testbed.dir(), USER)?;
+        let device =
+            status.devices.first().ok_or_else(|| Failure::new("the testbed has no host or no device"))?;
+        Self::login_as(testbed, USER, &device.name, None)
+    }
+
+    /// Logs a user in from a device, to a machine near the access point or host `at`, or at the first host.
+    ///
+    /// # Errors
+    /// When the testbed has no host, or the login fails.
+    pub fn login_as(
+        testbed: &'a Testbed,
+        user: &str,
+        device: &str,
+        at: Option<&str>,
+    ) -> Result<Self, Failure> {
+        let status = testbed.status().map_err(Failure::new)?;
+        let host =
+            status.hosts.first().ok_or_else(|| Failure::new("the testbed has no host or no device"))?;
+        let key = Key::make(testbed.dir(), user)?;
         let client = Client::at(&host.socket);
-        let request = LoginRequest { key: Some(key.line()?), ..LoginRequest::default() };
-        let login = Call::new(Method::PUT, format!("/v1/images/{USER}")).json(&request);
+        let request =
+            LoginRequest { key: Some(key.line()?), at: at.map(str::to_owned), ..LoginRequest::default() };
+        let login = Call::new(Method::PUT, format!("/v1/images/{user}")).json(&request);
         let login = runtime()?.block_on(client.call(&login))?;
-        Ok(Self { testbed, device: device.name.clone(), client, key, login })
+        let (user, device) = (user.to_owned(), device.to_owned());
+        Ok(Self { testbed, client, user, device, login, key })
     }
 
     fn ssh(&self, line: &str) -> Command {
-        let mut command = self.key.ssh(USER, self.login.address);
+        let mut command = self.key.ssh(&self.user, self.login.address);
         // A machine that has ended says nothing more.
         command.args(["-o", "ServerAliveInterval=5", "-o", "ServerAliveCountMax=2", line]);
         command
@@ -75,7 +95,24 @@ impl<'a> Desk<'a> {
     /// # Errors
     /// When there is no ssh.
     pub fn spawn(&self, line: &str) -> Result<Running, Failure> {
-        let mut command = self.ssh(line);
+        self.start(self.ssh(line))
+    }
+
+    /// Starts a line on a terminal: what is written to it is typed, so that `\x03` interrupts. An empty line is the
+    /// machine's shell.
+    ///
+    /// # Errors
+    /// When there is no ssh.
+    pub fn spawn_on_terminal(&self, line: &str) -> Result<Running, Failure> {
+        let mut command = self.key.ssh(&self.user, self.login.address);
+        command.args(["-tt", "-o", "ServerAliveInterval=15", "-o", "ServerAliveCountMax=4"]);
+        if !line.is_empty() {
+            command.arg(line);
+        }
+        self.start(command)
+    }
+
+    fn start(&self, mut command: Command) -> Result<Running, Failure> {
         command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::null());
         self.testbed.spawn(&self.device, &mut command).map(Running).map_err(Failure::new)
     }
@@ -83,7 +120,7 @@ impl<'a> Desk<'a> {
 
 impl Drop for Desk<'_> {
     fn drop(&mut self) {
-        Key::remove(self.testbed.dir(), USER);
+        Key::remove(self.testbed.dir(), &self.user);
     }
 }
 
@@ -91,16 +128,38 @@ impl Drop for Desk<'_> {
 pub struct Running(pub(super) Child);
 
 impl Running {
+    /// Writes.
+    ///
+    /// # Errors
+    /// When the session has ended.
+    pub fn write(&mut self, text: &str) -> Result<(), Failure> {
+        let stdin = self.0.stdin.as_mut().ok_or_else(|| Failure::new("ssh has no input"))?;
+        stdin.write_all(text.as_bytes()).and_then(|()| stdin.flush()).map_err(Failure::new)
+    }
+
+    /// Reads up to a line that holds `what`, and returns it without what ends it.
+    ///
+    /// # Errors
+    /// When the session ends before.
+    pub fn line_with(&mut self, what: &str) -> Result<String, Failure> {
+        let stdout = self.0.stdout.as_mut().ok_or_else(|| Failure::new("ssh has no output"))?;
+        // One byte at a time: what comes after the line is the next one's.
+        for line in BufReader::with_capacity(1, stdout).lines() {
+            let line = line.map_err(Failure::new)?;
+            if line.contains(what) {
+                return Ok(line.trim_end().to_owned());
+            }
+        }
+        Err(Failure::new(format!("the session ended before {what:?}")))
+    }
+
     /// Writes, and reads up to a line.
     ///
     /// # Errors
     /// When the session ends before.
     pub fn ask(&mut self, text: &str, until: &str) -> Result<(), Failure> {
-        let Some((stdin, stdout)) = self.0.stdin.as_mut().zip(self.0.stdout.as_mut()) else {
-            return Err(Failure::new("ssh has no input or output"));
-        };
-        stdin.write_all(text.as_bytes()).map_err(Failure::new)?;
-        stdin.flush().map_err(Failure::new)?;
+        self.write(text)?;
+        let stdout = self.0.stdout.as_mut().ok_or_else(|| Failure::new("ssh has no output"))?;
         // One byte at a time: what comes after the line is the next one's.
         for line in BufReader::with_capacity(1, stdout).lines() {
             if line.map_err(Failure::new)? == until {

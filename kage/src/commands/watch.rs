@@ -3,12 +3,8 @@
 use std::time::{Duration, Instant};
 
 use http::Method;
-use http_body_util::BodyExt;
 use kage_host::{
-    api::{
-        error::{Code, ErrorBody},
-        types::{ImageView, LogView, State},
-    },
+    api::types::{ImageView, LogView, State},
     events::Event,
     http::Call,
 };
@@ -75,28 +71,9 @@ pub async fn events(client: Client, follow: bool, after: u64, output: Output) ->
             events.iter().map(|event| shown(&line(event)).into_owned()).collect::<Vec<_>>().join("\n")
         });
     }
-    let mut connection = client.connect().await?;
-    let mut body =
-        connection.open(&Call::new(Method::GET, format!("/v1/events?after={after}"))).await?.into_body();
-    let mut pending = Vec::new();
-    loop {
-        let frame = tokio::select! {
-            frame = body.frame() => frame,
-            _ = tokio::signal::ctrl_c() => return Ok(()),
-        };
-        let Some(frame) = frame else {
-            return Err(ErrorBody::new(Code::Unreachable, "the daemon has ended; its machines run on").into());
-        };
-        let frame = frame.map_err(|error| Failure::new(format!("the daemon has ended: {error}")))?;
-        pending.extend_from_slice(frame.data_ref().map_or(&[][..], |data| &data[..]));
-        // Events are separated by empty lines; the data is on one line.
-        while let Some(end) = pending.windows(2).position(|pair| pair == b"\n\n") {
-            let block: Vec<u8> = pending.drain(..end + 2).collect();
-            for text in String::from_utf8_lossy(&block).lines().filter_map(|line| line.strip_prefix("data: "))
-            {
-                show(&serde_json::from_str::<Event>(text).map_err(Failure::new)?)?;
-            }
-        }
+    tokio::select! {
+        ended = client.follow(after, show) => Err(ended),
+        _ = tokio::signal::ctrl_c() => Ok(()),
     }
 }
 

@@ -6,9 +6,12 @@ use kage_host::api::types::LoginReply;
 
 use super::{
     Step, Summary,
-    observe::{Download, Probe, Session},
+    observe::{Download, Session},
 };
-use crate::output::{Output, bytes};
+use crate::{
+    output::{Output, bytes},
+    probe::Probe,
+};
 
 /// Where and how to show it. Everything goes to stderr with `-o json`, to stdout otherwise.
 #[derive(Clone, Copy, Debug)]

@@ -163,6 +163,14 @@ impl Testbed {
         access::account_now(&self.layout, device, status)
     }
 
+    /// Whose a device is.
+    ///
+    /// # Errors
+    /// If there is no such device.
+    pub fn user_of(&self, device: &str) -> Result<String, TestbedError> {
+        Ok(self.layout.device(device)?.user.to_string())
+    }
+
     /// Starts a program in the namespace of a host or device. In a host's, `KAGE_SOCKET` names its daemon.
     ///
     /// # Errors

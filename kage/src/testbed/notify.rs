@@ -38,8 +38,19 @@ impl Cancel {
     }
 
     /// Fails once cancelled.
+    ///
+    /// # Errors
+    /// [`TestbedError::Cancelled`].
     pub fn check(&self) -> Result<(), TestbedError> {
-        match poll_until(&mut [PollFd::new(&*self.0, PollFlags::IN)], Instant::now()) {
+        self.wait_until(Instant::now())
+    }
+
+    /// Waits until then, and fails as soon as it is cancelled.
+    ///
+    /// # Errors
+    /// [`TestbedError::Cancelled`].
+    pub fn wait_until(&self, deadline: Instant) -> Result<(), TestbedError> {
+        match poll_until(&mut [PollFd::new(&*self.0, PollFlags::IN)], deadline) {
             Ok(0) => Ok(()),
             Ok(_) => Err(TestbedError::Cancelled),
             Err(source) => Err(TestbedError::System { doing: "polling", source }),
@@ -148,5 +159,7 @@ mod tests {
         for _ in 0..2 {
             assert!(matches!(cancel.check(), Err(TestbedError::Cancelled)));
         }
+        let hours = Instant::now() + std::time::Duration::from_secs(36_000);
+        assert!(matches!(cancel.wait_until(hours), Err(TestbedError::Cancelled)));
     }
 }
