@@ -30,6 +30,7 @@ thread_local! {
     static LOG: RefCell<Vec<String>> = const { RefCell::new(Vec::new()) };
 }
 
+/// Keeps what the kernel said, for a test that fails.
 pub fn note(line: String) {
     LOG.with_borrow_mut(|log| log.push(line));
 }

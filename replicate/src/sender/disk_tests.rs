@@ -343,7 +343,8 @@ fn what_cannot_be_elsewhere_is_refused_with_the_reason() {
     let owner = memory();
     owner.lose(page(2), Some(digest(1)));
     let mut sender = Sender::new(owner.geometry());
-    let last = sender.encode_last(&owner, &sender.due(&owner), Epoch(1), 1 << 20).unwrap();
+    let due = sender.due(&owner);
+    let last = sender.encode_last(&owner, &due, Epoch(1), 1 << 20).unwrap();
     receiver.apply_last(&last.bytes).unwrap();
 }
 
