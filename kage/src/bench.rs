@@ -199,7 +199,7 @@ pub fn show(report: &Report) -> String {
         .cases
         .iter()
         .map(|case| {
-            let figure = |value: f64| format!("{value:.2} {}", case.unit);
+            let figure = |value: f64| format!("{} {}", shown_figure(value), case.unit);
             vec![
                 case.name.clone(),
                 case.runs.to_string(),
@@ -232,12 +232,17 @@ pub fn show(report: &Report) -> String {
     )
 }
 
+/// A figure with as many places as it needs to be told from none.
+fn shown_figure(value: f64) -> String {
+    if value != 0.0 && value.abs() < 0.1 { format!("{value:.4}") } else { format!("{value:.2}") }
+}
+
 /// A mean with its confidence interval.
 fn shown_mean(case: &Case, mean: f64) -> String {
-    let unit = case.unit;
+    let (mean, unit) = (shown_figure(mean), case.unit);
     case.ci95.map_or_else(
-        || format!("{mean:.2} {unit}"),
-        |[low, high]| format!("{mean:.2} {unit} ({low:.2} … {high:.2})"),
+        || format!("{mean} {unit}"),
+        |[low, high]| format!("{mean} {unit} ({} … {})", shown_figure(low), shown_figure(high)),
     )
 }
 

@@ -202,9 +202,11 @@ fn mirrors_hold_what_they_claim_and_follow_their_machine_and_hosts() {
     await_mirrors(&site, &["h2", "h3"]);
     check_at_random_instants(&site, &["h2", "h3"], 6);
 
-    // To a mirror: it finds everything, nothing breaks, and the others need no new copy.
+    // To a mirror: it finds everything, nothing breaks, and neither the other nor the former owner needs a new copy.
     let report = site.migrate("alice", "h2");
     assert_eq!((text(&report, "outcome"), text(&report, "replica_hit")), ("handed_over", "full"), "{report}");
+    // Whoever owns it now was told nothing yet.
+    pin(&site, &["h1", "h3"]);
     await_mirrors(&site, &["h1", "h3"]);
     let sent = sent_to_mirrors(&site, "h2");
     assert!(sent < COPIED_ANEW, "mirrors did not survive the move: {sent} bytes were sent to them");

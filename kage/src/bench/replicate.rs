@@ -112,8 +112,13 @@ impl Slice {
     }
 
     /// Milliseconds of host CPU per second.
-    fn per_second_ms(&self) -> f64 {
+    fn host_ms(&self) -> f64 {
         1e3 * self.used.total_s() / self.work.seconds
+    }
+
+    /// Of those, the machine's process'.
+    fn machine_ms(&self) -> f64 {
+        1e3 * self.used.machine_s / self.work.seconds
     }
 }
 
@@ -257,17 +262,22 @@ impl Bench<'_> {
             rounds.iter().flatten().filter(|slice| slice.mirrors == mirrors).map(figure).collect()
         };
         let name = |mirrors: u8, what: &str| format!("{}_{mirrors}_mirrors_{what}", load.name);
-        let without = all(0, &Slice::per_second_ms);
-        let mut cases = vec![Case::of_mean(&name(0, "host_cpu"), params(0), "ms/s", without.clone())];
+        let used: [(&str, &dyn Fn(&Slice) -> f64); 2] =
+            [("host_cpu", &Slice::host_ms), ("machine_cpu", &Slice::machine_ms)];
+        let mut cases: Vec<_> = used
+            .iter()
+            .map(|(what, figure)| Case::of_mean(&name(0, what), params(0), "ms/s", all(0, *figure)))
+            .collect();
         for &mirrors in &self.counts {
             let rate = |bytes: u64, slice: &Slice| bytes as f64 / 1e3 / slice.work.seconds;
             let sent = all(mirrors, &|slice| rate(slice.copied.mirror, slice));
             let naive = all(mirrors, &|slice| rate(slice.copied.naive, slice));
             cases
                 .push(Case::of(&name(mirrors, "sent"), params(mirrors), "kB/s", sent).beside("naive", naive));
-            let used = all(mirrors, &Slice::per_second_ms);
-            let used = Case::of_mean(&name(mirrors, "host_cpu"), params(mirrors), "ms/s", used);
-            cases.push(used.beside("no mirrors", without.clone()));
+            for (what, figure) in used {
+                let case = Case::of_mean(&name(mirrors, what), params(mirrors), "ms/s", all(mirrors, figure));
+                cases.push(case.beside("no mirrors", all(0, figure)));
+            }
             let slowdown = slowdowns(rounds, mirrors);
             if !slowdown.is_empty() {
                 cases.push(Case::of_mean(&name(mirrors, "slowdown"), params(mirrors), "%", slowdown));
