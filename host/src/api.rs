@@ -8,6 +8,7 @@ pub mod error;
 mod hosts;
 mod images;
 mod openapi;
+mod prediction;
 mod stream;
 pub mod types;
 
@@ -59,6 +60,7 @@ pub struct Route {
 fn routes() -> Vec<Route> {
     let mut all = images::routes();
     all.extend(disks::routes());
+    all.extend(prediction::routes());
     all.extend(hosts::routes());
     all.extend(stream::routes());
     all

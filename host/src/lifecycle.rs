@@ -48,8 +48,10 @@ use crate::{
     events::Events,
     machines::{Hosted, Inspect, MachineSpec, Machines, Net},
     metrics::Metrics,
+    moves::following::Following,
     operations::Operations,
     peers::Peers,
+    prediction::Predictions,
     routes::{Keeper, Records},
 };
 
@@ -94,6 +96,8 @@ pub struct Daemon {
     pub asked: Arc<tokio::sync::Semaphore>,
     /// What disks may take of this host.
     pub disk_limits: disks::Limits,
+    /// What is known of where users go.
+    pub predictions: Predictions,
     images: Mutex<BTreeMap<UserName, Arc<Image>>>,
 }
 
@@ -122,6 +126,8 @@ pub struct Image {
     pub disk: ImageDisk,
     /// Held by whoever waits for its table of resources.
     pub asking: Arc<tokio::sync::Mutex<()>>,
+    /// How it follows its user.
+    pub following: Following,
     /// Bumped at every change of status.
     pub changed: watch::Sender<u64>,
 }
@@ -174,6 +180,7 @@ impl Image {
             status: Mutex::default(),
             disk: ImageDisk::default(),
             asking: Arc::default(),
+            following: Following::default(),
             changed: watch::Sender::new(0),
         }
     }
@@ -234,6 +241,7 @@ impl Daemon {
             spare_number: Mutex::default(),
             asked: Arc::new(tokio::sync::Semaphore::new(crate::resources::ASKED)),
             disk_limits: disks::Limits::default(),
+            predictions: Predictions::new(&config.host.state_dir),
             images: Mutex::default(),
             targets: Targets::new(me.clone(), directory.clone(), Limits::default()),
             operator_keys,

@@ -8,6 +8,7 @@
 //! - [`planner`]: what to send now; what a handover would cost now. Pure.
 //! - [`codec`]: how pages are written and which way pays. The choice is pure.
 //! - [`predict`]: where a user goes next. Pure.
+//! - [`choose`]: which hosts get mirrors. Pure.
 //! - [`pace`]: rates, limited and measured. Pure.
 //! - [`sender`], [`receiver`]: the two ends of a page stream.
 //! - [`store`]: what a follower holds; [`digest`]: proof of it.
@@ -20,6 +21,7 @@
 //! Deliberately not here: when to switch, and who owns (`kage-migrate`).
 
 mod cache;
+pub mod choose;
 pub mod codec;
 pub mod digest;
 pub mod link;

@@ -25,7 +25,7 @@ use crate::{http::Call, lifecycle::Daemon};
 pub struct Peer(pub HostName);
 
 /// A host of this site that asks for what is not for people.
-struct Asking(HostName);
+pub(super) struct Asking(HostName);
 
 impl FromRequestParts<App> for Asking {
     type Rejection = ErrorBody;
@@ -114,7 +114,7 @@ async fn give(
     Ok(Json(app.give(&user, &request.to).await?))
 }
 
-fn octets(bytes: Vec<u8>) -> Response {
+pub(super) fn octets(bytes: Vec<u8>) -> Response {
     ([(http::header::CONTENT_TYPE, "application/octet-stream")], bytes).into_response()
 }
 

@@ -286,6 +286,8 @@ impl TargetSide for Arriving {
                 if let Err(error) = machine.relabel(&spec.label()) {
                     tracing::warn!(%error, "an arrived machine keeps its old label");
                 }
+                image.following.came(&ticket.source);
+                daemon.ask_for_history(&image.user, &ticket.source);
                 daemon.install(&image, &mut slot, spec, machine);
                 daemon.pull(&image);
                 daemon.routes.let_go(vid, term);

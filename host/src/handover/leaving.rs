@@ -75,6 +75,7 @@ impl Leaving {
         match report.outcome {
             Outcome::HandedOver => {
                 let number = self.slot.spec.as_ref().map(|spec| spec.number);
+                image.following.left(&self.target);
                 self.slot.tap = None;
                 daemon.end_here(image, &mut self.slot);
                 if let Some(number) = number

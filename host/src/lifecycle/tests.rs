@@ -180,6 +180,7 @@ impl TestSite {
         std::thread::spawn(move || follower.follow());
         daemon.start_missing().await.unwrap();
         tasks.push(tokio::spawn(Daemon::supervise(Arc::downgrade(&daemon))));
+        tasks.push(tokio::spawn(Daemon::look_ahead(Arc::downgrade(&daemon))));
         TestHost { daemon, machines, net, socket, tasks, embedded }
     }
 
