@@ -136,7 +136,7 @@ impl TestSite {
              [cluster]\nendpoints = [\"{first}\"]\n\
              [network]\nprefix = \"fd4b:6167:6500::/48\"\nunderlay = \"lo\"\n{network}\n\
              [image]\nmemory = \"16MiB\"\ndisk = {disk:?}\n\
-             [[ap]]\nid = \"ap-{n}\"\nhost = {name:?}\nmobility = \"route\"\n",
+             [[ap]]\nid = \"ap-{n}\"\nhost = {name:?}\nmobility = \"route\"\nposition_m = [{n}0, 0]\n",
             name = name.as_str(),
             state = dir.join("state").to_str().unwrap(),
             run = dir.join("run").to_str().unwrap(),

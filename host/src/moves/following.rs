@@ -93,6 +93,12 @@ impl Following {
         Some(goal)
     }
 
+    /// Whether there is anything to do for it.
+    #[cfg(test)]
+    pub fn is_busy(&self) -> bool {
+        self.chase().goal().is_some() || self.busy.load(Ordering::SeqCst)
+    }
+
     /// What goals come to.
     #[must_use]
     pub fn over(&self) -> watch::Receiver<Over> {

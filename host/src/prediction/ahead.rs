@@ -107,13 +107,20 @@ impl Daemon {
 
     /// Chooses the hosts that get mirrors of a machine that runs here; blocks. While it moves they stay as they are.
     pub(crate) fn plan_mirrors(self: &Arc<Self>, user: &UserName) {
+        if let Some(hosts) = self.wanted_mirrors(user) {
+            self.mirror_to(user, &hosts);
+        }
+    }
+
+    /// The hosts that get mirrors of a machine; `None` where it does not run here, or none are made.
+    pub(super) fn wanted_mirrors(self: &Arc<Self>, user: &UserName) -> Option<Vec<HostName>> {
         let replicate = &self.config.replicate;
         if replicate.followers == 0 || !self.predicts() {
-            return;
+            return None;
         }
-        let Some(image) = self.known(user) else { return };
+        let image = self.known(user)?;
         let status = image.status();
-        let Some(memory) = status.memory.filter(|_| status.state == State::Running) else { return };
+        let memory = status.memory.filter(|_| status.state == State::Running)?;
         let seen = self.seen.borrow().clone();
         let usable: BTreeSet<_> = seen
             .hosts
@@ -129,7 +136,7 @@ impl Daemon {
         let former = image.following.former(Instant::now());
         #[expect(clippy::cast_precision_loss, reason = "a rate")]
         let bytes_per_s = replicate.max_rate.map(|rate| rate.bytes_per_second() as f64);
-        let chosen = choose(&Scene {
+        Some(choose(&Scene {
             owner: &self.me,
             user_at: here.map(|here| &here.host),
             likely: forecast.as_ref().map_or(&[], |forecast| &forecast.hosts),
@@ -144,8 +151,7 @@ impl Daemon {
                 memory_bytes: replicate.max_memory.map_or(u64::MAX, |size| size.0),
                 bytes_per_s,
             },
-        });
-        self.mirror_to(user, &chosen);
+        }))
     }
 
     /// Chooses anew for every machine here; blocks.
