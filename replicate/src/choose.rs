@@ -77,8 +77,8 @@ struct Candidate<'a> {
     stands: bool,
 }
 
-/// The hosts that get mirrors, the most important first. A user who is at another host than the machine is about to be
-/// followed there: that host comes first, and nothing else is begun meanwhile.
+/// The hosts that get mirrors, the most important first. A user who is at another host than the machine needs it there:
+/// that host comes first, and nothing else is begun meanwhile.
 #[must_use]
 pub fn choose(scene: &Scene<'_>) -> Vec<HostName> {
     let most = most_mirrors(scene);

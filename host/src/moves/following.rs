@@ -93,10 +93,16 @@ impl Following {
         Some(goal)
     }
 
+    /// Whether the machine is to go elsewhere, or is on its way.
+    #[must_use]
+    pub fn has_goal(&self) -> bool {
+        self.chase().goal().is_some()
+    }
+
     /// Whether there is anything to do for it.
     #[cfg(test)]
     pub fn is_busy(&self) -> bool {
-        self.chase().goal().is_some() || self.busy.load(Ordering::SeqCst)
+        self.has_goal() || self.busy.load(Ordering::SeqCst)
     }
 
     /// What goals come to.
@@ -163,7 +169,11 @@ impl Daemon {
             let begun = image.status().operation;
             let scene =
                 Scene { me: &self.me, record: &record, under_way: &under_way, begun: begun.as_deref() };
-            let step = image.following.chase().step(&scene, self.config.dwell.duration(), Instant::now());
+            let (step, goal) = {
+                let mut chase = image.following.chase();
+                let step = chase.step(&scene, self.config.dwell.duration(), Instant::now());
+                (step, chase.last_goal())
+            };
             return Ok(match step {
                 Step::Cancel(ids) => {
                     for id in ids {
@@ -174,7 +184,7 @@ impl Daemon {
                 }
                 Step::Rest(rest) => Progress::Rest(rest),
                 Step::PassOn(place) => {
-                    self.pass_on_goal(image, place.clone());
+                    self.runtime.spawn(self.clone().pass_on(image.clone(), goal, place.clone()));
                     Progress::PassOn(place)
                 }
                 Step::Await(id) if image.following.chase().stays(&self.me) => Progress::Recalls(id),
@@ -198,7 +208,7 @@ impl Daemon {
     /// Takes one step after another in the background, until there is no goal.
     pub(super) fn keep_following(self: &Arc<Self>, image: &Arc<Image>) {
         let busy = |image: &Image| image.following.busy.swap(true, Ordering::SeqCst);
-        if image.following.chase().goal().is_none() || busy(image) {
+        if !image.following.has_goal() || busy(image) {
             return;
         }
         let (daemon, image) = (self.clone(), image.clone());
@@ -207,7 +217,7 @@ impl Daemon {
                 daemon.follow_on(&image).await;
                 image.following.busy.store(false, Ordering::SeqCst);
                 // Whoever set a goal in between has found this at work.
-                if image.following.chase().goal().is_none() || busy(&image) {
+                if !image.following.has_goal() || busy(&image) {
                     return;
                 }
             }
@@ -293,19 +303,14 @@ impl Daemon {
         }
     }
 
-    /// Tells the machine's new owner where its user is.
-    fn pass_on_goal(self: &Arc<Self>, image: &Arc<Image>, place: Place) {
-        self.runtime.spawn(self.clone().take_goal_on(image.clone(), place));
-    }
-
-    /// The new owner may be this host again by then, so that this leads to itself.
-    fn take_goal_on(
+    /// Tells the machine's new owner where its user is. That may be this host again by then, so that this leads to itself.
+    fn pass_on(
         self: Arc<Self>,
         image: Arc<Image>,
+        goal: u64,
         place: Place,
     ) -> Pin<Box<dyn Future<Output = ()> + Send>> {
         Box::pin(async move {
-            let goal = image.following.chase().last_goal();
             let mut tries = 1;
             let came_to = loop {
                 let outcome = self.tell_owner(&roam_request(&image.user, &place), &place.host, 0).await;

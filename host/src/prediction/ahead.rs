@@ -70,7 +70,10 @@ impl Daemon {
         if let Some(learned) = self.predictions.arrived(user, ap, at_ms) {
             self.tell_prediction(user, &learned);
         }
-        self.plan_mirrors(user);
+        // What is about to follow takes what mirrors there are; its new owner chooses.
+        if self.predictions.places().get(ap).is_none_or(|place| place.host == self.me) {
+            self.plan_mirrors(user);
+        }
     }
 
     /// Takes in that a user has left, or wants no machine; blocks.
@@ -105,7 +108,8 @@ impl Daemon {
         self.events.emit("predicted", Some(user), details);
     }
 
-    /// Chooses the hosts that get mirrors of a machine that runs here; blocks. While it moves they stay as they are.
+    /// Chooses the hosts that get mirrors of a machine that runs here; blocks. While it moves, or is about to, they stay
+    /// as they are.
     pub(crate) fn plan_mirrors(self: &Arc<Self>, user: &UserName) {
         if let Some(hosts) = self.wanted_mirrors(user) {
             self.mirror_to(user, &hosts);
@@ -120,7 +124,8 @@ impl Daemon {
         }
         let image = self.known(user)?;
         let status = image.status();
-        let memory = status.memory.filter(|_| status.state == State::Running)?;
+        let settled = status.state == State::Running && !image.following.has_goal();
+        let memory = status.memory.filter(|_| settled)?;
         let seen = self.seen.borrow().clone();
         let usable: BTreeSet<_> = seen
             .hosts

@@ -126,7 +126,7 @@ fn where_nothing_is_known_the_nearest_hosts_get_mirrors() {
 }
 
 #[test]
-fn a_machine_that_is_about_to_follow_gets_a_mirror_there_and_no_other_new_one() {
+fn a_machine_away_from_its_user_gets_a_mirror_there_and_no_other_new_one() {
     let case = Case { user_at: Some(host("b")), ..Case::likely(&[("c", 0.7), ("d", 0.3)]) };
     assert_eq!(case.chosen(), hosts("b"));
     assert_eq!(case.following("d c").chosen(), hosts("b c"));
