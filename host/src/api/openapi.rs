@@ -339,7 +339,14 @@ impl Samples {
                 position_m: [40.5, 12.5],
                 mobility: "route".into(),
             },
-            roam: RoamRequest { user: user.clone(), ap: ap.clone(), device: None, wait: false, age_ms: 0 },
+            roam: RoamRequest {
+                user: user.clone(),
+                ap: ap.clone(),
+                device: None,
+                wait: false,
+                age_ms: 0,
+                at_ms: None,
+            },
             roamed: RoamReply {
                 user: user.clone(),
                 ap,

@@ -397,6 +397,9 @@ pub struct RoamRequest {
     /// How long ago that was.
     #[serde(default)]
     pub age_ms: u64,
+    /// When that was, in milliseconds since 1970, as a former owner of the machine tells the next; counts before `age_ms`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub at_ms: Option<u64>,
 }
 
 /// Answer to a roam.

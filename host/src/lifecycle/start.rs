@@ -124,8 +124,11 @@ impl Daemon {
 
     /// Who logs in at an access point is there.
     async fn learn_login(self: &Arc<Self>, user: &UserName, request: &LoginRequest) {
-        let at = request.at.as_deref().and_then(|at| at.parse::<ApName>().ok());
-        let Some(ap) = at.filter(|ap| self.predictions.places().contains_key(ap)) else { return };
+        let at = request.at.as_deref();
+        let is_host = |at: &str| {
+            at.parse().is_ok_and(|at: HostName| at == self.me || self.seen.borrow().hosts.contains_key(&at))
+        };
+        let Some(ap) = at.filter(|at| !is_host(at)).and_then(|at| at.parse::<ApName>().ok()) else { return };
         let (daemon, user, now) = (self.clone(), user.clone(), crate::events::now_ms());
         let learned = blocking(move || {
             daemon.learn(&user, &ap, now);

@@ -51,6 +51,8 @@ pub struct Chase {
     left: Option<(HostName, Instant)>,
     /// The last arrival here.
     came: Option<(HostName, Instant)>,
+    /// The moves that were cancelled last for the user's sake.
+    recalled: Vec<String>,
 }
 
 #[derive(Clone, Debug)]
@@ -203,16 +205,21 @@ impl Chase {
         false
     }
 
-    /// Somebody does not want the machine to follow.
-    pub fn drop_goal(&mut self) {
-        self.goal = None;
+    /// A move to this goal was cancelled. Who does that does not want the machine to follow, unless it was for the sake
+    /// of a user who has come back since.
+    pub fn cancelled(&mut self, id: &str, goal: u64) {
+        if self.serial == goal && !self.recalled.iter().any(|recalled| recalled == id) {
+            self.goal = None;
+        }
     }
 
     /// The next step. `dwell` is how long a user has to stay where ping-pong leads to.
     pub fn step(&mut self, scene: &Scene<'_>, dwell: Duration, now: Instant) -> Step {
         let step = self.decide(scene, dwell, now);
-        if matches!(step, Step::Rest(_) | Step::PassOn(_)) {
-            self.goal = None;
+        match &step {
+            Step::Rest(_) | Step::PassOn(_) => self.goal = None,
+            Step::Cancel(ids) => self.recalled.clone_from(ids),
+            Step::Await(_) | Step::Comes(_) | Step::Wait(_) | Step::Begin(_) => {}
         }
         step
     }

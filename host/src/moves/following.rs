@@ -254,7 +254,7 @@ impl Daemon {
                     () = self.gone(image) => {}
                 },
                 Progress::Comes(id) | Progress::Begun(id) => tokio::select! {
-                    outcome = self.await_move(&id) => self.move_ended(image, goal, outcome),
+                    outcome = self.await_move(&id) => self.move_ended(image, &id, goal, outcome),
                     _ = seen.changed() => {}
                 },
             }
@@ -274,7 +274,7 @@ impl Daemon {
     }
 
     /// Takes in how a move to the goal has ended.
-    fn move_ended(&self, image: &Image, goal: u64, outcome: Result<MoveReport, ErrorBody>) {
+    fn move_ended(&self, image: &Image, id: &str, goal: u64, outcome: Result<MoveReport, ErrorBody>) {
         let cancelled = match &outcome {
             Ok(report) => {
                 report.outcome == MoveOutcome::KeptHere
@@ -288,8 +288,7 @@ impl Daemon {
             Err(error) => Some(error.message.clone()),
         };
         if cancelled {
-            // Somebody does not want the machine there.
-            image.following.chase().drop_goal();
+            image.following.chase().cancelled(id, goal);
         } else if let Some(reason) = nothing {
             self.came_to_nothing(image, &reason);
         }
@@ -340,5 +339,6 @@ fn roam_request(user: &UserName, place: &Place) -> RoamRequest {
         device: None,
         wait: true,
         age_ms: now_ms().saturating_sub(place.at_ms),
+        at_ms: Some(place.at_ms),
     }
 }

@@ -92,8 +92,9 @@ impl Daemon {
         host: &HostName,
         hops: u8,
     ) -> Result<RoamReply, ErrorBody> {
-        // By this host's own clock, whatever the reporting host's says.
-        let at_ms = now_ms().saturating_sub(request.age_ms);
+        // By this host's own clock, whatever the reporting host's says. Only among owners order counts for more.
+        let now = now_ms();
+        let at_ms = request.at_ms.unwrap_or_else(|| now.saturating_sub(request.age_ms)).min(now);
         let (daemon, wish) = (self.clone(), request.clone());
         let record = blocking(move || {
             let record = daemon.existing(&wish.user)?.record;

@@ -244,8 +244,14 @@ impl Daemon {
         let mut tries = 0;
         loop {
             let age_ms = now_ms().saturating_sub(at_ms);
-            let request =
-                RoamRequest { user: user.clone(), ap: ap.clone(), device: None, wait: true, age_ms };
+            let request = RoamRequest {
+                user: user.clone(),
+                ap: ap.clone(),
+                device: None,
+                wait: true,
+                age_ms,
+                at_ms: None,
+            };
             let outcome = self.roam(&request, 0).await;
             let again = match &outcome {
                 Ok(_) => false,
