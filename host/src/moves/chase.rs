@@ -53,6 +53,8 @@ pub struct Chase {
     came: Option<(HostName, Instant)>,
     /// The moves that were cancelled last for the user's sake.
     recalled: Vec<String>,
+    /// The move that was begun last for it.
+    begun: Option<String>,
 }
 
 #[derive(Clone, Debug)]
@@ -190,6 +192,17 @@ impl Chase {
     /// The machine has come here.
     pub fn came(&mut self, from: &HostName, now: Instant) {
         self.came = Some((from.clone(), now));
+    }
+
+    /// A move to the goal was begun.
+    pub fn began(&mut self, id: &str) {
+        self.begun = Some(id.to_owned());
+    }
+
+    /// Whether that was the last one begun for the user's sake.
+    #[must_use]
+    pub fn has_begun(&self, id: &str) -> bool {
+        self.begun.as_deref() == Some(id)
     }
 
     /// A move to the goal came to nothing; whether it is given up.

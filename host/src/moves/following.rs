@@ -59,9 +59,9 @@ pub enum Progress {
     Recalls(String),
     /// A move to elsewhere has to end first.
     Awaits(String),
-    /// A move to the goal is under way.
+    /// A move to the goal is under way, by hand.
     Comes(String),
-    /// It was begun.
+    /// One was begun.
     Begun(String),
     /// Nothing is done before then.
     Waits(Instant),
@@ -189,12 +189,16 @@ impl Daemon {
                 }
                 Step::Await(id) if image.following.chase().stays(&self.me) => Progress::Recalls(id),
                 Step::Await(id) => Progress::Awaits(id),
+                Step::Comes(id) if image.following.chase().has_begun(&id) => Progress::Begun(id),
                 Step::Comes(id) => Progress::Comes(id),
                 Step::Wait(until) => Progress::Waits(until),
                 Step::Begin(host) => {
                     let request = MigrateRequest { to: Some(host), ..MigrateRequest::default() };
                     match self.begin_move(&image.user, &request).await {
-                        Ok(operation) => Progress::Begun(operation.id),
+                        Ok(operation) => {
+                            image.following.chase().began(&operation.id);
+                            Progress::Begun(operation.id)
+                        }
                         Err(error) => {
                             self.came_to_nothing(image, &error.message);
                             return Err(error);
