@@ -251,6 +251,8 @@ impl Daemon {
         if !self.predicts() {
             return Ok(view(user, Outlook::default()));
         }
+        // A machine that has just come brings more.
+        let _ = tokio::time::timeout(WAIT, self.predictions.settled(user)).await;
         let (daemon, user) = (self.clone(), user.clone());
         blocking(move || Ok(view(&user, daemon.predictions.outlook(&user, now_ms())))).await
     }
