@@ -9,6 +9,7 @@ mod hosts;
 mod images;
 mod mirrors;
 mod openapi;
+mod prediction;
 mod stream;
 pub mod types;
 
@@ -61,6 +62,7 @@ fn routes() -> Vec<Route> {
     let mut all = images::routes();
     all.extend(disks::routes());
     all.extend(mirrors::routes());
+    all.extend(prediction::routes());
     all.extend(hosts::routes());
     all.extend(stream::routes());
     all

@@ -64,6 +64,8 @@ pub struct Config {
     pub migrate: Migrate,
     /// `[replicate]`.
     pub replicate: Replicate,
+    /// `dwell` of `[roam]`: how long a user stays where ping-pong leads to before the machine follows.
+    pub dwell: Span,
     /// `[roam.radius]`, absent: no listener.
     pub radius: Option<Radius>,
     /// `[[ap]]`.
@@ -320,13 +322,26 @@ pub struct Replicate {
     pub followers: u8,
     /// Most that replication may take of a link; absent: what the link carries.
     pub max_rate: Option<Rate>,
+    /// Most memory that mirrors of one image take of other hosts together; absent: as many as `followers` says.
+    pub max_memory: Option<Size>,
     /// Predictor.
-    pub model: String,
+    pub model: Model,
+}
+
+/// Whether it is foreseen where users go.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Model {
+    /// From habits, everybody's and the user's own, and from speed and direction, as each has been right.
+    #[default]
+    Auto,
+    /// Nothing is learned, and no mirrors are made ahead.
+    Off,
 }
 
 impl Default for Replicate {
     fn default() -> Self {
-        Self { followers: 2, max_rate: None, model: "auto".to_owned() }
+        Self { followers: 2, max_rate: None, max_memory: None, model: Model::default() }
     }
 }
 
@@ -429,11 +444,24 @@ struct Raw {
     telemetry: Telemetry,
 }
 
-#[derive(Default, Deserialize)]
-#[serde(deny_unknown_fields)]
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields, default)]
 struct RawRoam {
+    dwell: Span,
     radius: Option<Radius>,
 }
+
+impl Default for RawRoam {
+    fn default() -> Self {
+        Self { dwell: Span::from_millis(3_000), radius: None }
+    }
+}
+
+/// Longest dwell time: somebody who stays that long stays.
+const MAX_DWELL: Span = Span::from_millis(300_000);
+
+/// Most mirrors of one image.
+const MAX_FOLLOWERS: u8 = 16;
 
 fn default_state_dir() -> PathBuf {
     "/var/lib/kage".into()
@@ -526,6 +554,8 @@ fn cure(message: &str) -> String {
         format!("{message}; correct or remove it")
     } else if message.contains("missing field") {
         format!("{message}; add it (`kage init` writes a complete sample)")
+    } else if message.contains("unknown variant") {
+        format!("{message}; use one of those")
     } else {
         message.to_owned()
     }
@@ -553,6 +583,15 @@ fn check(source: &Source<'_>, raw: Raw) -> Result<Config, ConfigError> {
             source.key("[migrate]"),
             "a move may not last shorter than its pause; make timeout longer than blackout",
         ));
+    }
+    if raw.replicate.followers > MAX_FOLLOWERS {
+        let message =
+            format!("followers = {} is too many; use at most {MAX_FOLLOWERS}", raw.replicate.followers);
+        return Err(source.refuse(source.key("followers"), message));
+    }
+    if raw.roam.dwell > MAX_DWELL {
+        let message = format!("a machine would hardly follow its user; make dwell at most {MAX_DWELL}");
+        return Err(source.refuse(source.key("dwell"), message));
     }
     if !raw.telemetry.otlp.is_empty() {
         return Err(source.refuse(source.key("otlp"), "otlp is not in this version; leave it empty"));
@@ -620,6 +659,7 @@ fn check(source: &Source<'_>, raw: Raw) -> Result<Config, ConfigError> {
         users: raw.user.into_iter().map(Spanned::into_inner).collect(),
         migrate: raw.migrate,
         replicate: raw.replicate,
+        dwell: raw.roam.dwell,
         radius: raw.roam.radius,
         aps: raw.ap.into_iter().map(Spanned::into_inner).collect(),
         telemetry: raw.telemetry,

@@ -129,7 +129,11 @@ async fn serve(config: Config) -> Result<(), ErrorBody> {
     notify("STOPPING=1");
     tracing::info!(host = %daemon.me, "ends; machines run on");
     let _ = tokio::fs::remove_file(&socket).await;
-    Ok(())
+    blocking(move || {
+        daemon.predictions.write();
+        Ok(())
+    })
+    .await
 }
 
 /// Publishes this host, follows the directory, starts what is missing; again until the directory answers.
@@ -155,6 +159,7 @@ async fn join(daemon: Arc<Daemon>) {
         match joined {
             Ok(()) => {
                 tokio::spawn(Daemon::supervise(Arc::downgrade(&daemon)));
+                tokio::spawn(Daemon::look_ahead(Arc::downgrade(&daemon)));
                 return;
             }
             Err(error) => {

@@ -312,7 +312,11 @@ trusted_keys = ["{image_key}"]   # whose images are taken; files lie in <state_d
 # timeout = "30s"
 
 # [replicate]
+# followers = 2             # hosts that keep a copy of each machine ahead of its user
 # max_rate = "50mbit"
+
+# [roam]
+# dwell = "3s"              # how long a user stays before the machine joins a ping-pong between two hosts
 
 # [roam.radius]
 # listen = "[::]:1813"

@@ -6,6 +6,7 @@
 //! - [`api`], [`http`], [`peers`]: the HTTP API, here and at other hosts.
 //! - [`roaming`]: where users are.
 //! - [`events`], [`operations`], [`metrics`], [`logs`]: what is seen of it.
+//! - [`prediction`]: where users go next.
 //! - `mirrors`: copies of machines, kept nearly fresh.
 //! - [`resources`]: what machines consist of.
 //! - [`disks`]: where the blocks of disks are, and fetching those that are elsewhere.
@@ -33,6 +34,7 @@ mod mirrors;
 pub mod moves;
 pub mod operations;
 pub mod peers;
+pub mod prediction;
 pub mod real;
 pub mod resources;
 pub mod roaming;

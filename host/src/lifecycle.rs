@@ -49,8 +49,10 @@ use crate::{
     machines::{Hosted, Inspect, MachineSpec, Machines, Net},
     metrics::Metrics,
     mirrors::{Departures, ImageMirrors},
+    moves::following::Following,
     operations::Operations,
     peers::Peers,
+    prediction::Predictions,
     routes::{Keeper, Records},
 };
 
@@ -97,6 +99,8 @@ pub struct Daemon {
     pub asked: Arc<tokio::sync::Semaphore>,
     /// What disks may take of this host.
     pub disk_limits: disks::Limits,
+    /// What is known of where users go.
+    pub predictions: Predictions,
     images: Mutex<BTreeMap<UserName, Arc<Image>>>,
 }
 
@@ -127,6 +131,8 @@ pub struct Image {
     pub mirrors: ImageMirrors,
     /// Held by whoever waits for its table of resources.
     pub asking: Arc<tokio::sync::Mutex<()>>,
+    /// How it follows its user.
+    pub following: Following,
     /// Bumped at every change of status.
     pub changed: watch::Sender<u64>,
 }
@@ -180,6 +186,7 @@ impl Image {
             disk: ImageDisk::default(),
             mirrors: ImageMirrors::default(),
             asking: Arc::default(),
+            following: Following::default(),
             changed: watch::Sender::new(0),
         }
     }
@@ -240,6 +247,7 @@ impl Daemon {
             spare_number: Mutex::default(),
             asked: Arc::new(tokio::sync::Semaphore::new(crate::resources::ASKED)),
             disk_limits: disks::Limits::default(),
+            predictions: Predictions::new(&config.host.state_dir),
             images: Mutex::default(),
             targets: Targets::new(me.clone(), directory.clone(), Limits::default()),
             leaving: Departures::default(),

@@ -12,7 +12,7 @@ const BUCKETS: [f64; 14] =
     [0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0, 30.0];
 
 /// Names, kinds and meanings of all figures.
-const FAMILIES: [(&str, &str, &str); 17] = [
+const FAMILIES: [(&str, &str, &str); 18] = [
     ("kage_images", "gauge", "Images on this host by state."),
     ("kage_pool_ready", "gauge", "Machines that wait for a login, shells that wait for an arrival."),
     ("kage_logins_total", "counter", "Logins answered."),
@@ -27,6 +27,11 @@ const FAMILIES: [(&str, &str, &str); 17] = [
         "Bytes to mirrors, and what one that is sent every page found written would take.",
     ),
     ("kage_replica_lag_seconds", "histogram", "Age of a mirror's oldest difference when an epoch was sent."),
+    (
+        "kage_prediction_total",
+        "counter",
+        "Changes of access point: first in the forecast, among its first three, missed.",
+    ),
     ("kage_restarts_total", "counter", "Machines started again after their process ended."),
     ("kage_route_switch_seconds", "histogram", "Changing an image's route to its new host."),
     ("kage_forwarded_frames_total", "counter", "Frames forwarded from a source's tap after a move."),

@@ -1,8 +1,14 @@
 //! Moves: what makes one, carrying it out, and what came of it.
+//!
+//! - [`roam`]: a user is at an access point.
+//! - [`following`]: the machine follows its user; [`chase`]: the rules of that, pure.
+
+pub mod chase;
+pub mod following;
+mod roam;
 
 use std::{sync::Arc, time::Duration};
 
-use kage_directory::{Records as _, Wanted};
 use kage_machine::{HostName, UserName};
 use kage_migrate::drive::Control;
 use serde_json::json;
@@ -10,18 +16,12 @@ use serde_json::json;
 use crate::{
     api::{
         error::{Code, ErrorBody},
-        types::{
-            LoginReply, MigrateRequest, MovePlan, MoveReport, Operation, OperationState, RoamAction,
-            RoamReply, RoamRequest,
-        },
+        types::{LoginReply, MigrateRequest, MovePlan, MoveReport, Operation, OperationState},
     },
     config::Mode,
     http::Call,
-    lifecycle::{Daemon, blocking, decide},
+    lifecycle::{Daemon, blocking},
 };
-
-/// How many owners one roam is taken to, when the machine keeps moving on.
-const MOST_TURNS: u32 = 4;
 
 impl Daemon {
     /// Where a move of this request goes.
@@ -132,146 +132,6 @@ impl Daemon {
             Err(error) => reply.note = Some(format!("it was not brought to {at}: {error}")),
         }
         reply
-    }
-
-    /// Takes in that a user is at an access point now. Its owner judges what that means for the machine; `hops` is
-    /// above zero where another host asks the owner.
-    ///
-    /// # Errors
-    /// An unknown user or access point; a move that could not begin.
-    pub async fn roam(self: &Arc<Self>, request: &RoamRequest, hops: u8) -> Result<RoamReply, ErrorBody> {
-        let (daemon, wish) = (self.clone(), request.clone());
-        let host = blocking(move || {
-            let ap = daemon.directory.read::<kage_directory::ApRecord>(&wish.ap)?.ok_or_else(|| {
-                ErrorBody::new(
-                    Code::NotFound,
-                    format!("access point {} is unknown; `kage hosts` lists those there are", wish.ap),
-                )
-            })?;
-            if let Some(device) = wish.device
-                && ap.record.host == daemon.me
-            {
-                daemon.existing(&wish.user)?;
-                daemon.attach_device(device, &wish.user, &wish.ap, crate::events::now_ms())?;
-            }
-            Ok(ap.record.host)
-        })
-        .await?;
-        let mut turns = 1;
-        let reply = loop {
-            match self.judge_roam(request, &host, hops).await {
-                // It went elsewhere meanwhile: its new owner judges.
-                Err(error) if error.code == Code::OwnershipLost && hops == 0 && turns < MOST_TURNS => {
-                    turns += 1
-                }
-                judged => break judged?,
-            }
-        };
-        if hops == 0 {
-            let details = json!({
-                "ap": request.ap, "to": host, "action": reply.action, "operation": reply.operation,
-            });
-            self.events.emit("roam", Some(&request.user), details);
-        }
-        Ok(reply)
-    }
-
-    /// Has the image's owner judge a roam, which may be this host.
-    async fn judge_roam(
-        self: &Arc<Self>,
-        request: &RoamRequest,
-        host: &HostName,
-        hops: u8,
-    ) -> Result<RoamReply, ErrorBody> {
-        let (daemon, user) = (self.clone(), request.user.clone());
-        let record = blocking(move || daemon.existing(&user)).await?.record;
-        let mut reply = RoamReply {
-            user: request.user.clone(),
-            ap: request.ap.clone(),
-            host: host.clone(),
-            action: RoamAction::Stays,
-            operation: None,
-            report: None,
-        };
-        if record.wanted == Wanted::Stopped {
-            reply.action = RoamAction::Stopped;
-        } else if record.owner == self.me {
-            self.bring(host, request.wait, &mut reply).await?;
-        } else if hops > 0 {
-            return Err(self.went_to(&request.user, &record.owner));
-        } else {
-            let wish = RoamRequest { device: None, ..request.clone() };
-            let call = Call::new(http::Method::POST, "/v1/roam").json(&wish);
-            let call = Call { hops: 1, ..call }.patience(2 * self.move_patience());
-            let asked = match self.peers.call(&record.owner, self.address(&record.owner)?, &call).await {
-                Ok(answer) => answer.into_value(),
-                Err(error) => Err(error),
-            };
-            match asked {
-                Ok(answer) => reply = answer,
-                // Where it is its user is too, whatever became of its host.
-                Err(error) if record.owner == *host && error.code == Code::Unreachable => {}
-                Err(error) => return Err(error),
-            }
-        }
-        Ok(reply)
-    }
-
-    /// Brings a machine that this host owns to the host where its user is now, or keeps it here when that is this one.
-    async fn bring(
-        self: &Arc<Self>,
-        to: &HostName,
-        wait: bool,
-        reply: &mut RoamReply,
-    ) -> Result<(), ErrorBody> {
-        loop {
-            let (daemon, user) = (self.clone(), reply.user.clone());
-            let record = blocking(move || daemon.existing(&user)).await?.record;
-            let user = &reply.user;
-            if record.owner != self.me {
-                return Err(self.went_to(user, &record.owner));
-            }
-            let under_way = self.operations.under_way(user);
-            let targets: Vec<_> = under_way.iter().map(|(_, target)| target).collect();
-            let verdict = decide::roam(&record, to, &targets);
-            // Moves to elsewhere are about where the user was. One that has begun ends as it would have, unless
-            // the machine is to stay: a user who walks fast would else never be followed.
-            let begun = self.known(user).and_then(|image| image.status().operation);
-            for (id, _) in under_way.iter().filter(|(_, target)| target != to) {
-                if verdict == decide::Roam::Recalled || begun.as_ref() != Some(id) {
-                    self.operations.cancel(id)?;
-                    self.events.emit("cancel", Some(user), json!({ "operation": id }));
-                }
-            }
-            match verdict {
-                decide::Roam::Stays => return Ok(()),
-                decide::Roam::Stopped => reply.action = RoamAction::Stopped,
-                decide::Roam::Comes => {
-                    reply.operation =
-                        under_way.into_iter().find(|(_, target)| target == to).map(|(id, _)| id);
-                }
-                decide::Roam::Moves => {
-                    reply.action = RoamAction::Moves;
-                    let request = MigrateRequest { to: Some(to.clone()), ..MigrateRequest::default() };
-                    reply.operation = Some(self.begin_move(user, &request).await?.id);
-                }
-                decide::Roam::Recalled if wait => {
-                    for (id, _) in under_way {
-                        self.operations.ended(&id, self.move_patience()).await?;
-                    }
-                    continue;
-                }
-                decide::Roam::Recalled => {
-                    let message =
-                        format!("a move of {user}'s machine away from {to} is being cancelled; try again");
-                    return Err(ErrorBody::new(Code::Busy, message));
-                }
-            }
-            if let Some(id) = reply.operation.as_deref().filter(|_| wait) {
-                reply.report = Some(self.await_move(id).await?);
-            }
-            return Ok(());
-        }
     }
 
     fn went_to(&self, user: &UserName, owner: &HostName) -> ErrorBody {

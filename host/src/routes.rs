@@ -5,8 +5,8 @@ use std::{
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
 };
 
-use kage_directory::{DeviceRecord, HostRecord, ImageRecord, Wanted};
-use kage_machine::{HostName, ImageNumber, SitePrefix, Term, UserName, Vid};
+use kage_directory::{ApRecord, DeviceRecord, HostRecord, ImageRecord, Wanted};
+use kage_machine::{HostName, ImageNumber, SitePrefix, Term, UserName, Vid, identity::ApName};
 
 use crate::machines::{Addresses, Net, Via};
 
@@ -25,7 +25,7 @@ pub struct Table {
     pub terms: BTreeMap<Ipv6Addr, Term>,
 }
 
-/// What the directory says, as far as routes depend on it.
+/// What the directory says.
 #[derive(Clone, Debug, Default)]
 pub struct Records {
     /// All hosts.
@@ -34,6 +34,8 @@ pub struct Records {
     pub images: BTreeMap<UserName, ImageRecord>,
     /// All devices with a route of their own.
     pub devices: BTreeMap<IpAddr, DeviceRecord>,
+    /// All access points; no route depends on them.
+    pub aps: BTreeMap<ApName, ApRecord>,
 }
 
 /// The table that `me` must have. An image owned here goes to its tap; whether there is a tap is the

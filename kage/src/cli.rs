@@ -104,6 +104,12 @@ pub enum Command {
         #[arg(long)]
         no_wait: bool,
     },
+    /// Show where a user may be next, and how often that was right
+    #[command(
+        after_help = "Of the last `window` changes of access point hit1 were first in the forecast, hit3 among \
+        its first three.\nExample: kage predict alice -o json"
+    )]
+    Predict(User),
     /// List the processes of a user's machine, by VID
     #[command(after_help = "Example: kage ps alice -o json")]
     Ps(User),

@@ -5,6 +5,7 @@ mod exec;
 mod image;
 mod images;
 mod migrate;
+mod predict;
 mod resources;
 mod scrub;
 mod site;
@@ -61,6 +62,7 @@ pub fn run(cli: Cli) -> Result<(), Failure> {
         }
         Command::Migrate(args) => wait_for(migrate::migrate(client()?, args, output)),
         Command::Roam { user, ap, no_wait } => wait_for(migrate::roam(client()?, user, ap, !no_wait, output)),
+        Command::Predict(user) => wait_for(predict::predict(client()?, user.user, output)),
         Command::Hosts => wait_for(site::hosts(client()?, output)),
         Command::Events { follow, after } => wait_for(watch::events(client()?, follow, after, output)),
         Command::Logs { user, follow } => wait_for(watch::logs(client()?, user, follow, output)),

@@ -9,6 +9,7 @@
 //! - [`codec`]: how pages are written and which way pays. The choice is pure.
 //! - [`mirrors`]: the streams that keep a machine's mirrors fresh.
 //! - [`predict`]: where a user goes next. Pure.
+//! - [`choose`]: which hosts get mirrors. Pure.
 //! - [`pace`]: rates, limited and measured. Pure.
 //! - [`sender`], [`receiver`]: the two ends of a page stream.
 //! - [`store`]: what a follower holds; [`digest`]: proof of it.
@@ -21,6 +22,7 @@
 //! Deliberately not here: when to switch, and who owns (`kage-migrate`).
 
 mod cache;
+pub mod choose;
 pub mod codec;
 pub mod digest;
 pub mod link;

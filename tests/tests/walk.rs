@@ -159,6 +159,12 @@ fn the_machine_follows_its_device_from_access_point_to_access_point() {
     }
     assert!(count.wait().unwrap().success());
     assert_eq!(counting.join().unwrap().len(), 6000);
+    // What was learned on the way came along, and any host tells it.
+    let view = site.json("h2", &["predict", "alice"]);
+    assert_eq!((text(&view, "at"), &view["window"]), ("ap-1", &Value::from(3)), "{view}");
+    for field in ["user", "next", "hosts", "left_s", "hit1", "hit3"] {
+        assert!(view.get(field).is_some(), "{field} is missing: {view}");
+    }
 }
 
 #[test]

@@ -114,7 +114,7 @@ async fn give(
     Ok(Json(app.give(&user, &request.to).await?))
 }
 
-fn octets(bytes: Vec<u8>) -> Response {
+pub(super) fn octets(bytes: Vec<u8>) -> Response {
     ([(http::header::CONTENT_TYPE, "application/octet-stream")], bytes).into_response()
 }
 

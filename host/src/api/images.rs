@@ -255,12 +255,11 @@ async fn login(
 ) -> Result<Response, ErrorBody> {
     let user: UserName = name(&user)?;
     let mut request: LoginRequest = body(&bytes)?;
-    // Whoever is asked first knows what "here" means.
-    let at = match &request.at {
-        Some(at) => app.place(at)?,
-        None => app.me.clone(),
-    };
-    request.at = Some(at.to_string());
+    // Whoever is asked first knows what "here" means. An access point stays one: that is where the user is.
+    match &request.at {
+        Some(at) => drop(app.place(at)?),
+        None => request.at = Some(app.me.to_string()),
+    }
     match app.login(&user, &request).await? {
         Login::Done(reply) => Ok(Json(reply).into_response()),
         Login::Ask(host) => {

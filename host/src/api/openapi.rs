@@ -6,11 +6,11 @@ use super::{
     error::{Code, ErrorBody},
     routes,
     types::{
-        ApView, DiskView, FileView, GiveRequest, Given, HostView, ImageView, LogView, LoginReply,
+        ApView, DiskView, FileView, GiveRequest, Given, HostChance, HostView, ImageView, LogView, LoginReply,
         LoginRequest, MigrateRequest, MirrorCheck, MirrorState, MirrorsRequest, MoveOutcome, MovePlan,
-        MoveReport, Operation, OperationState, OperatorView, PhaseView, Place, ProcessView, Pulse,
-        PulseRequest, Ready, Replica, ReplicaHit, ReplicaKind, Resources, RoamAction, RoamReply, RoamRequest,
-        ScrubReport, SocketView, State,
+        MoveReport, NextView, Operation, OperationState, OperatorView, PhaseView, Place, PredictionView,
+        ProcessView, Pulse, PulseRequest, Ready, Replica, ReplicaHit, ReplicaKind, Resources, RoamAction,
+        RoamReply, RoamRequest, ScrubReport, SocketView, State,
     },
 };
 use crate::events::Event;
@@ -138,6 +138,7 @@ fn schemas() -> Value {
     add("Operation", serde_json::to_value(&samples.operation));
     add("Resources", serde_json::to_value(&samples.resources));
     add("Place", serde_json::to_value(&samples.place));
+    add("PredictionView", serde_json::to_value(&samples.prediction));
     add("LogView", serde_json::to_value(LogView { text: "ready\n".into(), next: 6, truncated: false }));
     add("HostView", serde_json::to_value(&samples.host));
     let operator = OperatorView { key_file: Some("/etc/kage/operator.pub".into()) };
@@ -167,6 +168,7 @@ struct Samples {
     operation: Operation,
     resources: Resources,
     place: Place,
+    prediction: PredictionView,
     host: HostView,
     ap: ApView,
     roam: RoamRequest,
@@ -334,6 +336,16 @@ impl Samples {
                 host: host("h1"),
                 term,
             },
+            prediction: PredictionView {
+                user: user.clone(),
+                at: Some(ap.clone()),
+                next: vec![NextView { ap: ap.clone(), host: host("h2"), probability: 0.75 }],
+                hosts: vec![HostChance { host: host("h2"), probability: 0.75 }],
+                left_s: Some(40.5),
+                window: 100,
+                hit1: 0.75,
+                hit3: 0.95,
+            },
             host: HostView {
                 name: host("h1"),
                 advertise,
@@ -349,7 +361,14 @@ impl Samples {
                 position_m: [40.5, 12.5],
                 mobility: "route".into(),
             },
-            roam: RoamRequest { user: user.clone(), ap: ap.clone(), device: None, wait: false },
+            roam: RoamRequest {
+                user: user.clone(),
+                ap: ap.clone(),
+                device: None,
+                wait: false,
+                age_ms: 0,
+                at_ms: None,
+            },
             roamed: RoamReply {
                 user: user.clone(),
                 ap,

@@ -430,6 +430,12 @@ pub struct RoamRequest {
     /// The caller wants the move it starts to be over when it is answered.
     #[serde(default)]
     pub wait: bool,
+    /// How long ago that was.
+    #[serde(default)]
+    pub age_ms: u64,
+    /// When that was, in milliseconds since 1970, as a former owner of the machine tells the next; counts before `age_ms`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub at_ms: Option<u64>,
 }
 
 /// Answer to a roam.
@@ -461,6 +467,47 @@ pub enum RoamAction {
     Moves,
     /// It is stopped and stays so.
     Stopped,
+}
+
+/// Where a user may be next; answer of `/v1/images/{user}/prediction`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct PredictionView {
+    /// Who.
+    pub user: UserName,
+    /// The access point where the user is, if that is known.
+    pub at: Option<ApName>,
+    /// Access points, the likeliest first.
+    pub next: Vec<NextView>,
+    /// Hosts other than the access point's, the likeliest first.
+    pub hosts: Vec<HostChance>,
+    /// How much longer the user will be there, in seconds: half of the times less than that.
+    pub left_s: Option<f64>,
+    /// How many of the last changes of access point were scored.
+    pub window: u32,
+    /// The share of them that was first in the forecast just before.
+    pub hit1: f64,
+    /// The share that was among the first three.
+    pub hit3: f64,
+}
+
+/// An access point where a user may be next.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct NextView {
+    /// Which.
+    pub ap: ApName,
+    /// Its host.
+    pub host: HostName,
+    /// How likely.
+    pub probability: f64,
+}
+
+/// A host where a user may be next.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct HostChance {
+    /// Which.
+    pub host: HostName,
+    /// How likely.
+    pub probability: f64,
 }
 
 /// The log of a machine.

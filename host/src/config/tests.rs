@@ -75,6 +75,9 @@ fn what_cannot_be_meant_is_refused_with_file_line_and_cure() {
         ("\"10ms\"", "\"1h\"", 16, "make timeout longer"),
         ("\"10ms\"", "\"10ms\"\nmode = \"postcopy\"", 18, "not in this version"),
         ("50mbit", "50Mb", 19, "write it as 50mbit"),
+        ("50mbit\"", "50mbit\"\nmodel = \"clever\"", 20, "expected `auto` or `off`; use one of those"),
+        ("50mbit\"", "50mbit\"\nfollowers = 17", 20, "use at most 16"),
+        ("[roam.radius]", "[roam]\ndwell = \"1h\"\n[roam.radius]", 21, "make dwell at most 5m"),
         ("10.0.0.0/8", "10.0.0.0/33", 23, "write it as 10.0.0.0/8"),
         ("\"edge-a\"", "\"edge a\"", 2, "host name"),
         ("[2001:db8::a]:7701\"\n[cl", "[::]:7701\"\n[cl", 5, "peers cannot connect"),
@@ -147,7 +150,10 @@ mode = "auto"
 [replicate]
 followers = 2
 max_rate = "50mbit"
+max_memory = "256MiB"
 model = "auto"
+[roam]
+dwell = "3s"
 [roam.radius]
 listen = "[::]:1813"
 logout_grace = "120s"

@@ -333,6 +333,8 @@ impl TargetSide for Arriving {
                     tracing::warn!(%error, "an arrived machine keeps its old label");
                 }
                 let geometry = spec.geometry;
+                image.following.came(&ticket.source);
+                daemon.ask_for_history(&image.user, &ticket.source);
                 daemon.install(&image, &mut slot, spec, machine);
                 if let Some(held) = held {
                     image.mirrors.streams.begin_from(held, geometry);

@@ -80,6 +80,7 @@ impl Leaving {
             Outcome::HandedOver => {
                 let number = self.slot.spec.as_ref().map(|spec| spec.number);
                 let left = self.slot.machine.as_ref().map(|machine| machine.memory());
+                image.following.left(&self.target);
                 self.slot.tap = None;
                 image.mirrors.streams.stop(true);
                 daemon.end_here(image, &mut self.slot);

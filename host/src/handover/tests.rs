@@ -72,7 +72,7 @@ async fn a_machine_moves_with_its_memory_and_its_route() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_machine_follows_its_user_back_and_forth() {
-    let (_site, hosts) = TestSite::new("walk", 2).await;
+    let (_site, hosts) = TestSite::with("walk", 2, "[roam]\ndwell = \"0\"").await;
     hosts[0].login("alice", json!({})).await;
     for step in 0..4 {
         let (ap, to) = [("ap-2", "h2"), ("ap-1", "h1")][step % 2];

@@ -41,36 +41,6 @@ pub fn login(record: Option<&ImageRecord>, me: &HostName, at: Option<&HostName>,
     }
 }
 
-/// What a user's arrival at an access point of host `at` does.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Roam {
-    /// The image is there.
-    Stays,
-    /// It is there, and on its way elsewhere: it is to stay.
-    Recalled,
-    /// A move that leads there is under way.
-    Comes,
-    /// Its owner has to hand it over to the access point's host.
-    Moves,
-    /// It is not running; nobody starts it by walking.
-    Stopped,
-}
-
-/// Decides a roam at the image's owner, which knows where the moves `under_way` lead. The record's intent is no guide:
-/// there is none yet while a move is prepared, and one may be left of a move that is over.
-#[must_use]
-pub fn roam(record: &ImageRecord, at: &HostName, under_way: &[&HostName]) -> Roam {
-    if record.wanted == Wanted::Stopped {
-        return Roam::Stopped;
-    }
-    match (record.owner == *at, under_way) {
-        (true, []) => Roam::Stays,
-        (true, _) => Roam::Recalled,
-        (false, moves) if moves.contains(&at) => Roam::Comes,
-        (false, _) => Roam::Moves,
-    }
-}
-
 /// Limits how often a machine that keeps dying is started again.
 #[derive(Clone, Debug, Default)]
 pub struct Restarts {
@@ -101,8 +71,8 @@ impl Restarts {
 
 #[cfg(test)]
 mod tests {
-    use kage_directory::{Intent, Profile};
-    use kage_machine::{HandoverId, ImageNumber, Term};
+    use kage_directory::Profile;
+    use kage_machine::{ImageNumber, Term};
 
     use super::*;
 
@@ -110,11 +80,11 @@ mod tests {
         name.parse().unwrap()
     }
 
-    fn record(owner: &str, intent: Option<&str>, wanted: Wanted) -> ImageRecord {
+    fn record(owner: &str, wanted: Wanted) -> ImageRecord {
         ImageRecord {
             term: Term(3),
             owner: host(owner),
-            intent: intent.map(|target| Intent { target: host(target), handover: HandoverId([1; 16]) }),
+            intent: None,
             backup: None,
             wanted,
             number: ImageNumber(7),
@@ -153,34 +123,12 @@ mod tests {
             (Some(("b", Running)), a, Some(a), true, ask(b)),
             (Some(("b", Running)), a, Some(c), false, ask(b)),
         ] {
-            let record = owned.map(|(owner, wanted)| record(owner, None, wanted));
+            let record = owned.map(|(owner, wanted)| record(owner, wanted));
             assert_eq!(
                 login(record.as_ref(), me, at, may_give),
                 expected,
                 "{owned:?} {me} {at:?} {may_give}"
             );
-        }
-    }
-
-    #[test]
-    fn roaming_moves_running_images_to_the_access_points_host() {
-        use Wanted::{Running, Stopped};
-        for (record, moves, expected) in [
-            (record("b", None, Running), vec![], Roam::Stays),
-            (record("a", None, Running), vec![], Roam::Moves),
-            // A move is prepared before its intent is recorded, and an intent may outlive its move.
-            (record("a", None, Running), vec!["b"], Roam::Comes),
-            (record("a", Some("b"), Running), vec!["c", "b"], Roam::Comes),
-            (record("a", Some("b"), Running), vec![], Roam::Moves),
-            (record("a", Some("c"), Running), vec!["c"], Roam::Moves),
-            (record("b", None, Running), vec!["c"], Roam::Recalled),
-            (record("b", Some("c"), Running), vec!["c"], Roam::Recalled),
-            (record("b", Some("c"), Running), vec![], Roam::Stays),
-            (record("a", None, Stopped), vec![], Roam::Stopped),
-        ] {
-            let moves: Vec<_> = moves.into_iter().map(host).collect();
-            let under_way: Vec<_> = moves.iter().collect();
-            assert_eq!(roam(&record, &host("b"), &under_way), expected, "{record:?} {moves:?}");
         }
     }
 

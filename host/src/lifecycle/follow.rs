@@ -68,7 +68,7 @@ impl Daemon {
                         daemon.config.network.prefix,
                         daemon.config.uses_ipv4(),
                     ));
-                    daemon.seen.send_replace(Arc::new(records.clone()));
+                    daemon.site_seen(records.clone());
                     state = Some((records, revision));
                 }
                 Err(DirectoryError::Forgotten { .. }) => {}
@@ -85,6 +85,7 @@ impl Daemon {
         let (hosts, first) = self.directory.read_all::<HostRecord>()?;
         let (images, _) = self.directory.read_all::<ImageRecord>()?;
         let (devices, _) = self.directory.read_all::<DeviceRecord>()?;
+        let (aps, _) = self.directory.read_all::<ApRecord>()?;
         fn plain<R: Record>(all: Vec<(R::Key, kage_directory::Versioned<R>)>) -> BTreeMap<R::Key, R>
         where
             R::Key: Ord,
@@ -96,6 +97,7 @@ impl Daemon {
                 hosts: plain::<HostRecord>(hosts),
                 images: plain::<ImageRecord>(images),
                 devices: plain::<DeviceRecord>(devices),
+                aps: plain::<ApRecord>(aps),
             },
             first,
         ))
@@ -115,6 +117,8 @@ impl Daemon {
                 merge::<ImageRecord>(&mut records.images, key, value)
             } else if key.starts_with(DeviceRecord::PREFIX) {
                 merge::<DeviceRecord>(&mut records.devices, key, value)
+            } else if key.starts_with(ApRecord::PREFIX) {
+                merge::<ApRecord>(&mut records.aps, key, value)
             } else {
                 Ok(())
             };

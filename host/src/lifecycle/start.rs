@@ -8,7 +8,7 @@ use std::{
 use kage_directory::{
     DirectoryError, ImageRecord, Profile, Revision, Versioned, Wanted, allocate_image_number,
 };
-use kage_machine::{HostName, ImageNumber, Term, UserName, Vid};
+use kage_machine::{HostName, ImageNumber, Term, UserName, Vid, identity::ApName};
 use serde_json::json;
 use tokio::sync::OwnedMutexGuard;
 
@@ -92,6 +92,7 @@ impl Daemon {
                     if taken.is_none() {
                         return Ok(Login::Ask(owner));
                     }
+                    self.ask_for_history(user, &owner);
                     continue;
                 }
                 Claimed::Here { fresh, near } => (fresh, near),
@@ -110,6 +111,7 @@ impl Daemon {
             let daemon = self.clone();
             self.runtime.spawn_blocking(move || daemon.reserve_number());
         }
+        self.learn_login(user, request).await;
         self.metrics.add("kage_logins_total", &[], 1);
         if !reply.found {
             self.metrics.observe("kage_login_start_seconds", &[], begun.elapsed());
@@ -117,6 +119,23 @@ impl Daemon {
         match near {
             Some(at) if !reply.found => Ok(Login::Done(self.bring_near(reply, at).await)),
             _ => Ok(Login::Done(reply)),
+        }
+    }
+
+    /// Who logs in at an access point is there.
+    async fn learn_login(self: &Arc<Self>, user: &UserName, request: &LoginRequest) {
+        let at = request.at.as_deref();
+        let is_host = |at: &str| {
+            at.parse().is_ok_and(|at: HostName| at == self.me || self.seen.borrow().hosts.contains_key(&at))
+        };
+        let Some(ap) = at.filter(|at| !is_host(at)).and_then(|at| at.parse::<ApName>().ok()) else { return };
+        let (daemon, user, now) = (self.clone(), user.clone(), crate::events::now_ms());
+        let learned = blocking(move || {
+            daemon.learn(&user, &ap, now);
+            Ok(())
+        });
+        if let Err(error) = learned.await {
+            tracing::error!(%error, "a login was not learned from");
         }
     }
 
@@ -527,6 +546,7 @@ impl Daemon {
                     tracing::debug!(%error, user = %image.user, "indices that nothing had are not given back");
                 }
             }
+            daemon.learn_left(&image.user);
             daemon.events.emit("stopped", Some(&image.user), json!({ "unsynced": unsynced }));
             if record.disk_origin.is_some() {
                 daemon.pull(&image);

@@ -136,7 +136,7 @@ impl TestSite {
              [cluster]\nendpoints = [\"{first}\"]\n\
              [network]\nprefix = \"fd4b:6167:6500::/48\"\nunderlay = \"lo\"\n{network}\n\
              [image]\nmemory = \"16MiB\"\ndisk = {disk:?}\n\
-             [[ap]]\nid = \"ap-{n}\"\nhost = {name:?}\nmobility = \"route\"\n",
+             [[ap]]\nid = \"ap-{n}\"\nhost = {name:?}\nmobility = \"route\"\nposition_m = [{n}0, 0]\n",
             name = name.as_str(),
             state = dir.join("state").to_str().unwrap(),
             run = dir.join("run").to_str().unwrap(),
@@ -180,6 +180,7 @@ impl TestSite {
         std::thread::spawn(move || follower.follow());
         daemon.start_missing().await.unwrap();
         tasks.push(tokio::spawn(Daemon::supervise(Arc::downgrade(&daemon))));
+        tasks.push(tokio::spawn(Daemon::look_ahead(Arc::downgrade(&daemon))));
         TestHost { daemon, machines, net, socket, tasks, embedded }
     }
 

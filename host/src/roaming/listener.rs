@@ -9,7 +9,6 @@ use std::{
 
 use kage_directory::{DeviceRecord, Records as _, Versioned};
 use kage_machine::{UserName, identity::ApName};
-use kage_migrate::Cause;
 use serde_json::json;
 use tokio::net::UdpSocket;
 
@@ -20,7 +19,7 @@ use super::{
 use crate::{
     api::{
         error::{Code, ErrorBody},
-        types::{LoginReply, LoginRequest, MoveOutcome, RoamAction, RoamRequest},
+        types::{LoginReply, LoginRequest, RoamAction, RoamRequest},
     },
     config::{Ap, Mobility, Radius, Subnet},
     events::now_ms,
@@ -30,7 +29,7 @@ use crate::{
 /// How long an answer is remembered for retransmissions of its request (RFC 2866 §2: some seconds apart).
 const REMEMBERED: Duration = Duration::from_secs(30);
 
-/// How often a move that came to nothing is asked for, and the pause between.
+/// How often an owner is told of an arrival that it could not act on, and the pause between.
 const MOST_TRIES: u32 = 10;
 const TRY_AGAIN: Duration = Duration::from_millis(300);
 
@@ -233,8 +232,8 @@ impl Daemon {
         }
     }
 
-    /// Brings a user's machine to an access point. What comes to nothing because the machine was on its way elsewhere,
-    /// or because a host was busy with it, is tried again as long as the user is still there.
+    /// Has a user's machine follow to an access point. Its owner sees to it from then on; until the owner has heard of
+    /// it, it is told again, as long as the user is still there.
     async fn follow_user(
         self: &Arc<Self>,
         user: &UserName,
@@ -242,16 +241,21 @@ impl Daemon {
         device: DeviceAddresses,
         at_ms: u64,
     ) -> Result<RoamAction, ErrorBody> {
-        let request = RoamRequest { user: user.clone(), ap: ap.clone(), device: None, wait: true };
         let mut tries = 0;
         loop {
+            let age_ms = now_ms().saturating_sub(at_ms);
+            let request = RoamRequest {
+                user: user.clone(),
+                ap: ap.clone(),
+                device: None,
+                wait: true,
+                age_ms,
+                at_ms: None,
+            };
             let outcome = self.roam(&request, 0).await;
             let again = match &outcome {
+                Ok(_) => false,
                 // Who cancels a move knows better: the user is elsewhere by now.
-                Ok(reply) => reply.report.as_ref().is_some_and(|report| {
-                    report.outcome == MoveOutcome::KeptHere
-                        && report.reason.as_deref() != Some(Cause::Cancelled.to_string().as_str())
-                }),
                 Err(error) if error.code == Code::Cancelled => return Ok(RoamAction::Stays),
                 Err(error) => matches!(error.code, Code::OwnershipLost | Code::Busy | Code::Unreachable),
             };
@@ -277,8 +281,7 @@ impl Daemon {
 
     /// The login that a first Start stands for; the host of the access point or the image's owner does it.
     async fn log_in(self: &Arc<Self>, user: &UserName, ap: &ApName) -> Result<(), ErrorBody> {
-        let host = self.place(ap.as_str())?;
-        let request = LoginRequest { at: Some(host.to_string()), ..LoginRequest::default() };
+        let request = LoginRequest { at: Some(ap.to_string()), ..LoginRequest::default() };
         match self.login(user, &request).await? {
             Login::Done(_) => Ok(()),
             Login::Ask(host) => {

@@ -119,7 +119,7 @@ pub async fn roam(
     wait: bool,
     output: Output,
 ) -> Result<(), Failure> {
-    let request = RoamRequest { user, ap, device: None, wait };
+    let request = RoamRequest { user, ap, device: None, wait, age_ms: 0, at_ms: None };
     let call = Call::new(Method::POST, "/v1/roam").json(&request).patience(ROAM);
     let reply: RoamReply = client.call(&call).await?;
     output.result(&reply, |reply| match (reply.action, &reply.report) {
