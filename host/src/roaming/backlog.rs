@@ -71,7 +71,7 @@ fn key(consequence: &Consequence) -> Key {
         Consequence::Arrived { user, device, .. } => (user, *device, Kind::Place),
         Consequence::Active { user, .. } => (user, none, Kind::Traffic),
         Consequence::Departed { user, device, .. } => (user, *device, Kind::Departure),
-        Consequence::Left { user } => (user, none, Kind::Left),
+        Consequence::Left { user, .. } => (user, none, Kind::Left),
     };
     (user.clone(), device, kind)
 }

@@ -7,7 +7,7 @@ use std::{
 };
 
 use kage_directory::{DeviceRecord, Records as _, Versioned, Wanted};
-use kage_machine::{UserName, identity::ApName};
+use kage_machine::{HostName, UserName, identity::ApName};
 use kage_migrate::Cause;
 use serde_json::json;
 use tokio::{net::UdpSocket, task::JoinSet};
@@ -26,12 +26,16 @@ use crate::{
     },
     config::{Ap, Mobility, Radius},
     events::now_ms,
+    http::Call,
     lifecycle::{Daemon, Login, blocking},
 };
 
 /// How often a move that came to nothing is asked for, and the pause between.
 const MOST_TRIES: u32 = 10;
 const TRY_AGAIN: Duration = Duration::from_millis(300);
+
+/// How long another host may take to stop a machine.
+const STOP: Duration = Duration::from_secs(30);
 
 /// Opens the socket and serves it in the background.
 ///
@@ -155,8 +159,8 @@ impl Listener {
                     }
                 });
             }
-            Consequence::Left { user } => {
-                self.under_way.spawn(async move { daemon.left(user).await });
+            Consequence::Left { user, from } => {
+                self.under_way.spawn(async move { daemon.left(user, from).await });
             }
         }
     }
@@ -300,9 +304,8 @@ impl Daemon {
         match self.login(user, &request).await? {
             Login::Done(_) => Ok(()),
             Login::Ask(host) => {
-                let call =
-                    crate::http::Call::new(http::Method::PUT, format!("/v1/images/{user}")).json(&request);
-                let call = crate::http::Call { hops: 1, ..call };
+                let call = Call::new(http::Method::PUT, format!("/v1/images/{user}")).json(&request);
+                let call = Call { hops: 1, ..call };
                 let answer = self.peers.call(&host, self.address(&host)?, &call).await?;
                 answer.into_value::<LoginReply>().map(|_| ())
             }
@@ -315,33 +318,49 @@ impl Daemon {
         Ok(devices)
     }
 
-    /// A user's last device has left this host's access points: log out, if the machine is still here and nobody saw
-    /// the user elsewhere; else the machine goes there.
-    async fn left(self: &Arc<Self>, user: UserName) {
+    /// A user's last device has left an access point: log out, if the machine is still at its host and nobody saw the
+    /// user elsewhere; else the machine goes there. Another host's machine is its own to stop.
+    async fn left(self: &Arc<Self>, user: UserName, from: ApName) {
         let (daemon, name) = (self.clone(), user.clone());
+        let Some(host) = self.config.aps.iter().find(|ap| ap.id == from).map(|ap| ap.host.clone()) else {
+            return;
+        };
+        let there = host.clone();
         let current = blocking(move || {
             let devices = daemon.devices_of(&name)?;
-            let elsewhere = devices.iter().filter(|(_, device)| device.record.host != daemon.me);
+            let elsewhere = devices.iter().filter(|(_, device)| device.record.host != there);
             let latest = elsewhere.max_by_key(|(_, device)| device.record.since_ms);
             let latest = latest.map(|(_, device)| (device.record.ap.clone(), device.record.since_ms));
-            for (address, device) in devices.iter().filter(|(_, device)| device.record.host == daemon.me) {
+            for (address, device) in devices.iter().filter(|(_, device)| device.record.host == there) {
                 daemon.directory.swap::<DeviceRecord>(address, device.revision, None)?;
             }
-            let mine = daemon.record(&name)?.is_some_and(|found| found.record.owner == daemon.me);
-            Ok((mine, latest))
+            let stayed = daemon.record(&name)?.is_some_and(|found| found.record.owner == there);
+            Ok((stayed, latest))
         })
         .await;
-        match current {
-            Ok((true, Some((ap, at_ms)))) => self.active(user, ap, at_ms).await,
-            Ok((true, None)) => {
-                self.events.emit("logout", Some(&user), json!({ "reason": "accounting stop" }));
-                if let Err(error) = self.stop(&user).await {
-                    tracing::warn!(%error, %user, "a logout had no effect");
-                }
+        let outcome = match current {
+            Ok((false, _)) => Ok(()),
+            Ok((true, Some((ap, at_ms)))) => {
+                self.active(user.clone(), ap, at_ms).await;
+                Ok(())
             }
-            Ok((false, _)) => {}
-            Err(error) => tracing::warn!(%error, %user, "a logout had no effect"),
+            Ok((true, None)) => self.log_out(&user, &host).await,
+            Err(error) => Err(error),
+        };
+        if let Err(error) = outcome {
+            tracing::warn!(%error, %user, "a logout had no effect");
         }
+    }
+
+    /// The logout that a last Stop stands for, done by the machine's host.
+    async fn log_out(self: &Arc<Self>, user: &UserName, host: &HostName) -> Result<(), ErrorBody> {
+        self.events.emit("logout", Some(user), json!({ "reason": "accounting stop" }));
+        if *host == self.me {
+            return self.stop(user).await.map(|_| ());
+        }
+        let call = Call { hops: 1, ..Call::new(http::Method::POST, format!("/v1/images/{user}/stop")) };
+        let answer = self.peers.call(host, self.address(host)?, &call.patience(STOP)).await?;
+        answer.into_value::<serde_json::Value>().map(|_| ())
     }
 }
 

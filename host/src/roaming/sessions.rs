@@ -96,6 +96,8 @@ pub enum Consequence {
     Left {
         /// Who.
         user: UserName,
+        /// The access point it left.
+        from: ApName,
     },
 }
 
@@ -401,7 +403,7 @@ impl Sessions {
             let latest =
                 self.table.of(&user).max_by_key(|(_, other)| (other.leaving.is_none(), other.active_ms));
             over.push(match latest {
-                None => Consequence::Left { user },
+                None => Consequence::Left { user, from: gone.ap },
                 Some((_, other)) => Consequence::Departed {
                     from: gone.ap,
                     device: gone.device,

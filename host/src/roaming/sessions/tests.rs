@@ -32,6 +32,10 @@ fn arrived(taken: Result<Option<Consequence>, Ignored>) -> Option<(String, Strin
     }
 }
 
+fn left(user: &str, ap: &str) -> Consequence {
+    Consequence::Left { user: user.parse().unwrap(), from: ap.parse().unwrap() }
+}
+
 #[test]
 fn a_start_at_a_new_access_point_is_a_move() {
     let (mut sessions, now) = (sessions(), Instant::now());
@@ -75,7 +79,7 @@ fn a_stop_counts_only_from_the_current_access_point_and_after_the_grace_time() {
     assert_eq!(sessions.take(&report(Status::Stop, "bob", "nas-2"), now, NOW_MS), Ok(None));
     assert_eq!(sessions.next_expiry(), Some(now + GRACE));
     assert!(sessions.expire(now + GRACE - Duration::from_millis(1)).is_empty());
-    assert_eq!(sessions.expire(now + GRACE), [Consequence::Left { user: "bob".parse().unwrap() }]);
+    assert_eq!(sessions.expire(now + GRACE), [left("bob", "ap-2")]);
     assert!(sessions.expire(now + 2 * GRACE).is_empty());
 }
 
@@ -128,7 +132,7 @@ fn an_access_point_that_restarts_ends_its_sessions_after_the_grace_time() {
     sessions.take(&report(Status::Start, "bob", "nas-1"), now, NOW_MS).unwrap();
     sessions.take(&report(Status::Start, "eve", "nas-2"), now, NOW_MS).unwrap();
     sessions.take(&report(Status::AccountingOn, "", "nas-1"), now, NOW_MS).unwrap();
-    assert_eq!(sessions.expire(now + GRACE), [Consequence::Left { user: "bob".parse().unwrap() }]);
+    assert_eq!(sessions.expire(now + GRACE), [left("bob", "ap-1")]);
 }
 
 #[test]
@@ -326,7 +330,7 @@ proptest! {
             }
             if wait {
                 for consequence in sessions.expire(now) {
-                    let Consequence::Left { user } = consequence else { panic!("only leaving follows from time") };
+                    let Consequence::Left { user, .. } = consequence else { panic!("only leaving follows from time") };
                     prop_assert!(here.remove(&user));
                 }
             }
