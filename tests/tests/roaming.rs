@@ -7,6 +7,7 @@ use std::{
     net::UdpSocket,
     path::{Path, PathBuf},
     process::{Child, Command, Output, Stdio},
+    thread,
 };
 
 use kage_tests::{Site, lines, text};
@@ -87,9 +88,11 @@ fn file(dir: &Path, name: &str, content: &str) -> PathBuf {
 /// Starts a program that prints what it does, and waits for a line with these words.
 fn until(site: &Site, name: &str, command: &mut Command, words: &str) -> Running {
     let mut running = Running(site.start(name, command));
-    let mut seen = Vec::new();
-    for line in lines(&mut running.0) {
+    let (mut said, mut seen) = (lines(&mut running.0), Vec::new());
+    while let Some(line) = said.next() {
         if line.contains(words) {
+            // Nobody listening any more would be the end of it.
+            thread::spawn(move || said.for_each(drop));
             return running;
         }
         seen.push(line);

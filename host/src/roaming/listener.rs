@@ -133,10 +133,8 @@ impl Listener {
             Consequence::Active { user, ap, others, .. } => self.daemon.is_led_away(user, ap, others),
             Consequence::Arrived { .. } | Consequence::Departed { .. } | Consequence::Left { .. } => true,
         });
-        let result = match wanted {
-            Some(consequence) if !self.backlog.push(consequence) => "overload",
-            _ => result,
-        };
+        let has_room = wanted.is_none_or(|consequence| self.backlog.push(consequence));
+        let result = if has_room { result } else { "overload" };
         self.daemon.metrics.add("kage_radius_packets_total", &[("type", kind), ("result", result)], 1);
     }
 

@@ -24,7 +24,8 @@ impl<K: Hash + Eq + Clone> Recent<K> {
 
     /// Whether this was seen before; remembers it if not.
     pub fn again(&mut self, key: K, now: Instant) -> bool {
-        let is_old = |at: &Instant| now.saturating_duration_since(*at) >= self.age;
+        let age = self.age;
+        let is_old = |at: &Instant| now.saturating_duration_since(*at) >= age;
         while self.order.front().is_some_and(|oldest| self.seen.get(oldest).is_none_or(is_old)) {
             self.forget_oldest();
         }
