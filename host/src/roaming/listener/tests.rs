@@ -152,9 +152,11 @@ async fn the_last_device_that_stays_keeps_the_machine_and_the_other_ones_route_g
         assert!(ask(to, &device(number, status).encode(id, SECRET.as_bytes()).unwrap()).await.is_some());
     }
     assert_eq!(state(host, "bob?state=running&timeout=5s").await, "running");
-    let gone =
-        host.daemon.seen.subscribe().wait_for(|seen| seen.devices.len() == 1).await.map(|seen| seen.clone());
-    assert!(gone.unwrap().devices.contains_key(&"fd0d::2".parse::<IpAddr>().unwrap()));
+    let address = |number: u8| -> IpAddr { format!("fd0d::{number}").parse().unwrap() };
+    let mut seen = host.daemon.seen.subscribe();
+    let gone = seen
+        .wait_for(|seen| seen.devices.contains_key(&address(2)) && !seen.devices.contains_key(&address(1)));
+    tokio::time::timeout(Duration::from_secs(5), gone).await.unwrap().unwrap();
     assert_eq!(state(host, "bob").await, "running");
     assert!(ask(to, &device(2, Status::Stop).encode(4, SECRET.as_bytes()).unwrap()).await.is_some());
     assert_eq!(state(host, "bob?state=stopped&timeout=5s").await, "stopped");
