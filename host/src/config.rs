@@ -355,9 +355,27 @@ pub struct Radius {
     /// How long after a Stop a machine is kept.
     #[serde(default = "default_logout_grace")]
     pub logout_grace: Span,
+    /// Which attributes name a user, the first one first.
+    #[serde(default = "default_identity")]
+    pub identity: Vec<IdentityKind>,
+    /// Whether the first Start of a user without an image makes one; else only users of `[[user]]` get one by it.
+    #[serde(default = "default_first_use")]
+    pub first_use: bool,
     /// Who may send.
     #[serde(default, rename = "client")]
     pub clients: Vec<RadiusClient>,
+}
+
+/// An attribute of accounting that can name a user.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum IdentityKind {
+    /// Chargeable-User-Identity.
+    Cui,
+    /// Class.
+    Class,
+    /// User-Name.
+    UserName,
 }
 
 /// Access points that may send accounting.
@@ -387,7 +405,7 @@ pub enum Mobility {
 pub struct Ap {
     /// Its name.
     pub id: ApName,
-    /// NAS-Identifier in its accounting; absent: its name.
+    /// How it names itself in accounting: NAS-Identifier, else its address, else Called-Station-Id; absent: its name.
     pub nas: Option<String>,
     /// The edge host nearest to it.
     pub host: HostName,
@@ -480,6 +498,12 @@ fn default_radius_listen() -> SocketAddr {
 }
 fn default_forward_after_move() -> Span {
     Span::from_millis(5_000)
+}
+fn default_identity() -> Vec<IdentityKind> {
+    vec![IdentityKind::Cui, IdentityKind::Class, IdentityKind::UserName]
+}
+fn default_first_use() -> bool {
+    true
 }
 fn default_logout_grace() -> Span {
     Span::from_millis(120_000)
@@ -640,6 +664,12 @@ fn check(source: &Source<'_>, raw: Raw) -> Result<Config, ConfigError> {
             let message = format!("ipv4 = {address} is there twice; remove one");
             return Err(source.refuse(user.span().start, message));
         }
+    }
+    if raw.roam.radius.as_ref().is_some_and(|radius| radius.identity.is_empty()) {
+        return Err(source.refuse(
+            source.key("identity"),
+            "identity names no attribute; list some of \"cui\", \"class\", \"user-name\", or remove it",
+        ));
     }
     if let Some(radius) = &raw.roam.radius
         && radius.clients.is_empty()

@@ -321,6 +321,8 @@ trusted_keys = ["{image_key}"]   # whose images are taken; files lie in <state_d
 # [roam.radius]
 # listen = "[::]:1813"
 # logout_grace = "120s"
+# identity = ["cui", "class", "user-name"]
+# first_use = true
 # [[roam.radius.client]]
 # from = "10.0.0.0/8"
 # secret_file = "{secret}"

@@ -1,46 +1,40 @@
 //! The accounting socket: every request is checked, answered at once, and then acted on.
 
 use std::{
-    collections::HashMap,
-    net::{IpAddr, SocketAddr},
+    net::IpAddr,
     sync::Arc,
     time::{Duration, Instant},
 };
 
-use kage_directory::{DeviceRecord, Records as _, Versioned};
-use kage_machine::{UserName, identity::ApName};
+use kage_directory::{DeviceRecord, Records as _, Versioned, Wanted};
+use kage_machine::{HostName, UserName, identity::ApName};
 use serde_json::json;
-use tokio::net::UdpSocket;
+use tokio::{net::UdpSocket, task::JoinSet};
 
 use super::{
-    radius::{Accounting, DeviceAddresses, MAX_PACKET_BYTES, Packet, Status},
-    sessions::{Consequence, Names, Sessions},
+    backlog::Backlog,
+    intake::{Client, Intake, Notice},
+    names::Names,
+    radius::{DeviceAddresses, MAX_PACKET_BYTES},
+    sessions::{Consequence, Sessions},
 };
 use crate::{
     api::{
         error::{Code, ErrorBody},
         types::{LoginReply, LoginRequest, RoamAction, RoamRequest},
     },
-    config::{Ap, Mobility, Radius, Subnet},
+    config::{Ap, Mobility, Radius},
     events::now_ms,
+    http::Call,
     lifecycle::{Daemon, Login, blocking},
 };
-
-/// How long an answer is remembered for retransmissions of its request (RFC 2866 §2: some seconds apart).
-const REMEMBERED: Duration = Duration::from_secs(30);
 
 /// How often an owner is told of an arrival that it could not act on, and the pause between.
 const MOST_TRIES: u32 = 10;
 const TRY_AGAIN: Duration = Duration::from_millis(300);
 
-/// How many answers are remembered.
-const MAX_REMEMBERED: usize = 4096;
-
-/// A secret and who may use it.
-struct Client {
-    from: Subnet,
-    secret: Vec<u8>,
-}
+/// How long another host may take to stop a machine.
+const STOP: Duration = Duration::from_secs(30);
 
 /// Opens the socket and serves it in the background.
 ///
@@ -61,31 +55,39 @@ pub async fn spawn(daemon: Arc<Daemon>, config: &Radius) -> Result<(), ErrorBody
     let socket = UdpSocket::bind(config.listen).await.map_err(|error| {
         ErrorBody::failed(format!("accounting at {}: {error}; see [roam.radius]", config.listen))
     })?;
-    let names = Names {
-        aps: daemon.config.aps.iter().map(|ap| (ap.nas().to_owned(), ap.id.clone())).collect(),
-        users: daemon.config.users.iter().map(|user| (user.identity.clone(), user.image.clone())).collect(),
+    let names = Names::new(
+        daemon.config.aps.iter().map(|ap| (ap.nas().to_owned(), ap.id.clone())),
+        daemon.config.users.iter().map(|user| (user.identity.clone(), user.image.clone())),
+        &config.identity,
+    );
+    let intake = Intake::new(clients, Sessions::new(names, config.logout_grace.duration()));
+    let listener = Listener {
+        daemon,
+        socket,
+        intake,
+        backlog: Backlog::default(),
+        under_way: JoinSet::new(),
+        first_use: config.first_use,
     };
-    let sessions = Sessions::new(names, config.logout_grace.duration());
-    tokio::spawn(Listener { daemon, socket, clients, sessions, answered: HashMap::new() }.run());
+    tokio::spawn(listener.run());
     Ok(())
 }
-
-/// A request: its sender, identifier and authenticator.
-type Request = (SocketAddr, u8, [u8; 16]);
 
 struct Listener {
     daemon: Arc<Daemon>,
     socket: UdpSocket,
-    clients: Vec<Client>,
-    sessions: Sessions,
-    answered: HashMap<Request, (Instant, Vec<u8>)>,
+    intake: Intake,
+    backlog: Backlog,
+    /// What was begun; the next packet is not kept waiting for it.
+    under_way: JoinSet<()>,
+    first_use: bool,
 }
 
 impl Listener {
     async fn run(mut self) {
         let mut buffer = vec![0; MAX_PACKET_BYTES];
         loop {
-            let expiry = self.sessions.next_expiry();
+            let expiry = self.intake.next_expiry();
             let expired = async {
                 match expiry {
                     Some(at) => tokio::time::sleep_until(at.into()).await,
@@ -95,98 +97,79 @@ impl Listener {
             tokio::select! {
                 received = self.socket.recv_from(&mut buffer) => match received {
                     Ok((length, from)) => {
-                        let (kind, result) = self.packet(&buffer[..length], from).await;
-                        let labels = [("type", kind), ("result", result)];
-                        self.daemon.metrics.add("kage_radius_packets_total", &labels, 1);
+                        let outcome =
+                            self.intake.take(&buffer[..length], from.ip(), Instant::now(), now_ms());
+                        if let Some(answer) = &outcome.answer
+                            && let Err(error) = self.socket.send_to(answer, from).await
+                        {
+                            tracing::debug!(%error, %from, "an accounting answer was not sent");
+                        }
+                        if let Some(Notice { text, nas, withheld }) = &outcome.notice {
+                            tracing::warn!(%from, ?nas, withheld, "{text}");
+                        }
+                        self.put_off(outcome.consequence, outcome.kind, outcome.result);
                     }
                     // An ICMP error to an earlier answer: the access point is gone.
                     Err(error) => tracing::debug!(%error, "accounting socket"),
                 },
+                Some(_) = self.under_way.join_next() => self.backlog.end(),
                 () = expired => {
-                    for consequence in self.sessions.expire(Instant::now()) {
-                        self.act(consequence);
+                    for consequence in self.intake.expire(Instant::now()) {
+                        self.put_off(Some(consequence), "expiry", "taken");
                     }
                 }
             }
-        }
-    }
-
-    /// Takes one datagram; returns its kind and what became of it, for the figures.
-    async fn packet(&mut self, bytes: &[u8], from: SocketAddr) -> (&'static str, &'static str) {
-        let address: IpAddr = from.ip().to_canonical();
-        let Some(client) = self.clients.iter().find(|client| client.from.contains(address)) else {
-            return ("unknown", "unknown_client");
-        };
-        let Ok(packet) = Packet::parse(bytes) else { return ("unknown", "malformed") };
-        if !packet.is_request_of(&client.secret) {
-            tracing::warn!(%from, "accounting with a wrong authenticator; is the secret the same at both ends?");
-            return ("unknown", "bad_authenticator");
-        }
-        let report = match Accounting::from_packet(&packet) {
-            Ok(report) => report,
-            Err(error) => {
-                tracing::debug!(%from, %error, "accounting that is not understood");
-                return ("unknown", "malformed");
-            }
-        };
-        let kind = kind(report.status);
-        let key = (from, packet.identifier(), packet.authenticator());
-        let now = Instant::now();
-        if let Some((_, answer)) = self.answered.get(&key).filter(|(at, _)| now - *at < REMEMBERED) {
-            let answer = answer.clone();
-            self.answer(&answer, from).await;
-            return (kind, "retransmission");
-        }
-        let answer = packet.response(&client.secret);
-        self.answer(&answer, from).await;
-        if self.answered.len() >= MAX_REMEMBERED {
-            self.answered.retain(|_, (at, _)| now - *at < REMEMBERED);
-        }
-        if self.answered.len() < MAX_REMEMBERED {
-            self.answered.insert(key, (now, answer));
-        }
-        match self.sessions.take(&report, now, now_ms()) {
-            Ok(Some(consequence)) => {
+            while let Some(consequence) = self.backlog.begin() {
                 self.act(consequence);
-                (kind, "taken")
-            }
-            Ok(None) => (kind, "taken"),
-            Err(why) => {
-                tracing::debug!(?why, ?report, "accounting without consequence");
-                (kind, why.name())
             }
         }
     }
 
-    async fn answer(&self, answer: &[u8], to: SocketAddr) {
-        if let Err(error) = self.socket.send_to(answer, to).await {
-            tracing::debug!(%error, %to, "an accounting answer was not sent");
-        }
+    /// Has a consequence wait for its turn, and counts what it comes from.
+    fn put_off(&mut self, consequence: Option<Consequence>, kind: &'static str, result: &'static str) {
+        let wanted = consequence.filter(|consequence| match consequence {
+            // Nearly all traffic is where the machine is.
+            Consequence::Active { user, ap, others, .. } => self.daemon.is_led_away(user, ap, others),
+            Consequence::Arrived { .. } | Consequence::Departed { .. } | Consequence::Left { .. } => true,
+        });
+        let has_room = wanted.is_none_or(|consequence| self.backlog.push(consequence));
+        let result = if has_room { result } else { "overload" };
+        self.daemon.metrics.add("kage_radius_packets_total", &[("type", kind), ("result", result)], 1);
     }
 
-    /// Acts in the background: the next packet is not kept waiting.
-    fn act(&self, consequence: Consequence) {
-        let daemon = self.daemon.clone();
+    /// Acts in the background.
+    fn act(&mut self, consequence: Consequence) {
+        let (daemon, first_use) = (self.daemon.clone(), self.first_use);
         match consequence {
-            Consequence::Arrived { user, ap, device, at_ms, first } => {
-                tokio::spawn(async move { daemon.arrived(user, ap, device, at_ms, first).await });
+            Consequence::Arrived { user, ap, device, at_ms, start, first } => {
+                let login = Start { first, may_create: start && (first_use || daemon.is_configured(&user)) };
+                self.under_way.spawn(async move { daemon.arrived(user, ap, device, at_ms, login).await });
             }
-            Consequence::Left { user } => {
-                tokio::spawn(async move { daemon.left(user).await });
+            Consequence::Active { user, ap, at_ms, .. } => {
+                self.under_way.spawn(async move { daemon.active(user, ap, at_ms).await });
+            }
+            Consequence::Departed { user, from, device, since_ms, ap, at_ms } => {
+                self.under_way.spawn(async move {
+                    daemon.forget_device(&user, device, since_ms).await;
+                    if daemon.is_led_away(&user, &ap, &[from]) {
+                        daemon.active(user, ap, at_ms).await;
+                    }
+                });
+            }
+            Consequence::Left { user, from } => {
+                self.under_way.spawn(async move { daemon.left(user, from).await });
             }
         }
     }
 }
 
-const fn kind(status: Status) -> &'static str {
-    match status {
-        Status::Start => "start",
-        Status::Stop => "stop",
-        Status::InterimUpdate => "interim",
-        Status::AccountingOn => "on",
-        Status::AccountingOff => "off",
-        Status::Other(_) => "other",
-    }
+/// What an arrival may begin.
+#[derive(Clone, Copy, Debug)]
+struct Start {
+    /// It is the first of its user's sessions: a login, unless the site knows better.
+    first: bool,
+    /// A user without an image gets one.
+    may_create: bool,
 }
 
 impl Daemon {
@@ -197,14 +180,14 @@ impl Daemon {
         ap: ApName,
         device: DeviceAddresses,
         at_ms: u64,
-        first: bool,
+        login: Start,
     ) {
         let mine = |own: &&Ap| own.id == ap && own.host == self.me && own.mobility == Mobility::Route;
         let mine = self.config.aps.iter().any(|own| mine(&own));
         // A device that the site knows already is moving, whatever this host has seen of it.
         let (daemon, name) = (self.clone(), user.clone());
         let known = blocking(move || Ok(!daemon.devices_of(&name)?.is_empty())).await.unwrap_or(true);
-        let first = first && !known;
+        let first = login.first && !known;
         // What access points tell of IPv4 nearly always is of use only to a site that has it.
         let wanted = |address: &IpAddr| mine && (address.is_ipv6() || self.config.uses_ipv4());
         for address in device.iter().filter(wanted) {
@@ -219,9 +202,7 @@ impl Daemon {
         let outcome = match self.follow_user(&user, &ap, device, at_ms).await {
             Ok(RoamAction::Stopped) if first => self.log_in(&user, &ap).await,
             Ok(_) => Ok(()),
-            Err(error) if error.code == Code::NotFound && self.is_configured(&user) => {
-                self.log_in(&user, &ap).await
-            }
+            Err(error) if error.code == Code::NotFound && login.may_create => self.log_in(&user, &ap).await,
             // A device of somebody who has no machine: its route is all there is to do.
             Err(error) if error.code == Code::NotFound => Ok(()),
             Err(error) => Err(error),
@@ -275,6 +256,45 @@ impl Daemon {
         }
     }
 
+    /// Whether a user's machine is at one of the access points `others` while a device at `ap` is used, as far as
+    /// this host knows: where the site shows another device of the user's, that is one of them, too. A machine that
+    /// was moved to where none of its user's devices is stays there.
+    fn is_led_away(&self, user: &UserName, ap: &ApName, others: &[ApName]) -> bool {
+        let host = |ap: &ApName| self.config.aps.iter().find(|known| known.id == *ap).map(|ap| &ap.host);
+        let seen = self.seen.borrow();
+        let Some(image) = seen.images.get(user) else { return false };
+        if image.wanted == Wanted::Stopped || host(ap).is_none_or(|host| image.owner == *host) {
+            return false;
+        }
+        others.iter().any(|other| host(other) == Some(&image.owner))
+            || seen.devices.values().any(|device| device.user == *user && device.host == image.owner)
+    }
+
+    /// A device of several is used: its user's machine follows it.
+    async fn active(self: &Arc<Self>, user: UserName, ap: ApName, at_ms: u64) {
+        if let Err(error) = self.follow_user(&user, &ap, DeviceAddresses::default(), at_ms).await {
+            tracing::debug!(%error, %user, %ap, "traffic had no effect");
+        }
+    }
+
+    /// A device is gone from here: what routed to it is removed, unless something later is known.
+    async fn forget_device(self: &Arc<Self>, user: &UserName, device: DeviceAddresses, since_ms: u64) {
+        let (daemon, user) = (self.clone(), user.clone());
+        let forgotten = blocking(move || {
+            for address in device.iter() {
+                let Some(found) = daemon.directory.read::<DeviceRecord>(&address)? else { continue };
+                let DeviceRecord { user: whose, host, since_ms: later, .. } = &found.record;
+                if *whose == user && *host == daemon.me && *later <= since_ms {
+                    daemon.directory.swap::<DeviceRecord>(&address, found.revision, None)?;
+                }
+            }
+            Ok(())
+        });
+        if let Err(error) = forgotten.await {
+            tracing::warn!(%error, "the route of a device that left is still there");
+        }
+    }
+
     fn is_configured(&self, user: &UserName) -> bool {
         self.config.users.iter().any(|configured| configured.image == *user)
     }
@@ -285,9 +305,8 @@ impl Daemon {
         match self.login(user, &request).await? {
             Login::Done(_) => Ok(()),
             Login::Ask(host) => {
-                let call =
-                    crate::http::Call::new(http::Method::PUT, format!("/v1/images/{user}")).json(&request);
-                let call = crate::http::Call { hops: 1, ..call };
+                let call = Call::new(http::Method::PUT, format!("/v1/images/{user}")).json(&request);
+                let call = Call { hops: 1, ..call };
                 let answer = self.peers.call(&host, self.address(&host)?, &call).await?;
                 answer.into_value::<LoginReply>().map(|_| ())
             }
@@ -300,29 +319,49 @@ impl Daemon {
         Ok(devices)
     }
 
-    /// A user's last device has left: log out, if the machine is still here and nobody saw the user elsewhere.
-    async fn left(self: &Arc<Self>, user: UserName) {
+    /// A user's last device has left an access point: log out, if the machine is still at its host and nobody saw the
+    /// user elsewhere; else the machine goes there. Another host's machine is its own to stop.
+    async fn left(self: &Arc<Self>, user: UserName, from: ApName) {
         let (daemon, name) = (self.clone(), user.clone());
+        let Some(host) = self.config.aps.iter().find(|ap| ap.id == from).map(|ap| ap.host.clone()) else {
+            return;
+        };
+        let there = host.clone();
         let current = blocking(move || {
             let devices = daemon.devices_of(&name)?;
-            let elsewhere = devices.iter().any(|(_, device)| device.record.host != daemon.me);
-            for (address, device) in devices.iter().filter(|(_, device)| device.record.host == daemon.me) {
+            let elsewhere = devices.iter().filter(|(_, device)| device.record.host != there);
+            let latest = elsewhere.max_by_key(|(_, device)| device.record.since_ms);
+            let latest = latest.map(|(_, device)| (device.record.ap.clone(), device.record.since_ms));
+            for (address, device) in devices.iter().filter(|(_, device)| device.record.host == there) {
                 daemon.directory.swap::<DeviceRecord>(address, device.revision, None)?;
             }
-            let mine = daemon.record(&name)?.is_some_and(|found| found.record.owner == daemon.me);
-            Ok(mine && !elsewhere)
+            let stayed = daemon.record(&name)?.is_some_and(|found| found.record.owner == there);
+            Ok((stayed, latest))
         })
         .await;
-        match current {
-            Ok(true) => {
-                self.events.emit("logout", Some(&user), json!({ "reason": "accounting stop" }));
-                if let Err(error) = self.stop(&user).await {
-                    tracing::warn!(%error, %user, "a logout had no effect");
-                }
+        let outcome = match current {
+            Ok((false, _)) => Ok(()),
+            Ok((true, Some((ap, at_ms)))) => {
+                self.active(user.clone(), ap, at_ms).await;
+                Ok(())
             }
-            Ok(false) => {}
-            Err(error) => tracing::warn!(%error, %user, "a logout had no effect"),
+            Ok((true, None)) => self.log_out(&user, &host).await,
+            Err(error) => Err(error),
+        };
+        if let Err(error) = outcome {
+            tracing::warn!(%error, %user, "a logout had no effect");
         }
+    }
+
+    /// The logout that a last Stop stands for, done by the machine's host.
+    async fn log_out(self: &Arc<Self>, user: &UserName, host: &HostName) -> Result<(), ErrorBody> {
+        self.events.emit("logout", Some(user), json!({ "reason": "accounting stop" }));
+        if *host == self.me {
+            return self.stop(user).await.map(|_| ());
+        }
+        let call = Call { hops: 1, ..Call::new(http::Method::POST, format!("/v1/images/{user}/stop")) };
+        let answer = self.peers.call(host, self.address(host)?, &call.patience(STOP)).await?;
+        answer.into_value::<serde_json::Value>().map(|_| ())
     }
 }
 

@@ -36,10 +36,10 @@ pub mod attribute {
     pub const USER_NAME: u8 = 1;
     /// NAS-IP-Address (RFC 2865 §5.4).
     pub const NAS_IP_ADDRESS: u8 = 4;
+    /// Framed-IP-Address (RFC 2865 §5.8).
+    pub const FRAMED_IP_ADDRESS: u8 = 8;
     /// Class (RFC 2865 §5.25).
     pub const CLASS: u8 = 25;
-    /// Framed-IP-Address.
-    pub const FRAMED_IP_ADDRESS: u8 = 8;
     /// Called-Station-Id (RFC 2865 §5.30).
     pub const CALLED_STATION_ID: u8 = 30;
     /// Calling-Station-Id (RFC 2865 §5.31).
@@ -52,14 +52,24 @@ pub mod attribute {
     pub const ACCT_STATUS_TYPE: u8 = 40;
     /// Acct-Delay-Time in seconds (RFC 2866 §5.2).
     pub const ACCT_DELAY_TIME: u8 = 41;
+    /// Acct-Input-Octets, the lower 32 bits (RFC 2866 §5.3).
+    pub const ACCT_INPUT_OCTETS: u8 = 42;
+    /// Acct-Output-Octets, the lower 32 bits (RFC 2866 §5.4).
+    pub const ACCT_OUTPUT_OCTETS: u8 = 43;
     /// Acct-Session-Id (RFC 2866 §5.5).
     pub const ACCT_SESSION_ID: u8 = 44;
     /// Acct-Multi-Session-Id (RFC 2866 §5.11).
     pub const ACCT_MULTI_SESSION_ID: u8 = 50;
+    /// Acct-Input-Gigawords, the upper 32 bits (RFC 2869 §5.1).
+    pub const ACCT_INPUT_GIGAWORDS: u8 = 52;
+    /// Acct-Output-Gigawords, the upper 32 bits (RFC 2869 §5.2).
+    pub const ACCT_OUTPUT_GIGAWORDS: u8 = 53;
     /// Event-Timestamp in seconds since 1970 (RFC 2869 §5.3).
     pub const EVENT_TIMESTAMP: u8 = 55;
     /// Chargeable-User-Identity (RFC 4372 §2.2).
     pub const CHARGEABLE_USER_IDENTITY: u8 = 89;
+    /// NAS-IPv6-Address (RFC 3162 §2.1).
+    pub const NAS_IPV6_ADDRESS: u8 = 95;
     /// Framed-IPv6-Address (RFC 6911 §3.1).
     pub const FRAMED_IPV6_ADDRESS: u8 = 168;
 }
@@ -249,7 +259,7 @@ impl Status {
 }
 
 /// Addresses of a device.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub struct DeviceAddresses {
     /// Its IPv6 address.
     pub ipv6: Option<Ipv6Addr>,
@@ -287,6 +297,10 @@ pub struct Accounting {
     pub called_station_id: Option<String>,
     /// NAS-Identifier: the access point's name.
     pub nas_identifier: Option<String>,
+    /// NAS-IPv6-Address: the access point's address.
+    pub nas_ipv6_address: Option<Ipv6Addr>,
+    /// NAS-IP-Address: the access point's IPv4 address.
+    pub nas_ip_address: Option<Ipv4Addr>,
     /// Acct-Session-Id.
     pub session_id: Option<String>,
     /// Acct-Multi-Session-Id.
@@ -295,6 +309,10 @@ pub struct Accounting {
     pub event_timestamp: Option<u32>,
     /// Acct-Delay-Time, seconds the access point has been trying to send this.
     pub delay_seconds: Option<u32>,
+    /// Octets from the device so far: Acct-Input-Octets and -Gigawords.
+    pub input_octets: Option<u64>,
+    /// Octets to the device so far: Acct-Output-Octets and -Gigawords.
+    pub output_octets: Option<u64>,
     /// Framed-IPv6-Address: the device's address.
     pub framed_ipv6_address: Option<Ipv6Addr>,
     /// Framed-IP-Address: the device's IPv4 address.
@@ -313,10 +331,14 @@ impl Accounting {
             calling_station_id: None,
             called_station_id: None,
             nas_identifier: None,
+            nas_ipv6_address: None,
+            nas_ip_address: None,
             session_id: None,
             multi_session_id: None,
             event_timestamp: None,
             delay_seconds: None,
+            input_octets: None,
+            output_octets: None,
             framed_ipv6_address: None,
             framed_ip_address: None,
         }
@@ -328,6 +350,15 @@ impl Accounting {
         DeviceAddresses { ipv6: self.framed_ipv6_address, ipv4: self.framed_ip_address }
     }
 
+    /// Octets of the session so far, both ways, if they are told.
+    #[must_use]
+    pub fn octets(&self) -> Option<u64> {
+        match (self.input_octets, self.output_octets) {
+            (None, None) => None,
+            (input, output) => Some(input.unwrap_or(0).saturating_add(output.unwrap_or(0))),
+        }
+    }
+
     /// Reads a report. Check [`Packet::is_request_of`] first.
     ///
     /// # Errors
@@ -337,13 +368,9 @@ impl Accounting {
             return Err(RadiusError::Code(packet.code()));
         }
         let status = number(packet, attribute::ACCT_STATUS_TYPE)?.ok_or(RadiusError::NoStatus)?;
-        let kind = attribute::FRAMED_IPV6_ADDRESS;
-        let framed_ipv6_address = match packet.attribute(kind) {
-            None => None,
-            Some(value) => {
-                let octets: [u8; 16] = value.try_into().map_err(|_| RadiusError::AttributeValue { kind })?;
-                Some(Ipv6Addr::from(octets))
-            }
+        let counter = |low, high| -> Result<_, RadiusError> {
+            let (low, high) = (number(packet, low)?, number(packet, high)?);
+            Ok(low.or(high).map(|_| u64::from(high.unwrap_or(0)) << 32 | u64::from(low.unwrap_or(0))))
         };
         Ok(Self {
             status: Status::from_value(status),
@@ -353,11 +380,15 @@ impl Accounting {
             calling_station_id: text(packet, attribute::CALLING_STATION_ID)?,
             called_station_id: text(packet, attribute::CALLED_STATION_ID)?,
             nas_identifier: text(packet, attribute::NAS_IDENTIFIER)?,
+            nas_ipv6_address: ipv6(packet, attribute::NAS_IPV6_ADDRESS)?,
+            nas_ip_address: number(packet, attribute::NAS_IP_ADDRESS)?.map(Ipv4Addr::from),
             session_id: text(packet, attribute::ACCT_SESSION_ID)?,
             multi_session_id: text(packet, attribute::ACCT_MULTI_SESSION_ID)?,
             event_timestamp: number(packet, attribute::EVENT_TIMESTAMP)?,
             delay_seconds: number(packet, attribute::ACCT_DELAY_TIME)?,
-            framed_ipv6_address,
+            input_octets: counter(attribute::ACCT_INPUT_OCTETS, attribute::ACCT_INPUT_GIGAWORDS)?,
+            output_octets: counter(attribute::ACCT_OUTPUT_OCTETS, attribute::ACCT_OUTPUT_GIGAWORDS)?,
+            framed_ipv6_address: ipv6(packet, attribute::FRAMED_IPV6_ADDRESS)?,
             framed_ip_address: number(packet, attribute::FRAMED_IP_ADDRESS)?.map(Ipv4Addr::from),
         })
     }
@@ -369,27 +400,7 @@ impl Accounting {
     /// If a value or the whole is too long.
     pub fn encode(&self, identifier: u8, secret: &[u8]) -> Result<Vec<u8>, RadiusError> {
         let mut bytes = header(ACCOUNTING_REQUEST, identifier);
-        let status = self.status.value().to_be_bytes();
-        let timestamp = self.event_timestamp.map(u32::to_be_bytes);
-        let delay = self.delay_seconds.map(u32::to_be_bytes);
-        let address = self.framed_ipv6_address.map(|address| address.octets());
-        let ipv4 = self.framed_ip_address.map(|address| address.octets());
-        for (kind, value) in [
-            (attribute::ACCT_STATUS_TYPE, Some(&status[..])),
-            (attribute::USER_NAME, self.user_name.as_deref().map(str::as_bytes)),
-            (attribute::CHARGEABLE_USER_IDENTITY, self.chargeable_user_identity.as_deref()),
-            (attribute::CLASS, self.class.as_deref()),
-            (attribute::CALLING_STATION_ID, self.calling_station_id.as_deref().map(str::as_bytes)),
-            (attribute::CALLED_STATION_ID, self.called_station_id.as_deref().map(str::as_bytes)),
-            (attribute::NAS_IDENTIFIER, self.nas_identifier.as_deref().map(str::as_bytes)),
-            (attribute::ACCT_SESSION_ID, self.session_id.as_deref().map(str::as_bytes)),
-            (attribute::ACCT_MULTI_SESSION_ID, self.multi_session_id.as_deref().map(str::as_bytes)),
-            (attribute::EVENT_TIMESTAMP, timestamp.as_ref().map(|octets| &octets[..])),
-            (attribute::ACCT_DELAY_TIME, delay.as_ref().map(|octets| &octets[..])),
-            (attribute::FRAMED_IPV6_ADDRESS, address.as_ref().map(|octets| &octets[..])),
-            (attribute::FRAMED_IP_ADDRESS, ipv4.as_ref().map(|octets| &octets[..])),
-        ] {
-            let Some(value) = value else { continue };
+        for (kind, value) in self.values() {
             if value.len() > MAX_VALUE_BYTES || bytes.len() + 2 + value.len() > MAX_PACKET_BYTES {
                 return Err(RadiusError::TooLong { kind });
             }
@@ -398,6 +409,42 @@ impl Accounting {
         }
         sign(&mut bytes, &[0; 16], secret);
         Ok(bytes)
+    }
+
+    /// The attributes that are known, in the order in which they are written.
+    fn values(&self) -> impl Iterator<Item = (u8, Vec<u8>)> + use<> {
+        let text = |text: &Option<String>| text.clone().map(String::into_bytes);
+        let opaque = |bytes: &Option<Vec<u8>>| bytes.clone();
+        let number = |number: Option<u32>| number.map(|number| number.to_be_bytes().to_vec());
+        let ipv4 = |address: Option<Ipv4Addr>| number(address.map(u32::from));
+        let ipv6 = |address: Option<Ipv6Addr>| address.map(|address| address.octets().to_vec());
+        let low = |octets: Option<u64>| number(octets.map(|octets| octets as u32));
+        // Gigawords are there only once the counter has wrapped (RFC 2869 §5.1).
+        let high =
+            |octets: Option<u64>| number(octets.map(|octets| (octets >> 32) as u32).filter(|high| *high > 0));
+        [
+            (attribute::ACCT_STATUS_TYPE, number(Some(self.status.value()))),
+            (attribute::USER_NAME, text(&self.user_name)),
+            (attribute::CHARGEABLE_USER_IDENTITY, opaque(&self.chargeable_user_identity)),
+            (attribute::CLASS, opaque(&self.class)),
+            (attribute::CALLING_STATION_ID, text(&self.calling_station_id)),
+            (attribute::CALLED_STATION_ID, text(&self.called_station_id)),
+            (attribute::NAS_IDENTIFIER, text(&self.nas_identifier)),
+            (attribute::NAS_IPV6_ADDRESS, ipv6(self.nas_ipv6_address)),
+            (attribute::NAS_IP_ADDRESS, ipv4(self.nas_ip_address)),
+            (attribute::ACCT_SESSION_ID, text(&self.session_id)),
+            (attribute::ACCT_MULTI_SESSION_ID, text(&self.multi_session_id)),
+            (attribute::EVENT_TIMESTAMP, number(self.event_timestamp)),
+            (attribute::ACCT_DELAY_TIME, number(self.delay_seconds)),
+            (attribute::ACCT_INPUT_OCTETS, low(self.input_octets)),
+            (attribute::ACCT_INPUT_GIGAWORDS, high(self.input_octets)),
+            (attribute::ACCT_OUTPUT_OCTETS, low(self.output_octets)),
+            (attribute::ACCT_OUTPUT_GIGAWORDS, high(self.output_octets)),
+            (attribute::FRAMED_IPV6_ADDRESS, ipv6(self.framed_ipv6_address)),
+            (attribute::FRAMED_IP_ADDRESS, ipv4(self.framed_ip_address)),
+        ]
+        .into_iter()
+        .filter_map(|(kind, value)| Some((kind, value?)))
     }
 }
 
@@ -421,6 +468,15 @@ fn number(packet: &Packet<'_>, kind: u8) -> Result<Option<u32>, RadiusError> {
         .transpose()
 }
 
+fn ipv6(packet: &Packet<'_>, kind: u8) -> Result<Option<Ipv6Addr>, RadiusError> {
+    packet
+        .attribute(kind)
+        .map(|value| {
+            <[u8; 16]>::try_from(value).map(Ipv6Addr::from).map_err(|_| RadiusError::AttributeValue { kind })
+        })
+        .transpose()
+}
+
 fn header(code: u8, identifier: u8) -> Vec<u8> {
     let mut bytes = vec![0; MIN_PACKET_BYTES];
     bytes[0] = code;
@@ -434,6 +490,13 @@ fn sign(bytes: &mut [u8], authenticator: &[u8; 16], secret: &[u8]) {
     bytes[2..4].copy_from_slice(&length);
     let authenticator = digest(bytes, authenticator, secret);
     bytes[4..MIN_PACKET_BYTES].copy_from_slice(&authenticator);
+}
+
+/// A request of any attributes, signed: what somebody who has the secret can send.
+#[cfg(test)]
+pub(super) fn signed(mut bytes: Vec<u8>, secret: &[u8]) -> Vec<u8> {
+    sign(&mut bytes, &[0; 16], secret);
+    bytes
 }
 
 /// MD5 over code, identifier, length, `authenticator`, attributes and secret.

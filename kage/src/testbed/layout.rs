@@ -6,7 +6,7 @@ use std::{
     time::Duration,
 };
 
-use kage_host::units::{Rate, Size};
+use kage_host::units::{Rate, Size, Span};
 use kage_machine::{HostName, UserName, identity::ApName};
 
 use super::{TestbedError, state::State};
@@ -58,6 +58,8 @@ pub struct TestbedSpec {
     pub image_memory: Option<Size>,
     /// Whether images and devices have IPv4 addresses.
     pub ipv4: bool,
+    /// How long after a Stop machines are kept; the daemon's default if `None`.
+    pub logout_grace: Option<Span>,
     /// The program that is the daemon (`kage`).
     pub binary: PathBuf,
     /// Whether to start daemons: without, it is a network only.
@@ -76,6 +78,7 @@ impl TestbedSpec {
             mtu: 1500,
             image_memory: None,
             ipv4: false,
+            logout_grace: None,
             binary: binary.into(),
             daemons: true,
         }

@@ -49,6 +49,7 @@ fn config(
     let first = layout.hosts.first().ok_or(TestbedError::NoHosts)?;
     let (name, site, dir) = (&host.name, layout.site(), layout.host_dir(&host.name));
     let memory = spec.image_memory.map(|size| format!("memory = \"{size}\"\n")).unwrap_or_default();
+    let grace = spec.logout_grace.map(|grace| format!("logout_grace = \"{grace}\"\n")).unwrap_or_default();
     let ipv4 = if spec.ipv4 { format!("ipv4 = \"{IPV4_POOL}\"\n") } else { String::new() };
     let mut text = format!(
         r#"[host]
@@ -75,7 +76,7 @@ trusted_keys = ["{image_key}"]
 
 [roam.radius]
 listen = "[::]:{RADIUS_PORT}"
-
+{grace}
 [[roam.radius.client]]
 from = "::/0"
 secret_file = "{site}/radius.secret"

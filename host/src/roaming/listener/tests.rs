@@ -1,9 +1,12 @@
 use std::path::PathBuf;
 
+use std::net::SocketAddr;
+
 use super::*;
 use crate::{
     config::Config,
     lifecycle::tests::{TestHost, TestSite},
+    roaming::radius::{Accounting, Packet, Status},
     units::Span,
 };
 
@@ -116,5 +119,46 @@ async fn a_retransmission_is_answered_with_the_same_bytes_and_counts_once() {
     assert_eq!(answers[0], answers[1]);
     let text = hosts[0].daemon.metrics.text();
     assert!(text.contains("{type=\"start\",result=\"retransmission\"} 1"), "{text}");
+    let _ = std::fs::remove_file(path);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_first_start_makes_a_machine_and_an_interim_report_makes_none() {
+    let (_site, hosts) = TestSite::new("radius-first", 1).await;
+    let host = &hosts[0];
+    let (to, path) = listening(host, "first").await;
+    let interim = report(Status::InterimUpdate, "carol", "ap-1").encode(1, SECRET.as_bytes()).unwrap();
+    assert!(ask(to, &interim).await.is_some());
+    let start = report(Status::Start, "bob@example.org", "ap-1");
+    let start = Accounting { framed_ipv6_address: Some("fd0d::2".parse().unwrap()), ..start };
+    assert!(ask(to, &start.encode(2, SECRET.as_bytes()).unwrap()).await.is_some());
+    assert_eq!(state(host, "bob@example.org?state=running&timeout=5s").await, "running");
+    let users: Vec<_> = host.daemon.local().iter().map(|image| image.user.to_string()).collect();
+    assert_eq!(users, ["bob@example.org"]);
+    let _ = std::fs::remove_file(path);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_last_device_that_stays_keeps_the_machine_and_the_other_ones_route_goes() {
+    let (_site, hosts) = TestSite::new("radius-two", 1).await;
+    let host = &hosts[0];
+    let (to, path) = listening(host, "two").await;
+    let device = |number: u8, status| Accounting {
+        calling_station_id: Some(format!("02-00-00-00-00-0{number}")),
+        framed_ipv6_address: Some(format!("fd0d::{number}").parse().unwrap()),
+        ..report(status, "bob", "ap-1")
+    };
+    for (id, number, status) in [(1, 1, Status::Start), (2, 2, Status::Start), (3, 1, Status::Stop)] {
+        assert!(ask(to, &device(number, status).encode(id, SECRET.as_bytes()).unwrap()).await.is_some());
+    }
+    assert_eq!(state(host, "bob?state=running&timeout=5s").await, "running");
+    let address = |number: u8| -> IpAddr { format!("fd0d::{number}").parse().unwrap() };
+    let mut seen = host.daemon.seen.subscribe();
+    let gone = seen
+        .wait_for(|seen| seen.devices.contains_key(&address(2)) && !seen.devices.contains_key(&address(1)));
+    tokio::time::timeout(Duration::from_secs(5), gone).await.unwrap().unwrap();
+    assert_eq!(state(host, "bob").await, "running");
+    assert!(ask(to, &device(2, Status::Stop).encode(4, SECRET.as_bytes()).unwrap()).await.is_some());
+    assert_eq!(state(host, "bob?state=stopped&timeout=5s").await, "stopped");
     let _ = std::fs::remove_file(path);
 }

@@ -14,10 +14,14 @@ fn report() -> Accounting {
         calling_station_id: Some("02-6B-61-67-65-D1".into()),
         called_station_id: Some("02-6B-61-67-65-A1:kage".into()),
         nas_identifier: Some("ap-1".into()),
+        nas_ipv6_address: Some("fd00::7".parse().unwrap()),
+        nas_ip_address: Some("10.0.0.7".parse().unwrap()),
         session_id: Some("0000002A".into()),
         multi_session_id: Some("d1-ap-1-7".into()),
         event_timestamp: Some(1_700_000_000),
         delay_seconds: Some(0),
+        input_octets: Some(7),
+        output_octets: Some((3 << 32) | 5),
         framed_ipv6_address: Some("fd4b:6167:65ff::1".parse().unwrap()),
         framed_ip_address: Some("10.78.0.1".parse().unwrap()),
         ..Accounting::new(Status::Start)
@@ -45,6 +49,22 @@ fn the_bytes_are_those_of_the_rfc() {
     input.extend(&bytes[20..]);
     input.push(b's');
     assert_eq!(bytes[4..20], Md5::digest(&input)[..]);
+}
+
+#[test]
+fn counters_are_64_bits_in_two_attributes() {
+    let octets = |attributes: &[u8]| {
+        let mut bytes = header(ACCOUNTING_REQUEST, 1);
+        bytes.extend([40, 6, 0, 0, 0, 3]);
+        bytes.extend(attributes);
+        sign(&mut bytes, &[0; 16], SECRET);
+        Accounting::from_packet(&Packet::parse(&bytes).unwrap()).unwrap().octets()
+    };
+    assert_eq!(octets(&[]), None);
+    assert_eq!(octets(&[42, 6, 0, 0, 1, 0]), Some(256));
+    assert_eq!(octets(&[42, 6, 0, 0, 1, 0, 52, 6, 0, 0, 0, 2, 43, 6, 0, 0, 0, 1]), Some((2 << 32) + 257));
+    let most = [42, 43, 52, 53].map(|kind| [kind, 6, 255, 255, 255, 255]).concat();
+    assert_eq!(octets(&most), Some(u64::MAX));
 }
 
 #[test]

@@ -1,17 +1,16 @@
 use proptest::prelude::*;
 
 use super::*;
+use crate::config::IdentityKind;
 
 const NOW_MS: u64 = 1_700_000_000_500;
 const GRACE: Duration = Duration::from_secs(120);
 
 fn sessions() -> Sessions {
-    let mut names = Names::default();
-    for index in 1..=3 {
-        names.aps.insert(format!("nas-{index}"), format!("ap-{index}").parse().unwrap());
-    }
-    names.users.insert("alice@example.org".into(), "alice".parse().unwrap());
-    Sessions::new(names, GRACE)
+    let aps = (1..=3).map(|index| (format!("nas-{index}"), format!("ap-{index}").parse().unwrap()));
+    let users = [("alice@example.org".to_owned(), "alice".parse().unwrap())];
+    let order = [IdentityKind::Cui, IdentityKind::Class, IdentityKind::UserName];
+    Sessions::new(Names::new(aps, users, &order), GRACE)
 }
 
 fn report(status: Status, user: &str, nas: &str) -> Accounting {
@@ -31,6 +30,10 @@ fn arrived(taken: Result<Option<Consequence>, Ignored>) -> Option<(String, Strin
         }
         _ => None,
     }
+}
+
+fn left(user: &str, ap: &str) -> Consequence {
+    Consequence::Left { user: user.parse().unwrap(), from: ap.parse().unwrap() }
 }
 
 #[test]
@@ -68,18 +71,6 @@ fn a_new_start_at_the_same_place_counts_since_the_user_may_have_been_at_another_
 }
 
 #[test]
-fn a_walk_within_one_second_keeps_its_order() {
-    let mut report = report(Status::Start, "bob", "nas-1");
-    report.event_timestamp = Some(1_700_000_000);
-    assert_eq!(event_time(&report, 1_700_000_000_900), 1_700_000_000_900);
-    assert_eq!(event_time(&report, 1_700_000_001_010), 1_700_000_001_010);
-    assert_eq!(event_time(&report, 1_700_000_009_000), 1_700_000_000_000);
-    report.event_timestamp = Some(1_800_000_000);
-    report.delay_seconds = Some(2);
-    assert_eq!(event_time(&report, 1_700_000_009_000), 1_700_000_007_000);
-}
-
-#[test]
 fn a_stop_counts_only_from_the_current_access_point_and_after_the_grace_time() {
     let (mut sessions, now) = (sessions(), Instant::now());
     sessions.take(&report(Status::Start, "bob", "nas-1"), now, NOW_MS).unwrap();
@@ -88,7 +79,7 @@ fn a_stop_counts_only_from_the_current_access_point_and_after_the_grace_time() {
     assert_eq!(sessions.take(&report(Status::Stop, "bob", "nas-2"), now, NOW_MS), Ok(None));
     assert_eq!(sessions.next_expiry(), Some(now + GRACE));
     assert!(sessions.expire(now + GRACE - Duration::from_millis(1)).is_empty());
-    assert_eq!(sessions.expire(now + GRACE), [Consequence::Left { user: "bob".parse().unwrap() }]);
+    assert_eq!(sessions.expire(now + GRACE), [left("bob", "ap-2")]);
     assert!(sessions.expire(now + 2 * GRACE).is_empty());
 }
 
@@ -141,19 +132,7 @@ fn an_access_point_that_restarts_ends_its_sessions_after_the_grace_time() {
     sessions.take(&report(Status::Start, "bob", "nas-1"), now, NOW_MS).unwrap();
     sessions.take(&report(Status::Start, "eve", "nas-2"), now, NOW_MS).unwrap();
     sessions.take(&report(Status::AccountingOn, "", "nas-1"), now, NOW_MS).unwrap();
-    assert_eq!(sessions.expire(now + GRACE), [Consequence::Left { user: "bob".parse().unwrap() }]);
-}
-
-#[test]
-fn identities_are_looked_up_in_their_order() {
-    let sessions = sessions();
-    let mut report = report(Status::Start, "anonymous@example.org", "nas-1");
-    assert_eq!(sessions.user(&report).unwrap().as_str(), "anonymous@example.org");
-    report.class = Some(b"alice@example.org".to_vec());
-    assert_eq!(sessions.user(&report).unwrap().as_str(), "alice");
-    report.class = Some(vec![0xff]);
-    report.user_name = Some("no name".into());
-    assert_eq!(sessions.user(&report), None);
+    assert_eq!(sessions.expire(now + GRACE), [left("bob", "ap-1")]);
 }
 
 #[test]
@@ -161,10 +140,178 @@ fn unknown_access_points_and_users_are_told_apart() {
     let (mut sessions, now) = (sessions(), Instant::now());
     assert_eq!(sessions.take(&report(Status::Start, "bob", "nas-9"), now, NOW_MS), Err(Ignored::UnknownAp));
     assert_eq!(
-        sessions.take(&report(Status::Start, "b o b", "nas-1"), now, NOW_MS),
+        sessions.take(&report(Status::Start, "anonymous", "nas-1"), now, NOW_MS),
         Err(Ignored::UnknownUser)
     );
     assert_eq!(sessions.take(&report(Status::Other(15), "bob", "nas-1"), now, NOW_MS), Err(Ignored::Other));
+}
+
+fn second(status: Status, nas: &str) -> Accounting {
+    Accounting { calling_station_id: Some("02-00-00-00-00-02".into()), ..report(status, "bob", nas) }
+}
+
+/// Counters at a time.
+fn counted(report: Accounting, octets: u64) -> Accounting {
+    Accounting { input_octets: Some(octets / 2), output_octets: Some(octets - octets / 2), ..report }
+}
+
+#[test]
+fn of_two_devices_the_one_with_traffic_is_told() {
+    let (mut sessions, now) = (sessions(), Instant::now());
+    sessions.take(&report(Status::Start, "bob", "nas-1"), now, NOW_MS).unwrap();
+    sessions.take(&second(Status::Start, "nas-2"), now, NOW_MS).unwrap();
+    let interim = |octets| counted(report(Status::InterimUpdate, "bob", "nas-1"), octets);
+    let active = Consequence::Active {
+        user: "bob".parse().unwrap(),
+        ap: "ap-1".parse().unwrap(),
+        others: vec!["ap-2".parse().unwrap()],
+        at_ms: NOW_MS,
+    };
+    assert_eq!(sessions.take(&interim(1 << 33), now, NOW_MS + 60_000), Ok(Some(active)));
+    // The same counters again, or what a device sends by itself, is no traffic.
+    assert_eq!(sessions.take(&interim(1 << 33), now, NOW_MS + 120_000), Err(Ignored::Duplicate));
+    assert_eq!(sessions.take(&interim((1 << 33) + 5_000), now, NOW_MS + 180_000), Err(Ignored::Duplicate));
+    assert!(sessions.take(&interim((1 << 33) + 50_000), now, NOW_MS + 240_000).unwrap().is_some());
+    // Counters begin anew.
+    assert_eq!(sessions.take(&interim(10), now, NOW_MS + 300_000), Err(Ignored::Duplicate));
+    assert!(sessions.take(&interim(900_000), now, NOW_MS + 360_000).unwrap().is_some());
+}
+
+#[test]
+fn when_one_of_two_devices_leaves_its_user_is_where_the_other_is() {
+    let (mut sessions, now) = (sessions(), Instant::now());
+    let device = "fd0d::1".parse().unwrap();
+    let first = Accounting { framed_ipv6_address: Some(device), ..report(Status::Start, "bob", "nas-1") };
+    sessions.take(&first, now, NOW_MS).unwrap();
+    sessions.take(&second(Status::Start, "nas-2"), now, NOW_MS + 1).unwrap();
+    sessions.take(&report(Status::Stop, "bob", "nas-1"), now, NOW_MS + 2).unwrap();
+    assert_eq!(
+        sessions.expire(now + GRACE),
+        [Consequence::Departed {
+            user: "bob".parse().unwrap(),
+            from: "ap-1".parse().unwrap(),
+            device: DeviceAddresses { ipv6: Some(device), ipv4: None },
+            since_ms: NOW_MS,
+            ap: "ap-2".parse().unwrap(),
+            at_ms: NOW_MS + 1,
+        }]
+    );
+}
+
+#[test]
+fn an_address_told_later_is_news_and_stays() {
+    let (mut sessions, now) = (sessions(), Instant::now());
+    sessions.take(&report(Status::Start, "bob", "nas-1"), now, NOW_MS).unwrap();
+    let address = Some("fd0d::1".parse().unwrap());
+    let mut interim =
+        Accounting { framed_ipv6_address: address, ..report(Status::InterimUpdate, "bob", "nas-1") };
+    let Ok(Some(Consequence::Arrived { device, start, first, .. })) =
+        sessions.take(&interim, now, NOW_MS + 5_000)
+    else {
+        panic!("an address is news");
+    };
+    assert_eq!((device.ipv6, start, first), (address, false, false));
+    assert_eq!(sessions.take(&interim, now, NOW_MS + 10_000), Err(Ignored::Duplicate));
+    interim.framed_ipv6_address = None;
+    assert_eq!(sessions.take(&interim, now, NOW_MS + 15_000), Err(Ignored::Duplicate));
+}
+
+#[test]
+fn a_late_stop_of_an_earlier_session_at_the_same_place_ends_nothing() {
+    let (mut sessions, now) = (sessions(), Instant::now());
+    let at = |status, session: &str, seconds| Accounting {
+        session_id: Some(session.into()),
+        event_timestamp: Some(seconds),
+        ..report(status, "bob", "nas-1")
+    };
+    let second = 1_700_000_000;
+    sessions.take(&at(Status::Start, "1", second - 60), now, NOW_MS - 60_000).unwrap();
+    sessions.take(&at(Status::Start, "2", second), now, NOW_MS).unwrap();
+    // The end of the first one, told a moment later, and its repetition with the same id.
+    assert_eq!(sessions.take(&at(Status::Stop, "1", second), now, NOW_MS + 200), Err(Ignored::Late));
+    assert_eq!(sessions.take(&at(Status::Stop, "2", second - 1), now, NOW_MS + 300), Err(Ignored::Late));
+    assert_eq!(sessions.next_expiry(), None);
+    assert_eq!(sessions.take(&at(Status::Stop, "2", second), now, NOW_MS + 400), Ok(None));
+}
+
+#[test]
+fn reports_that_are_sent_again_later_move_nobody_and_keep_nobody_here() {
+    let (mut sessions, now) = (sessions(), Instant::now());
+    let at =
+        |status, nas, seconds| Accounting { event_timestamp: Some(seconds), ..report(status, "bob", nas) };
+    let second = 1_700_000_000;
+    let first = at(Status::Start, "nas-1", second);
+    sessions.take(&first, now, NOW_MS).unwrap();
+    // Two access points within a second: what is sent again cannot be told from what was first, and counts as that.
+    sessions.take(&at(Status::Start, "nas-2", second), now, NOW_MS + 100).unwrap();
+    for later in [4_000, 60_000, 86_400_000] {
+        assert_eq!(sessions.take(&first, now, NOW_MS + later), Err(Ignored::Late), "{later}");
+    }
+    // The user goes; nothing of before brings the user back.
+    let start = at(Status::Start, "nas-2", second + 10);
+    sessions.take(&start, now, NOW_MS + 10_000).unwrap();
+    sessions.take(&at(Status::Stop, "nas-2", second + 20), now, NOW_MS + 20_000).unwrap();
+    assert_eq!(sessions.take(&start, now, NOW_MS + 30_000), Err(Ignored::Duplicate));
+    let interim = at(Status::InterimUpdate, "nas-2", second + 15);
+    assert_eq!(sessions.take(&interim, now, NOW_MS + 30_000), Err(Ignored::Late));
+    assert_eq!(sessions.expire(now + GRACE).len(), 1);
+    for report in [&first, &start, &interim] {
+        assert_eq!(sessions.take(report, now, NOW_MS + 200_000), Err(Ignored::Stale));
+    }
+    assert!(sessions.is_empty());
+}
+
+#[test]
+fn a_walk_goes_on_at_an_access_point_whose_clock_is_slow() {
+    let (mut sessions, now) = (sessions(), Instant::now());
+    let at = |user: &str, nas, seconds: u64| Accounting {
+        event_timestamp: Some(seconds as u32),
+        ..report(Status::Start, user, nas)
+    };
+    // nas-2 is a minute behind, as everybody's arrivals there show.
+    for (step, user) in ["carol", "dave", "erin"].into_iter().enumerate() {
+        let later = step as u64 * 7;
+        sessions.take(&at(user, "nas-2", 1_699_999_940 + later), now, NOW_MS + later * 1000).unwrap();
+    }
+    sessions.take(&at("bob", "nas-1", 1_700_000_020), now, NOW_MS + 20_000).unwrap();
+    let walked = sessions.take(&at("bob", "nas-2", 1_699_999_970), now, NOW_MS + 30_000);
+    assert_eq!(arrived(walked), Some(("bob".into(), "ap-2".into(), false)));
+}
+
+#[test]
+fn an_old_word_of_an_access_points_end_ends_nothing_that_began_since() {
+    let (mut sessions, now) = (sessions(), Instant::now());
+    let off =
+        Accounting { event_timestamp: Some(1_699_999_900), ..report(Status::AccountingOff, "", "nas-1") };
+    sessions.take(&report(Status::Start, "bob", "nas-1"), now, NOW_MS).unwrap();
+    sessions.take(&off, now, NOW_MS + 5_000).unwrap();
+    assert_eq!(sessions.next_expiry(), None);
+}
+
+#[test]
+fn a_hundred_thousand_users_and_one_more() {
+    let (mut sessions, now) = (sessions(), Instant::now());
+    let user = |number: usize| format!("user{number}");
+    for number in 0..MAX_SESSIONS {
+        let nas = format!("nas-{}", number % 3 + 1);
+        let taken = sessions.take(&report(Status::Start, &user(number), &nas), now, NOW_MS + number as u64);
+        assert!(arrived(taken).is_some());
+    }
+    // Everybody walks; whoever was silent for longest gives way to newcomers.
+    let later = NOW_MS + 1_000_000;
+    for number in 1..MAX_SESSIONS {
+        let report = report(Status::Start, &user(number), &format!("nas-{}", (number + 1) % 3 + 1));
+        assert!(arrived(sessions.take(&report, now, later + number as u64)).is_some());
+    }
+    assert!(arrived(sessions.take(&report(Status::Start, "new", "nas-1"), now, later)).is_some());
+    assert_eq!(sessions.len(), MAX_SESSIONS);
+    let back = sessions.take(&report(Status::InterimUpdate, &user(0), "nas-1"), now, later + 500_000);
+    assert_eq!(arrived(back), Some((user(0), "ap-1".into(), false)), "the oldest was forgotten");
+    assert!(sessions.table.is_consistent());
+    sessions.take(&report(Status::AccountingOff, "", "nas-1"), now, later + 600_000).unwrap();
+    sessions.take(&report(Status::AccountingOff, "", "nas-2"), now, later + 600_000).unwrap();
+    let left = sessions.expire(now + GRACE).len();
+    assert!(left > MAX_SESSIONS / 2 && sessions.len() == MAX_SESSIONS - left, "{left}");
 }
 
 proptest! {
@@ -183,10 +330,11 @@ proptest! {
             }
             if wait {
                 for consequence in sessions.expire(now) {
-                    let Consequence::Left { user } = consequence else { panic!("only leaving follows from time") };
+                    let Consequence::Left { user, .. } = consequence else { panic!("only leaving follows from time") };
                     prop_assert!(here.remove(&user));
                 }
             }
+            prop_assert!(sessions.table.is_consistent());
         }
     }
 }
