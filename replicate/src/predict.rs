@@ -9,7 +9,7 @@
 //! - [`visits`]: one user's past; [`everybody`]: what all users do.
 //! - [`motion`]: speed and direction over positions. [`stay`]: the time left.
 //! - [`experts`]: what each of them gives each candidate; [`mixer`]: how much each expert's word counts, by its success.
-//! - [`markov`]: simple predictors to compare with; [`trial`]: scores predictors on a trace; [`campus`]: makes traces.
+//! - [`markov`]: simple predictors to compare with; [`trial`]: scores predictors on a trace; [`campus`], [`fleet`]: make traces.
 //!
 //! Deliberately not here: which forecasts are worth a mirror.
 
@@ -21,6 +21,7 @@ use serde::{Deserialize, Serialize};
 pub mod campus;
 mod everybody;
 mod experts;
+pub mod fleet;
 pub mod markov;
 mod mixer;
 mod motion;
@@ -33,7 +34,7 @@ mod tests;
 
 pub use everybody::Everybody;
 use experts::Field;
-use mixer::Own;
+use mixer::{Own, Trust};
 use visits::Visits;
 
 /// Changes of access point that a [`Score`] is over.
@@ -63,6 +64,7 @@ pub type Places = BTreeMap<ApName, Place>;
 pub struct History {
     visits: Visits,
     own: Own,
+    trust: Trust,
     /// Share of the last changes that led to an access point no expert had thought of.
     surprise: f32,
     /// Of the last changes of access point: at which place of the forecast before it the new one stood, from 0.
@@ -74,17 +76,18 @@ pub struct History {
 struct Stored {
     visits: Visits,
     own: Own,
+    trust: Trust,
     surprise: f32,
     ranks: Vec<Option<u8>>,
 }
 
 impl From<Stored> for History {
     fn from(stored: Stored) -> Self {
-        let Stored { visits, own, surprise, mut ranks } = stored;
+        let Stored { visits, own, trust, surprise, mut ranks } = stored;
         ranks.drain(..ranks.len().saturating_sub(WINDOW));
         ranks.shrink_to_fit();
         let surprise = if surprise.is_finite() { surprise.clamp(0.0, 1.0) } else { 0.0 };
-        Self { visits: visits.checked(), own: own.checked(), surprise, ranks }
+        Self { visits: visits.checked(), own: own.checked(), trust: trust.checked(), surprise, ranks }
     }
 }
 
@@ -157,26 +160,35 @@ impl History {
     }
 
     /// Weighs the experts by what they said of a change; the place at which the forecast had it.
-    fn learn(
-        &mut self,
-        everybody: &mut Everybody,
-        places: &Places,
-        ap: &ApName,
-        at_ms: u64,
-    ) -> Option<u8> {
+    fn learn(&mut self, everybody: &mut Everybody, places: &Places, ap: &ApName, at_ms: u64) -> Option<u8> {
         let field = experts::field(&self.visits, everybody, places, at_ms);
-        let probabilities = self.weigh(everybody, &field);
+        let mixed = self.mix(everybody, &field);
+        let probabilities = self.blend(everybody, &field, &mixed);
         let features = || field.candidates.iter().map(|candidate| &candidate.features);
         let came = field.candidates.iter().position(|candidate| candidate.ap == ap);
         self.surprise += (f32::from(u8::from(came.is_none())) - self.surprise) * 0.05;
-        let gradient = mixer::gradient(features(), &probabilities, came?);
+        let came = came?;
+        let gradient = mixer::gradient(features(), &mixed, came);
+        self.trust.note(&mut everybody.trust, mixed[came], &field.candidates[came].features);
         everybody.weights.follow(field.kind, &mut self.own, &gradient);
         let mut ranked = order(&field, &probabilities).into_iter().take(FOUND);
-        ranked.position(|at| Some(at) == came).and_then(|rank| u8::try_from(rank).ok())
+        ranked.position(|at| at == came).and_then(|rank| u8::try_from(rank).ok())
     }
 
     /// Probabilities of candidates, as if no other were possible.
     fn weigh(&self, everybody: &Everybody, field: &Field<'_>) -> Vec<f32> {
+        let mixed = self.mix(everybody, field);
+        self.blend(everybody, field, &mixed)
+    }
+
+    /// The mix beside the experts that speak for themselves.
+    fn blend(&self, everybody: &Everybody, field: &Field<'_>, mixed: &[f32]) -> Vec<f32> {
+        let features = field.candidates.iter().map(|candidate| &candidate.features);
+        self.trust.blend(&everybody.trust, mixed, features)
+    }
+
+    /// The mix of all experts.
+    fn mix(&self, everybody: &Everybody, field: &Field<'_>) -> Vec<f32> {
         let weights = everybody.weights.for_case(field.kind, &self.own);
         mixer::softmax(&weights, field.candidates.iter().map(|candidate| &candidate.features))
     }
@@ -217,17 +229,27 @@ impl History {
             let candidate = &field.candidates[at];
             Next { ap: candidate.ap.clone(), host: candidate.place.host.clone(), probability: likely(at) }
         });
-        Some(Forecast { at, next: next.collect(), hosts, left_s: stay::left_s(&self.visits, everybody, now_ms) })
+        Some(Forecast {
+            at,
+            next: next.collect(),
+            hosts,
+            left_s: stay::left_s(&self.visits, everybody, now_ms),
+        })
     }
 
     /// How often forecasts for this user were right.
     #[must_use]
     pub fn score(&self) -> Score {
         let share = |most: usize| {
-            let hits = self.ranks.iter().filter(|rank| rank.is_some_and(|rank| usize::from(rank) < most)).count();
+            let hits =
+                self.ranks.iter().filter(|rank| rank.is_some_and(|rank| usize::from(rank) < most)).count();
             hits as f64 / self.ranks.len().max(1) as f64
         };
-        Score { window: u32::try_from(self.ranks.len()).unwrap_or(u32::MAX), hit1: share(1), hit3: share(FOUND) }
+        Score {
+            window: u32::try_from(self.ranks.len()).unwrap_or(u32::MAX),
+            hit1: share(1),
+            hit3: share(FOUND),
+        }
     }
 }
 

@@ -20,6 +20,8 @@ use super::{
 const LOOK_S: f64 = 2.0;
 /// How much nearer, as seen, another access point must be, in metres.
 const HYSTERESIS_M: f64 = 6.0;
+/// Beyond that, each way, an access point is not seen, in metres.
+const FARTHEST_SEEN_M: f64 = 140.0;
 /// Metres between two crossings of streets.
 const BLOCK_M: f64 = 80.0;
 /// Monday 2026-01-05 00:00, so that days are what they are called.
@@ -181,7 +183,13 @@ impl World {
             Kind::Waypoint | Kind::Levy => {
                 let size_m = [900.0, 900.0];
                 let aps = scattered(100, 60.0, size_m, random);
-                Self { size_m, aps, hosts: scattered(9, 150.0, size_m, random), targets: Vec::new(), streets: false }
+                Self {
+                    size_m,
+                    aps,
+                    hosts: scattered(9, 150.0, size_m, random),
+                    targets: Vec::new(),
+                    streets: false,
+                }
             }
         }
     }
@@ -193,7 +201,10 @@ impl World {
             for row in 0..6 {
                 let crossing = [f64::from(column) * BLOCK_M, f64::from(row) * BLOCK_M];
                 if random.happens(0.65) {
-                    aps.push([crossing[0] + random.between(-9.0, 9.0), crossing[1] + random.between(-9.0, 9.0)]);
+                    aps.push([
+                        crossing[0] + random.between(-9.0, 9.0),
+                        crossing[1] + random.between(-9.0, 9.0),
+                    ]);
                 }
                 if random.happens(0.4) {
                     let door = [crossing[0] + 24.0, crossing[1] + 24.0];
@@ -273,7 +284,7 @@ impl Device<'_> {
         let current = self.at.map(|ap| seen(ap as usize));
         let mut best: Option<(usize, f64)> = None;
         for ap in 0..self.world.aps.len() {
-            if (self.world.aps[ap][0] - here[0]).abs() > 200.0 {
+            if [0, 1].iter().any(|&axis| (self.world.aps[ap][axis] - here[axis]).abs() > FARTHEST_SEEN_M) {
                 continue;
             }
             let seen = seen(ap);

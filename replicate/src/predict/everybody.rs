@@ -10,7 +10,11 @@ use std::collections::BTreeMap;
 use kage_machine::identity::ApName;
 use serde::{Deserialize, Serialize};
 
-use super::{Place, Places, mixer::Weights, motion, visits};
+use super::{
+    Place, Places,
+    mixer::{Trust, Weights},
+    motion, visits,
+};
 
 /// Most access points that are known by number.
 pub const MAX_NAMES: usize = 16_384;
@@ -36,6 +40,7 @@ pub struct Everybody {
     contexts: BTreeMap<u64, After>,
     stays: BTreeMap<u16, Vec<u16>>,
     pub(super) weights: Weights,
+    pub(super) trust: Trust,
     /// Derived: numbers of the names.
     #[serde(skip_serializing)]
     numbers: BTreeMap<ApName, u16>,
@@ -51,11 +56,12 @@ struct Stored {
     contexts: BTreeMap<u64, After>,
     stays: BTreeMap<u16, Vec<u16>>,
     weights: Weights,
+    trust: Trust,
 }
 
 impl From<Stored> for Everybody {
     fn from(stored: Stored) -> Self {
-        let Stored { mut names, mut contexts, mut stays, weights } = stored;
+        let Stored { mut names, mut contexts, mut stays, weights, trust } = stored;
         names.truncate(MAX_NAMES);
         names.shrink_to_fit();
         let known = |number: u16| usize::from(number) < names.len();
@@ -76,7 +82,15 @@ impl From<Stored> for Everybody {
         for (number, name) in (0..).zip(&names) {
             numbers.entry(name.clone()).or_insert(number);
         }
-        Self { names, contexts, stays, weights: weights.checked(), numbers, around: BTreeMap::new() }
+        Self {
+            names,
+            contexts,
+            stays,
+            weights: weights.checked(),
+            trust: trust.checked(),
+            numbers,
+            around: BTreeMap::new(),
+        }
     }
 }
 
@@ -87,6 +101,7 @@ impl PartialEq for Everybody {
             && self.contexts == other.contexts
             && self.stays == other.stays
             && self.weights == other.weights
+            && self.trust == other.trust
     }
 }
 
@@ -177,7 +192,8 @@ impl Everybody {
         if let Some(number) = self.number_of(ap) {
             return Some(number);
         }
-        let number = u16::try_from(self.names.len()).ok().filter(|number| usize::from(*number) < MAX_NAMES)?;
+        let number =
+            u16::try_from(self.names.len()).ok().filter(|number| usize::from(*number) < MAX_NAMES)?;
         places.contains_key(ap).then(|| {
             self.names.push(ap.clone());
             self.numbers.insert(ap.clone(), number);

@@ -50,10 +50,12 @@ pub const FEATURES: usize = 19;
 /// Features of a candidate.
 pub type Features = [f32; FEATURES];
 
+/// Experts whose word alone may be the best there is.
+pub const ALONE: [usize; 6] = [ALL_1, ALL_2, ALL_3, USER_1, USER_2, USER_3];
+
 /// Weights before anything was learnt.
-pub const INITIAL: Features = [
-    0.05, 0.05, 0.1, 0.1, 0.1, 0.05, 0.05, 0.1, 0.15, 0.1, 0.1, 0.1, 0.15, 0.05, 0.05, 0.05, 0.1, 0.0, 0.0,
-];
+pub const INITIAL: Features =
+    [0.05, 0.05, 0.1, 0.1, 0.1, 0.05, 0.05, 0.1, 0.15, 0.1, 0.1, 0.1, 0.15, 0.05, 0.05, 0.05, 0.1, 0.0, 0.0];
 
 /// Counting experts and motion, and whom each leans on, which comes before it.
 const CHAIN: [(usize, usize); 16] = [
@@ -203,9 +205,8 @@ fn count_user(counting: &mut Counting<'_, '_>, visits: &Visits, here: u8, now: &
         let candidate =
             *slot.get_or_insert_with(|| visits.name(next.ap).and_then(|name| counting.find(name)));
         let Some(candidate) = candidate else { continue };
-        let same = (1..=DEEPEST.min(at))
-            .take_while(|&back| log[at - back].ap == log[present - back].ap)
-            .count();
+        let same =
+            (1..=DEEPEST.min(at)).take_while(|&back| log[at - back].ap == log[present - back].ap).count();
         let time = like_time(next.minute, now.minute);
         let stay = like_stay(visit, now.stay);
         counting.add(USER_1, candidate, 1.0);

@@ -20,7 +20,8 @@ pub fn left_s(visits: &Visits, everybody: &Everybody, now_ms: u64) -> Option<f64
     let before = log.len().checked_sub(2).map(|at| log[at].ap);
     for (at, visit) in log.iter().enumerate().filter(|(_, visit)| visit.ap == last.ap && visit.stay > 0) {
         let same = at.checked_sub(1).map(|at| log[at].ap) == before;
-        let weight = (0.1 + super::experts::like_time(visit.minute, last.minute)) * if same { 2.0 } else { 1.0 };
+        let weight =
+            (0.1 + super::experts::like_time(visit.minute, last.minute)) * if same { 2.0 } else { 1.0 };
         stays.push((visits::stay_s(visit.stay), weight));
     }
     let counted: f32 = everybody.stays(here).map(|(_, count)| f32::from(count)).sum();

@@ -232,7 +232,8 @@ impl Predictor for Kage {
         let history = self.users.get(&user);
         let forecast = history.and_then(|history| history.forecast(&self.everybody, &site.places, at_ms));
         let Some(forecast) = forecast else { return Guess::default() };
-        let aps = forecast.next.iter().filter_map(|next| site.numbers.get(&next.ap).copied()).take(3).collect();
+        let aps =
+            forecast.next.iter().filter_map(|next| site.numbers.get(&next.ap).copied()).take(3).collect();
         let mut hosts = forecast.hosts;
         if let Some(place) = site.places.get(&forecast.at) {
             let here = forecast.next.iter().filter(|next| next.host == place.host);
