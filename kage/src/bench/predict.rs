@@ -127,7 +127,7 @@ fn scored(given: &Given, output: Output, cancel: &Cancel) -> Result<Vec<Case>, F
     let mut trace = Trace::open(&given.trace, &aps)?;
     let mut trial = Trial::of_all(&aps.site);
     let mut events = 0_usize;
-    while let Some(event) = trace.next()? {
+    while let Some(event) = trace.next_event()? {
         if events.is_multiple_of(LOOK) {
             cancel.check().map_err(Failure::new)?;
         }
@@ -152,7 +152,7 @@ fn scored(given: &Given, output: Output, cancel: &Cancel) -> Result<Vec<Case>, F
         ));
     }
     let mut params = serde_json::to_value(found).map_err(Failure::new)?;
-    params["trace"] = json!(given.trace);
+    params["trace"] = json!(given.trace.display().to_string());
     params["aps"] = json!(aps.site.names().len());
     params["hosts"] = json!(aps.site.hosts().len());
     let results: Vec<_> = trial.results().map(|(name, tally)| (name.to_owned(), vec![*tally])).collect();

@@ -80,7 +80,7 @@ impl Lines {
     }
 
     /// The next line; `Some(None)` where it is too long or not text.
-    fn next(&mut self) -> Result<Option<Option<String>>, Failure> {
+    fn next_line(&mut self) -> Result<Option<Option<String>>, Failure> {
         let failed = |path: &Path, error| Failure::new(format!("{}: {error}", path.display()));
         let mut line = Vec::new();
         let read = self.file.by_ref().take(LINE).read_until(b'\n', &mut line);
@@ -115,7 +115,7 @@ impl Aps {
         let mut lines = Lines::open(path)?;
         let (mut numbers, mut hosts) = (BTreeMap::new(), BTreeMap::new());
         let mut aps: Vec<(ApName, Place)> = Vec::new();
-        while let Some(line) = lines.next()? {
+        while let Some(line) = lines.next_line()? {
             let line = line.unwrap_or_else(|| ",".to_owned());
             if line.trim().is_empty() || (lines.number == 1 && line.starts_with("ap,host")) {
                 continue;
@@ -168,8 +168,8 @@ impl<'a> Trace<'a> {
     ///
     /// # Errors
     /// The file's; more users than can be held.
-    pub fn next(&mut self) -> Result<Option<Event>, Failure> {
-        while let Some(line) = self.lines.next()? {
+    pub fn next_event(&mut self) -> Result<Option<Event>, Failure> {
+        while let Some(line) = self.lines.next_line()? {
             let blank = line.as_ref().is_some_and(|line| line.trim().is_empty());
             let header = self.lines.number == 1 && line.as_ref().is_some_and(|line| line.starts_with("t_s,"));
             if blank || header {
@@ -269,7 +269,7 @@ mod tests {
         let path = file("trace", &text);
         let mut trace = Trace::open(&path, &aps).unwrap();
         let mut events = Vec::new();
-        while let Some(event) = trace.next().unwrap() {
+        while let Some(event) = trace.next_event().unwrap() {
             events.push((event.at_ms, event.user, event.ap));
         }
         std::fs::remove_file(&path).unwrap();
