@@ -316,7 +316,7 @@ fn compared(site: &Site, events: &[Event]) -> (f64, f64) {
 
 #[test]
 fn routines_and_directions_are_known_better_than_markov_knows_them() {
-    // The least lead over the best Markov predictor, in points. Measured over ten seeds of full size: 9, 11, 12 and 3.
+    // The least lead over the best Markov predictor, in points. Ten seeds of full size had 9.6, 11.8, 14.6 and 5.0.
     for (kind, users, days, lead) in [
         (Kind::Campus, 12, 10, 5.0),
         (Kind::Town, 8, 8, 5.0),
