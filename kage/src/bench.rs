@@ -1,6 +1,7 @@
 //! `kage bench`: measurements whose figures mean what SURFACE says they mean.
 //!
 //! - [`files`]: files in a machine beside the same on its host, the store beneath them, and what a disk costs in a move.
+//! - [`predict`]: how often forecasts of where users go are right, and what they cost.
 //! - [`start`]: from a login to the machine's first answer, and what an idle machine costs.
 //! - [`processes`]: programs in a machine beside the same programs on its host, and what they do to others.
 //! - [`replicate`]: what mirrors cost: bytes, and the owner's processor.
@@ -8,10 +9,12 @@
 
 mod desk;
 pub mod files;
+pub mod predict;
 pub mod processes;
 pub mod replicate;
 pub mod start;
 mod store;
+mod trace;
 pub mod walk;
 
 use serde::Serialize;
@@ -74,6 +77,9 @@ pub struct Case {
     /// How much better than the peer: above 1 is better.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub ratio: Option<f64>,
+    /// Of a predictor, how often it was right; the figures are then its hits in percent.
+    #[serde(flatten, skip_serializing_if = "Option::is_none")]
+    pub prediction: Option<predict::Prediction>,
 }
 
 /// Who a case is compared with.
@@ -113,6 +119,7 @@ impl Case {
             ci95: None,
             peer: None,
             ratio: None,
+            prediction: None,
         }
     }
 

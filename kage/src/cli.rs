@@ -496,6 +496,26 @@ pub enum BenchCommand {
         #[arg(long)]
         quick: bool,
     },
+    /// How often forecasts of where users go are right, beside Markov predictors, and what they cost
+    #[command(
+        after_help = "Without a trace, on made ones: campus days with routines, a town, random walks.\n\
+        Rows of a trace are t_s,user,ap in time order, `-` for an ap: the user left; lines of the site ap,host,x_m,y_m.\n\
+        Example: kage bench predict --trace trace.csv --aps aps.csv -o json"
+    )]
+    Predict {
+        /// Made traces of each kind
+        #[arg(long, default_value_t = 10, value_name = "N")]
+        runs: u32,
+        /// Fewer runs and a smaller site
+        #[arg(long)]
+        quick: bool,
+        /// A trace to predict, instead of made ones
+        #[arg(long, value_name = "FILE", requires = "aps")]
+        trace: Option<PathBuf>,
+        /// Access points of the trace: their hosts and positions
+        #[arg(long, value_name = "FILE", requires = "trace")]
+        aps: Option<PathBuf>,
+    },
     /// Programs in a machine beside the same on its host, and what a busy one does to an SSH session
     #[command(after_help = "Example: kage bench processes --runs 5")]
     Processes {
@@ -594,6 +614,8 @@ mod tests {
             "bench processes --runs 3",
             "bench replicate --quick --mirrors 2 --load interactive,dirty_30 --link 50mbit",
             "bench walk --quick --dwell 3s --users 2 --hosts 3 -o json",
+            "bench predict --quick",
+            "bench predict --trace t.csv --aps a.csv -o json",
             "image inspect x.kage -o json",
             "image verify x.kage --trust ed25519:00 --config host.toml",
             "image ls",
@@ -605,9 +627,14 @@ mod tests {
                 panic!("{line}: {error}");
             }
         }
-        for line in
-            ["migrate", "wait alice --state asleep", "migrate alice --blackout 10", "login -x", "frobnicate"]
-        {
+        for line in [
+            "migrate",
+            "bench predict --trace t.csv",
+            "wait alice --state asleep",
+            "migrate alice --blackout 10",
+            "login -x",
+            "frobnicate",
+        ] {
             assert!(Cli::try_parse_from(std::iter::once("kage").chain(line.split(' '))).is_err(), "{line}");
         }
     }

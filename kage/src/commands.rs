@@ -91,6 +91,10 @@ pub fn run(cli: Cli) -> Result<(), Failure> {
             bench::start::run(runs, quick, memory, output)
         }
         Command::Bench(BenchCommand::Files { runs, quick }) => bench::files::run(runs, quick, output),
+        Command::Bench(BenchCommand::Predict { runs, quick, trace, aps }) => {
+            let given = trace.zip(aps).map(|(trace, aps)| bench::predict::Given { trace, aps });
+            bench::predict::run(runs, quick, given.as_ref(), output)
+        }
         Command::Bench(BenchCommand::Processes { runs, quick }) => bench::processes::run(runs, quick, output),
         Command::Bench(BenchCommand::Replicate(args)) => bench::replicate::run(&args, output),
         Command::Bench(BenchCommand::Walk(args)) => bench::walk::run(&args, output),
