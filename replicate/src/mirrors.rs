@@ -31,7 +31,7 @@ use crate::{
     digest::DigestTable,
     link::{Link, LinkError},
     pace::Rate,
-    planner::{self, Estimate, HARVEST_BUSY, HOLD, StreamRates},
+    planner::{self, Estimate, HARVEST_LEAST, HOLD, StreamRates},
     sender::{EpochStats, SendError, Sender},
     tracker::Tracker,
 };
@@ -46,7 +46,7 @@ const TRY_AGAIN: Duration = Duration::from_secs(2);
 const OLDEST: Duration = Duration::from_secs(2);
 
 /// With nothing to send the link is tried so often: a follower that is gone is no mirror.
-const HEARTBEAT: Duration = Duration::from_secs(1);
+const HEARTBEAT: Duration = Duration::from_secs(2);
 
 /// Longest wait for a mirror that is given to a handover: one batch and its acknowledgement.
 const GIVING: Duration = Duration::from_secs(1);
@@ -177,7 +177,7 @@ impl Default for Mirrors {
     fn default() -> Self {
         let inner = Inner {
             tracker: None,
-            interval: HARVEST_BUSY,
+            interval: HARVEST_LEAST,
             harvested: None,
             origin: None,
             streams: BTreeMap::new(),
@@ -209,7 +209,8 @@ impl Inner {
         if let Some(origin) = &mut self.origin {
             origin.written.union(dirty);
         }
-        self.interval = planner::next_harvest(self.interval, dirty.len());
+        let since = self.harvested.map_or(HARVEST_LEAST, |last| now.saturating_duration_since(last));
+        self.interval = planner::next_harvest(since, dirty.len());
         self.harvested = Some(now);
         if !dirty.is_empty() {
             for entry in self.streams.values_mut() {

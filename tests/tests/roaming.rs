@@ -271,7 +271,8 @@ fn what_a_network_does_to_accounting_neither_ends_a_daemon_nor_moves_a_machine()
     for number in 0..10_000_u16 {
         let mut bytes: Vec<u8> = (0..=next()).map(|_| next()).collect();
         if number % 2 == 0 && bytes.len() >= 20 {
-            bytes[..4].copy_from_slice(&[4, 1, 0, bytes.len() as u8]);
+            let length = bytes.len() as u8;
+            bytes[..4].copy_from_slice(&[4, 1, 0, length]);
         }
         // A full buffer at the other end drops, as networks do.
         let _ = socket.send(&bytes);

@@ -184,7 +184,7 @@ impl Daemon {
                 }
                 Step::Rest(rest) => Progress::Rest(rest),
                 Step::PassOn(place) => {
-                    self.runtime.spawn(self.clone().tell_new_owner(image.clone(), goal, place.clone()));
+                    self.runtime.spawn(self.clone().tell_next_owner(image.clone(), goal, place.clone()));
                     Progress::PassOn(place)
                 }
                 Step::Await(id) if image.following.chase().stays(&self.me) => Progress::Recalls(id),
@@ -307,7 +307,7 @@ impl Daemon {
     }
 
     /// Tells the machine's new owner where its user is. That may be this host again by then, so that this leads to itself.
-    fn tell_new_owner(
+    fn tell_next_owner(
         self: Arc<Self>,
         image: Arc<Image>,
         goal: u64,

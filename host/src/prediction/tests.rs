@@ -129,7 +129,7 @@ fn the_history_not_used_for_longest_gives_way_and_is_read_again() {
     let store = store(&dir, "a");
     walk(&store, 3);
     for number in 0..MOST_USERS + 5 {
-        store.outlook(&format!("user-{number}").parse().unwrap(), 0);
+        let _ = store.outlook(&format!("user-{number}").parse().unwrap(), 0);
     }
     assert_eq!(store.inner().users.len(), MOST_USERS);
     assert!(!store.inner().users.contains_key(&user()));
