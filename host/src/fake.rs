@@ -219,6 +219,11 @@ impl FakeMachines {
             .cloned()
     }
 
+    /// Whether a user's machine runs here: a mirror's shell does not.
+    pub fn runs(&self, user: &str) -> bool {
+        self.process(user).is_some_and(|process| process.state.lock().unwrap().found != Found::Shell)
+    }
+
     /// As if the daemon that watched them had died.
     pub fn unwatch(&self) {
         for process in self.living.lock().unwrap().values() {

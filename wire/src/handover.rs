@@ -263,7 +263,7 @@ mod tests {
             Message::Switch(Switch { paused_at_ns: 9, state: vec![1, 2, 3], memory_hash: None }),
             Message::Released,
             Message::Cancel,
-            Message::Inquire { user, term, handover, released: true },
+            Message::Inquire { user: user.clone(), term, handover, released: true },
             Message::Ready { as_expected: false },
             Message::Follow(Follow {
                 user: user.clone(),
@@ -294,17 +294,20 @@ mod tests {
     #[test]
     fn messages_keep_their_bytes() {
         let bodies: Vec<_> = samples().iter().map(|message| message.to_frame().body).collect();
-        assert_eq!(bodies[0][..12], [62, 0, 0, 0, 0, 5, b'a', b'l', b'i', b'c', b'e', 5]);
+        assert_eq!(bodies[0][..12], [63, 0, 0, 0, 0, 5, b'a', b'l', b'i', b'c', b'e', 5]);
         assert_eq!(bodies[0][28..31], [0x80, 0x20, 0]);
         assert_eq!(bodies[0][31..63], [8; 32]);
-        assert_eq!(bodies[0][63..], [0xb0, 0xea, 1]);
+        assert_eq!(bodies[0][63..], [0xb0, 0xea, 1, 0]);
         assert_eq!(bodies[1], [3, 0, 0, 0, 1, 0xac, 2]);
         assert_eq!(bodies[2], [7, 0, 0, 0, 2, 9, 3, 1, 2, 3, 0]);
-        for (index, tag) in [(3, 3), (4, 4), (6, 6), (11, 11), (12, 12)] {
+        for (index, tag) in [(3, 3), (4, 4), (12, 11), (13, 12)] {
             assert_eq!(bodies[index], [1, 0, 0, 0, tag]);
         }
-        assert_eq!(bodies[8], [4, 0, 0, 0, 8, 2, b'n', b'o']);
-        assert_eq!(bodies[9], [2, 0, 0, 0, 9, 1]);
+        assert_eq!(bodies[6], [2, 0, 0, 0, 6, 0]);
+        assert_eq!(bodies[7][4], 13);
+        assert_eq!(bodies[7][bodies[7].len() - 20..][..2], [1, 0xff]);
+        assert_eq!(bodies[9], [4, 0, 0, 0, 8, 2, b'n', b'o']);
+        assert_eq!(bodies[10], [2, 0, 0, 0, 9, 1]);
     }
 
     #[test]
@@ -331,7 +334,7 @@ mod tests {
         let most = Message::Ready { as_expected: false }.to_frame_with(&vec![1; MAX_HELD]);
         assert!(Message::from_frame(&most).is_ok() && most.emit().is_ok());
         let more = Message::Ready { as_expected: false }.to_frame_with(&vec![1; MAX_HELD + 1]);
-        assert_eq!(Message::from_frame(&more), Err(MessageError::Damaged("what the target has is too long")));
+        assert_eq!(Message::from_frame(&more), Err(MessageError::Damaged("what is held is too long")));
         let wordy = Message::Failed { reason: "é".repeat(MAX_REASON) }.to_frame();
         let Ok((Message::Failed { reason }, _)) = Message::from_frame(&wordy) else { panic!() };
         assert!(reason.len() <= MAX_REASON);

@@ -164,16 +164,13 @@ async fn what_was_written_before_the_rest_has_come_outlives_any_restart() {
     assert_eq!(login(&hosts[1], "h2").await.host.as_str(), "h2");
     disk(&hosts[1]).put(7, &page(2007));
     hosts[1].machines.process("alice").unwrap().kill("killed by signal 9");
-    until("the restart", async || {
-        record(&hosts[1]).term.0 > 3 && hosts[1].machines.process("alice").is_some()
-    })
-    .await;
+    until("the restart", async || record(&hosts[1]).term.0 > 3 && hosts[1].machines.runs("alice")).await;
     // And the daemon, with its machine.
     let host = hosts.remove(1);
     let (machines, net, embedded) = host.kill();
     machines.process("alice").unwrap().kill("while nobody looked");
     let host = site.restart(1, (machines, net, embedded)).await;
-    until("the machine", async || host.machines.process("alice").is_some()).await;
+    until("the machine", async || host.machines.runs("alice")).await;
     assert!(record(&host).disk_origin.is_some());
     drop(held);
     whole(&host).await;

@@ -54,7 +54,7 @@ async fn a_machine_moves_with_its_memory_and_its_route() {
         arrived.read(PageIndex(page), &mut after);
         assert!(before == after, "page {page}");
     }
-    assert!(hosts[0].machines.process("alice").is_none());
+    assert!(!hosts[0].machines.runs("alice"));
     let view = hosts[0].show("alice?state=running&at=h2&timeout=5s").await;
     assert_eq!(view.address, login.address);
     let vid = login.vid.to_string();
@@ -89,7 +89,7 @@ async fn a_machine_follows_its_user_back_and_forth() {
     let body = json!({ "user": "alice", "ap": "ap-1" });
     let (_, reply) = hosts[1].call(&Call::new(Method::POST, "/v1/roam").json(&body)).await;
     assert_eq!(reply["action"], "stays");
-    assert!(hosts[0].machines.process("alice").is_some() && hosts[1].machines.process("alice").is_none());
+    assert!(hosts[0].machines.runs("alice") && !hosts[1].machines.runs("alice"));
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -116,7 +116,7 @@ async fn a_host_with_another_build_of_the_image_refuses_a_machine() {
     assert_eq!(report.outcome, MoveOutcome::KeptHere);
     let reason = report.reason.unwrap();
     assert!(reason.contains("another build at host h2"), "{reason}");
-    assert!(hosts[1].machines.process("alice").is_none());
+    assert!(!hosts[1].machines.runs("alice"));
     assert_eq!(hosts[0].show("alice").await.state, State::Running);
 }
 
@@ -175,7 +175,7 @@ async fn moves_asked_for_at_the_same_time_come_one_after_the_other() {
     let [first, second] = reports;
     assert_eq!((first.from.as_str(), first.outcome), ("h1", MoveOutcome::HandedOver), "{first:?}");
     assert_eq!((&second.from, second.outcome), (&first.to, MoveOutcome::HandedOver), "{second:?}");
-    let holders = hosts.iter().filter(|host| host.machines.process("alice").is_some()).count();
+    let holders = hosts.iter().filter(|host| host.machines.runs("alice")).count();
     assert_eq!(holders, 1);
     tokio::time::sleep(Duration::from_millis(10)).await;
     assert_eq!(hosts[0].show("alice?state=running&timeout=5s").await.host, second.to);

@@ -259,7 +259,7 @@ async fn logout_keeps_the_identity_for_the_next_login() {
     let first = hosts[0].login("alice", json!({ "key": KEY })).await;
     let (status, view) = hosts[1].call(&Call::new(Method::DELETE, "/v1/images/alice")).await;
     assert_eq!((status, &view["state"]), (200, &json!("stopped")), "{view}");
-    assert!(hosts[0].machines.process("alice").is_none());
+    assert!(!hosts[0].machines.runs("alice"));
     let (status, _) = hosts[0].call(&Call::new(Method::POST, "/v1/images/alice/stop")).await;
     assert_eq!(status, 200, "stopping twice is stopping once");
     let again = hosts[0].login("alice", json!({})).await;
@@ -281,7 +281,7 @@ async fn a_machine_whose_process_dies_is_started_again_under_a_new_term() {
     let view = hosts[0].show("alice?state=running&timeout=5s").await;
     assert_eq!(view.term.0, 2);
     for _ in 0..decide::Restarts::MOST {
-        until("a process", async || hosts[0].machines.process("alice").is_some()).await;
+        until("a process", async || hosts[0].machines.runs("alice")).await;
         until("running", async || hosts[0].show("alice").await.state == State::Running).await;
         hosts[0].machines.process("alice").unwrap().kill("again");
     }
@@ -493,7 +493,7 @@ async fn a_restart_whose_swap_is_not_answered_is_tried_again() {
     let host = site.restart(0, (machines, net, Some(deaf))).await;
     let view = host.show("alice?state=running&timeout=20s").await;
     assert_eq!((view.host.as_str(), view.term.0), ("h1", 2));
-    assert!(host.machines.process("alice").is_some());
+    assert!(host.machines.runs("alice"));
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -638,7 +638,7 @@ async fn a_stopped_machine_goes_to_where_its_user_logs_in() {
         assert_eq!(hosts[0].call(&Call::new(Method::DELETE, "/v1/images/alice")).await.0, 200);
         let reply = hosts[asked].login("alice", json!({ "at": at })).await;
         assert_eq!((reply.host.as_str(), reply.found, reply.vid), (to, false, first.vid), "{reply:?}");
-        let holders = hosts.iter().filter(|host| host.machines.process("alice").is_some()).count();
+        let holders = hosts.iter().filter(|host| host.machines.runs("alice")).count();
         assert_eq!(holders, 1);
     }
     let record = hosts[0].daemon.existing(&"alice".parse().unwrap()).unwrap().record;
@@ -651,6 +651,6 @@ async fn a_stopped_machine_goes_to_where_its_user_logs_in() {
         hosts[2].login("alice", json!({ "at": "ap-3" }))
     );
     assert_eq!((&a.host, &a.host), (&b.host, &c.host));
-    let holders = hosts.iter().filter(|host| host.machines.process("alice").is_some()).count();
+    let holders = hosts.iter().filter(|host| host.machines.runs("alice")).count();
     assert_eq!(holders, 1);
 }

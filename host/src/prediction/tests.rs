@@ -241,7 +241,7 @@ async fn a_user_who_is_gone_again_is_chased_to_the_last_place() {
     .await;
     let view = hosts[1].show("alice?state=running&at=h3&timeout=10s").await;
     assert!(view.term.0 <= 7, "one move a place at most: {view:?}");
-    let holders = hosts.iter().filter(|host| host.machines.process("alice").is_some()).count();
+    let holders = hosts.iter().filter(|host| host.machines.runs("alice")).count();
     assert_eq!(holders, 1);
 }
 
