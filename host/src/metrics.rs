@@ -13,7 +13,7 @@ const BUCKETS: [f64; 14] =
 
 /// Names, kinds and meanings of all figures.
 const FAMILIES: [(&str, &str, &str); 18] = [
-    ("kage_images", "gauge", "Images on this host by state."),
+    ("kage_images", "gauge", "Images on this host by state; mirrors of others' among them."),
     ("kage_pool_ready", "gauge", "Machines that wait for a login, shells that wait for an arrival."),
     ("kage_logins_total", "counter", "Logins answered."),
     ("kage_login_start_seconds", "histogram", "Login to the machine's first answer."),

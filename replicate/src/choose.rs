@@ -156,7 +156,7 @@ fn probabilities<'a>(scene: &Scene<'a>, away: Option<&'a HostName>) -> BTreeMap<
     }
     if let Some(host) = away {
         // Whatever else it is, it is needed now; nothing with a mirror is worth more.
-        all.insert(host, 2.0);
+        all.insert(host, f64::INFINITY);
     }
     all
 }

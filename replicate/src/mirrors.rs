@@ -339,7 +339,13 @@ impl Mirrors {
         {
             let mut inner = self.inner();
             let entry = inner.streams.get_mut(host)?;
-            entry.wish = if entry.whole { Wish::Give(give) } else { Wish::Leave };
+            if !entry.whole {
+                entry.wish = Wish::Leave;
+                drop(inner);
+                self.changed.notify_all();
+                return None;
+            }
+            entry.wish = Wish::Give(give);
         }
         self.changed.notify_all();
         // Ends at once where the stream does.

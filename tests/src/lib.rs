@@ -156,6 +156,19 @@ impl Site {
         self.json("h1", &["show", user])
     }
 
+    /// The figures of a host's daemon with this name whose labels contain that; none while the daemon does not answer.
+    #[must_use]
+    pub fn figures(&self, host: &str, name: &str, label: &str) -> Vec<f64> {
+        let mut curl = Command::new("curl");
+        curl.args(["-sS", "--fail", "--unix-socket"]).arg(self.dir().join(host).join("run/host.sock"));
+        let output = curl.arg("http://kage/metrics").output().expect("curl is installed");
+        let text = String::from_utf8_lossy(&output.stdout);
+        let lines =
+            text.lines().filter_map(|line| line.strip_prefix(name)?.strip_prefix('{')?.rsplit_once("} "));
+        let values = lines.filter(|(labels, _)| labels.contains(label)).map(|(_, value)| value.parse());
+        values.collect::<Result<_, _>>().expect("figures are numbers")
+    }
+
     /// Where files of this test may lie.
     #[must_use]
     pub fn dir(&self) -> &Path {

@@ -126,17 +126,9 @@ fn check_at_random_instants(site: &Site, hosts: &[&str], times: u32) {
 
 /// Bytes that a host has sent to mirrors since its daemon was started.
 fn sent_to_mirrors(site: &Site, host: &str) -> u64 {
-    let mut curl = Command::new("curl");
-    curl.args(["-sS", "--fail", "--unix-socket"]).arg(site.dir().join(host).join("run/host.sock"));
-    let output = curl.arg("http://kage/metrics").output().expect("curl is installed");
-    let text = String::from_utf8_lossy(&output.stdout).into_owned();
-    let counts = text
-        .lines()
-        .filter(|line| line.starts_with("kage_replica_bytes_total{") && line.contains("\"mirror\""));
-    let values = counts.filter_map(|line| line.rsplit(' ').next()?.parse::<f64>().ok());
-    let (count, sum) = values.fold((0, 0.0), |(count, sum), value| (count + 1, sum + value));
-    assert!(count > 0, "{host} does not count what it sends to mirrors:\n{text}");
-    sum as u64
+    let counts = site.figures(host, "kage_replica_bytes_total", "\"mirror\"");
+    assert!(!counts.is_empty(), "{host} does not count what it sends to mirrors{}", site.daemon_logs());
+    counts.iter().sum::<f64>() as u64
 }
 
 /// An upload over scp that lasts for some seconds.

@@ -126,8 +126,8 @@ fn accounting_by_radclient_logs_in_moves_and_logs_out() {
     assert_eq!(text(&site.show(user), "host"), "h2");
 }
 
-/// FreeRADIUS's configuration: it hands all accounting on to this host's daemon.
-fn relay(dir: &Path, secret: &str) -> String {
+/// FreeRADIUS's configuration of a server that does this.
+fn freeradius(dir: &Path, modules: &str, server: &str) -> String {
     let dir = dir.display();
     format!(
         r#"prefix = /usr
@@ -143,15 +143,21 @@ thread pool {{
     max_requests_per_server = 0
 }}
 modules {{
-    always ok {{
-        rcode = ok
-    }}
+    {modules}
 }}
 client access-points {{
     ipaddr = 127.0.0.0/8
     secret = "{RELAY_SECRET}"
 }}
-home_server kage {{
+{server}
+"#
+    )
+}
+
+/// Its part that hands all accounting on to this host's daemon.
+fn relay(secret: &str) -> String {
+    format!(
+        r#"home_server kage {{
     type = acct
     ipv6addr = ::1
     port = 1813
@@ -181,17 +187,37 @@ server relay {{
     accounting {{
         ok
     }}
-}}
-"#
+}}"#
     )
 }
+
+/// Its part that knows alice by her password.
+const AUTHENTICATION: &str = r#"server authentication {
+    listen {
+        type = auth
+        ipaddr = 127.0.0.1
+        port = 18120
+    }
+    authorize {
+        if (&User-Name == "alice") {
+            update control {
+                &Cleartext-Password := "correct horse"
+            }
+        }
+        eap
+    }
+    authenticate {
+        eap
+    }
+}"#;
 
 #[test]
 fn accounting_that_freeradius_relays_has_the_same_effect() {
     let site = site();
     let dir = site.dir().join("freeradius");
     fs::create_dir(&dir).unwrap();
-    file(&dir, "radiusd.conf", &relay(&dir, &secret(&site)));
+    let modules = "always ok {\nrcode = ok\n}";
+    file(&dir, "radiusd.conf", &freeradius(&dir, modules, &relay(&secret(&site))));
     let mut server = Command::new("freeradius");
     server.args(["-f", "-l", "stdout", "-d"]).arg(&dir);
     let _relay = until(&site, "h1", &mut server, "Ready to process requests");
@@ -213,15 +239,15 @@ fn accounting_that_freeradius_relays_has_the_same_effect() {
     wait(&site, "dave", &["stopped"]);
 }
 
-/// hostapd's configuration for a wired port with a server of its own: it reports to this host's daemon.
-fn access_point(port: &str, ap: &str, users: &Path, secret: &str) -> String {
+/// hostapd's configuration for a wired port: it asks a server beside it who the user is, and reports to this host's
+/// daemon.
+fn access_point(port: &str, ap: &str, secret: &str) -> String {
     format!(
         "interface={port}\ndriver=wired\nlogger_stdout=-1\nlogger_stdout_level=1\n\
-         ieee8021x=1\nuse_pae_group_addr=1\neap_server=1\neap_user_file={}\n\
-         nas_identifier={ap}\nown_ip_addr=127.0.0.1\n\
+         ieee8021x=1\nuse_pae_group_addr=1\nnas_identifier={ap}\nown_ip_addr=127.0.0.1\n\
+         auth_server_addr=127.0.0.1\nauth_server_port=18120\nauth_server_shared_secret={RELAY_SECRET}\n\
          acct_server_addr=::1\nacct_server_port=1813\nacct_server_shared_secret={secret}\n\
-         radius_acct_interim_interval=60\nradius_request_cui=1\n",
-        users.display()
+         radius_acct_interim_interval=60\n"
     )
 }
 
@@ -229,7 +255,10 @@ fn access_point(port: &str, ap: &str, users: &Path, secret: &str) -> String {
 fn authentication_at_an_access_point_starts_the_machine_and_at_another_moves_it() {
     let site = site();
     let dir = site.dir();
-    let users = file(dir, "users", "\"alice\" MD5 \"correct horse\"\n");
+    let servers = dir.join("freeradius");
+    fs::create_dir(&servers).unwrap();
+    let modules = "eap {\ndefault_eap_type = md5\nmd5 {\n}\n}";
+    file(&servers, "radiusd.conf", &freeradius(&servers, modules, AUTHENTICATION));
     let supplicant = file(
         dir,
         "supplicant",
@@ -238,15 +267,17 @@ fn authentication_at_an_access_point_starts_the_machine_and_at_another_moves_it(
     );
     let secret = secret(&site);
     let authenticate = |host: &str, ap: &str, link: u8| {
-        let content = access_point(&format!("d1w{link}"), ap, &users, &secret);
-        let config = file(dir, &format!("{ap}.conf"), &content);
+        let mut server = Command::new("freeradius");
+        server.args(["-f", "-l", "stdout", "-d"]).arg(&servers);
+        let server = until(&site, host, &mut server, "Ready to process requests");
+        let config = file(dir, &format!("{ap}.conf"), &access_point(&format!("d1w{link}"), ap, &secret));
         let mut hostapd = Command::new("hostapd");
         let hostapd = until(&site, host, hostapd.arg(config), "AP-ENABLED");
         let mut client = Command::new("wpa_supplicant");
         client.args(["-D", "wired", "-i", &format!("wlan{link}"), "-c"]).arg(&supplicant);
         let client = until(&site, "d1", &mut client, "CTRL-EVENT-EAP-SUCCESS");
         wait(&site, "alice", &["running", "--at", host]);
-        (hostapd, client)
+        (server, hostapd, client)
     };
     let _first = authenticate("h1", "ap-1", 0);
     // The device's cable is carried over; nobody but the new access point says so.

@@ -184,7 +184,7 @@ struct Drive<'a> {
     /// Why there is no switch link.
     lost: String,
     /// Messages that came while a probe was under way.
-    inbox: VecDeque<Message>,
+    inbox: VecDeque<Frame>,
     bulk: Option<Box<dyn Link>>,
     /// What the target has, where that is not what was expected.
     held: Held,
@@ -404,7 +404,8 @@ impl Drive<'_> {
             return Ok(SourceEvent::Cancel);
         }
         // A refusal that came meanwhile ends it here, not in the pause.
-        Ok(self.inbox.pop_front().map_or(SourceEvent::RoundSent(round), |message| self.told(message)))
+        let refusal = self.inbox.pop_front().and_then(|frame| self.heard(&frame));
+        Ok(refusal.unwrap_or(SourceEvent::RoundSent(round)))
     }
 
     fn pause(&mut self) -> SourceEvent {
@@ -550,7 +551,8 @@ impl Drive<'_> {
                         self.clock.learn(sent, peer, received);
                         break;
                     }
-                    Ok((message, _)) => self.inbox.push_back(message),
+                    // As it came: what belongs to it lies behind the message.
+                    Ok(_) => self.inbox.push_back(frame),
                     Err(error) => return self.lose(error),
                 }
             }
@@ -574,8 +576,11 @@ impl Drive<'_> {
         };
         let cancellable = matches!(source.state, SourceState::Preparing);
         loop {
-            if let Some(message) = self.inbox.pop_front() {
-                return Some(self.told(message));
+            if let Some(frame) = self.inbox.pop_front() {
+                if let Some(event) = self.heard(&frame) {
+                    return Some(event);
+                }
+                continue;
             }
             if cancellable && self.control.is_cancelled() {
                 return Some(SourceEvent::Cancel);
@@ -585,12 +590,11 @@ impl Drive<'_> {
             };
             let until = if cancellable { deadline.min(Instant::now() + CANCEL_INTERVAL) } else { deadline };
             match link.recv(Some(until)) {
-                Ok(frame) => match Message::from_frame(&frame) {
-                    Ok((Message::Probed { .. }, _)) => {}
-                    Ok((Message::Ready { as_expected }, held)) => return Some(self.ready(as_expected, held)),
-                    Ok((message, _)) => return Some(self.told(message)),
-                    Err(error) => self.lose(error),
-                },
+                Ok(frame) => {
+                    if let Some(event) = self.heard(&frame) {
+                        return Some(event);
+                    }
+                }
                 Err(LinkError::Timeout) if Instant::now() >= deadline => return Some(SourceEvent::Timeout),
                 Err(LinkError::Timeout) => {}
                 // Said by its daemon before a session began; later only a `Failed` binds.
@@ -598,6 +602,19 @@ impl Drive<'_> {
                     return Some(SourceEvent::TargetFailed(Cause::TargetRefused(refusal.detail)));
                 }
                 Err(error) => self.lose(error),
+            }
+        }
+    }
+
+    /// What a frame of the switch link means; none where nothing.
+    fn heard(&mut self, frame: &Frame) -> Option<SourceEvent> {
+        match Message::from_frame(frame) {
+            Ok((Message::Probed { .. }, _)) => None,
+            Ok((Message::Ready { as_expected }, held)) => Some(self.ready(as_expected, held)),
+            Ok((message, _)) => Some(self.told(message)),
+            Err(error) => {
+                self.lose(error);
+                None
             }
         }
     }
@@ -638,7 +655,6 @@ impl Drive<'_> {
 
     fn told(&mut self, message: Message) -> SourceEvent {
         match message {
-            Message::Ready { .. } => SourceEvent::TargetReady,
             Message::Failed { reason } if self.sender.is_none() => {
                 SourceEvent::TargetFailed(Cause::TargetRefused(reason))
             }

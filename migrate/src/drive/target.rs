@@ -169,6 +169,8 @@ pub struct Checked {
     pub epoch: Epoch,
     /// What it claims to hold.
     pub digest: u128,
+    /// Pages of memory it holds, but those of zeros.
+    pub pages: u32,
     /// Pages that are not what it claims.
     pub wrong_pages: u32,
 }
@@ -415,8 +417,8 @@ impl Targets {
         let copy = lock(&self.state).mirrors.get(user).map(|mirror| mirror.copy.clone())?;
         let stream = lock(&copy.stream);
         let mirror = stream.receiver.as_ref()?.mirror();
-        let (epoch, digest) = (mirror.epoch(), mirror.digest());
-        Some(Checked { epoch, digest, wrong_pages: mirror.scrub().len() })
+        let (epoch, digest, pages) = (mirror.epoch(), mirror.digest(), mirror.held().memory.len());
+        Some(Checked { epoch, digest, pages, wrong_pages: mirror.scrub().len() })
     }
 
     /// Goes on with a handover whose machine an earlier daemon held ([`crate::recover`]). Blocks.

@@ -130,6 +130,9 @@ fn a_machine_away_from_its_user_gets_a_mirror_there_and_no_other_new_one() {
     let case = Case { user_at: Some(host("b")), ..Case::likely(&[("c", 0.7), ("d", 0.3)]) };
     assert_eq!(case.chosen(), hosts("b"));
     assert_eq!(case.following("d c").chosen(), hosts("b c"));
+    // However much is said of another.
+    let said_twice = Case { user_at: Some(host("b")), ..Case::likely(&[("c", 0.9), ("c", 0.9)]) };
+    assert_eq!(said_twice.following("c").chosen(), hosts("b c"));
 }
 
 #[test]
