@@ -43,7 +43,7 @@ mod tests;
 use std::{
     io,
     path::{Path, PathBuf},
-    sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, Weak},
+    sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock, Weak},
     time::{Duration, Instant},
 };
 
@@ -99,6 +99,9 @@ impl Default for Limits {
     }
 }
 
+/// Longest wait for a mirror's process to end.
+const GIVING_BACK: Duration = Duration::from_secs(2);
+
 /// Who has the log of an image.
 #[derive(Default)]
 enum Place {
@@ -115,6 +118,8 @@ enum Place {
 #[derive(Default)]
 pub struct ImageDisk {
     place: Mutex<Place>,
+    /// A mirror has given it back.
+    freed: Condvar,
     /// The log of an earlier stay.
     aside: Mutex<Option<Arc<OpenLog>>>,
     pulls: pull::Pulls,
@@ -154,7 +159,11 @@ impl ImageDisk {
     /// Closes the log here, for a machine that gets it; waits for a call that is under way. Not while a mirror has it.
     #[must_use]
     pub fn lend(&self) -> bool {
-        let mut place = locked(&self.place);
+        let place = locked(&self.place);
+        // One whose process is being ended.
+        let waited =
+            self.freed.wait_timeout_while(place, GIVING_BACK, |place| matches!(place, Place::Mirror(_)));
+        let (mut place, _) = waited.unwrap_or_else(PoisonError::into_inner);
         match &*place {
             Place::Mirror(_) => return false,
             Place::Open(log) => log.close(),
@@ -203,6 +212,7 @@ impl ImageDisk {
                 *locked(&self.known) = Some(Held::of(&**disk));
             }
             *place = Place::Free;
+            self.freed.notify_all();
         }
     }
 

@@ -57,10 +57,12 @@ impl Kept {
     /// # Errors
     /// In words.
     pub fn from_foreign(bytes: &[u8], now_ms: u64) -> Result<Self, String> {
-        let kept: Self = decode(bytes, MAX_HISTORY_BYTES)?;
+        let mut kept: Self = decode(bytes, MAX_HISTORY_BYTES)?;
         if kept.last_ms > now_ms.saturating_add(AHEAD_MS) {
             return Err("its last event is in the future; do the hosts' clocks differ?".to_owned());
         }
+        // By this clock: else what comes in the meantime would be older than it.
+        kept.last_ms = kept.last_ms.min(now_ms);
         Ok(kept)
     }
 

@@ -121,8 +121,9 @@ pub struct Given<L = Box<dyn Link>> {
     pub due: PageSet,
 }
 
-/// A question to a stream, which answers it between two epochs.
-type Question = Box<dyn FnOnce(Epoch, u128) + Send>;
+/// A question to a stream, which answers it between two epochs: with its last epoch, the digest of everything sent, and
+/// whether it can still wait.
+type Question = Box<dyn FnOnce(Epoch, u128, &dyn Fn() -> bool) + Send>;
 
 /// What is wanted of a stream.
 #[derive(Default)]
@@ -141,13 +142,28 @@ struct Entry {
     wish: Wish,
     epoch: Epoch,
     whole: bool,
-    /// Since when it has lacked something.
+    /// Since when it has lacked something, but what is being sent.
     behind: Option<Instant>,
+    /// What is being sent.
+    sending: Option<Sending>,
     rates: Option<StreamRates>,
     note: Option<String>,
 }
 
+/// An epoch under way.
+#[derive(Clone, Copy)]
+struct Sending {
+    pages: u32,
+    /// Since when the oldest of them was lacking.
+    behind: Option<Instant>,
+}
+
 impl Entry {
+    /// Since when the oldest of its differences is one.
+    fn oldest(&self) -> Option<Instant> {
+        [self.behind, self.sending.and_then(|sending| sending.behind)].into_iter().flatten().min()
+    }
+
     const fn is_wanted(&self) -> bool {
         matches!(self.wish, Wish::Go | Wish::Ask(_))
     }
@@ -223,8 +239,9 @@ impl Inner {
         self.harvested.map_or_else(Instant::now, |last| last + self.interval)
     }
 
+    /// What a follower lacks; none where it is none.
     fn due(&self, host: &HostName) -> Option<PageSet> {
-        self.tracker.as_ref().map(|tracker| tracker.due(host))
+        self.tracker.as_ref().filter(|tracker| tracker.follows(host)).map(|tracker| tracker.due(host))
     }
 }
 
@@ -262,6 +279,7 @@ impl Mirrors {
                         epoch: Epoch(0),
                         whole: false,
                         behind: Some(Instant::now()),
+                        sending: None,
                         rates: None,
                         note: None,
                     };
@@ -312,7 +330,8 @@ impl Mirrors {
         let now = Instant::now();
         let wanted = inner.streams.iter().filter(|(_, entry)| entry.is_wanted());
         let views = wanted.map(|(host, entry)| {
-            let due = inner.due(host).map_or(0, |due| due.len());
+            let sending = entry.sending.map_or(0, |sending| sending.pages);
+            let due = inner.due(host).map_or(0, |due| due.len()) + sending;
             let rates = entry.rates.unwrap_or(StreamRates {
                 link: Rate::bytes_per_s(125e6),
                 ratio: 1.0,
@@ -322,7 +341,7 @@ impl Mirrors {
                 host: host.clone(),
                 epoch: entry.epoch,
                 whole: entry.whole,
-                lag: entry.behind.map(|since| now.saturating_duration_since(since)).unwrap_or_default(),
+                lag: entry.oldest().map(|since| now.saturating_duration_since(since)).unwrap_or_default(),
                 missing_bytes: u64::from(due) * PAGE_SIZE as u64,
                 estimate: planner::if_now(due, &rates),
                 note: entry.note.clone(),
@@ -364,9 +383,14 @@ impl Mirrors {
         }
     }
 
-    /// Has a mirror's stream answer between two epochs: `question` is called with its last epoch and the digest of
-    /// everything sent. Whether there is a stream to ask.
-    pub fn ask(&self, host: &HostName, question: impl FnOnce(Epoch, u128) + Send + 'static) -> bool {
+    /// Has a mirror's stream answer between two epochs: `question` is called with its last epoch, the digest of
+    /// everything sent, and what says whether the stream has nothing better to do than to wait for it. Whether there is a
+    /// stream to ask.
+    pub fn ask(
+        &self,
+        host: &HostName,
+        question: impl FnOnce(Epoch, u128, &dyn Fn() -> bool) + Send + 'static,
+    ) -> bool {
         let mut inner = self.inner();
         let Some(entry) = inner.streams.get_mut(host) else { return false };
         if !matches!(entry.wish, Wish::Go) || !entry.whole {
@@ -386,7 +410,10 @@ impl Mirrors {
             let until = Instant::now() + TRY_AGAIN;
             if let (Ended::Lost(why), Some(entry)) = (&ended, inner.streams.get_mut(host)) {
                 tracing::debug!(%host, why, "a mirror is not kept for now");
-                (entry.note, entry.whole) = (Some(why.clone()), false);
+                entry.note = Some(why.clone());
+            }
+            if let Some(entry) = inner.streams.get_mut(host) {
+                (entry.whole, entry.sending) = (false, None);
             }
             if let Some(tracker) = &mut inner.tracker {
                 tracker.unfollow(host);
@@ -519,10 +546,16 @@ impl Streaming<'_> {
                 Next::Drop => return Ok(self.link.send(&Message::Cancel.to_frame())?),
                 Next::Send(pages) => self.send(&pages)?,
                 Next::Heartbeat => self.send(&PageSet::empty(self.memory.geometry().pages()))?,
-                Next::Answer(question) => question(Epoch(self.epoch.0 - 1), self.sender.digest()),
+                Next::Answer(question) => {
+                    let is_free = || {
+                        let inner = self.mirrors.inner();
+                        inner.streams.get(self.host).is_some_and(|entry| matches!(entry.wish, Wish::Go))
+                    };
+                    question(Epoch(self.epoch.0 - 1), self.sender.digest(), &is_free);
+                }
                 Next::Give(give) => {
-                    let pages = self.memory.geometry().pages();
-                    let due = self.mirrors.inner().due(self.host).unwrap_or_else(|| PageSet::empty(pages));
+                    // What an unknown follower lacks is not known.
+                    let Some(due) = self.mirrors.inner().due(self.host) else { return Ok(()) };
                     let Self { sender, link, epoch, .. } = self;
                     // Who asked may have given up; the follower keeps what it has for a while.
                     let _ = give.send(Given { sender, link, epoch, due });
@@ -555,7 +588,7 @@ impl Streaming<'_> {
             }
             // Another machine of the user's may run here by now.
             let is_same = self.side.memory().is_some_and(|memory| Arc::ptr_eq(&memory, &self.memory));
-            if inner.tracker.is_none() || !is_same {
+            if inner.due(self.host).is_none() || !is_same {
                 return Next::Over;
             }
             let mut until = inner.harvest_due();
@@ -588,7 +621,7 @@ impl Streaming<'_> {
         };
         let due = tracker.due(self.host);
         if due.is_empty() {
-            entry.behind = None;
+            (entry.behind, entry.sending) = (None, None);
             // One that lacks nothing from the start needs no first copy.
             entry.whole = true;
             return empty;
@@ -600,6 +633,13 @@ impl Streaming<'_> {
             planner::for_mirror(&due, |page| tracker.heat(page), &self.sender.rates(), HOLD)
         };
         tracker.take(self.host, &now);
+        if !now.is_empty() {
+            entry.sending = Some(Sending { pages: now.len(), behind: entry.behind });
+        }
+        if all {
+            // What is found from now on is another difference.
+            entry.behind = None;
+        }
         now
     }
 
@@ -629,7 +669,7 @@ impl Streaming<'_> {
         let epoch = self.epoch;
         self.epoch.0 += 1;
         let mut inner = self.mirrors.inner();
-        let behind = inner.streams.get(self.host).and_then(|entry| entry.behind);
+        let behind = inner.streams.get(self.host).and_then(Entry::oldest);
         self.side.sent(self.host, &sent, behind.map(|since| since.elapsed()).unwrap_or_default());
         let Inner { tracker, streams, .. } = &mut *inner;
         if let (Some(tracker), Some(unsent)) = (tracker.as_mut(), &unsent) {
@@ -639,6 +679,10 @@ impl Streaming<'_> {
             entry.epoch = epoch;
             entry.rates = Some(self.sender.rates());
             entry.whole |= unsent.is_none();
+            let sending = entry.sending.take();
+            if unsent.is_some() {
+                entry.behind = sending.and_then(|sending| sending.behind).or(entry.behind);
+            }
             if tracker.as_ref().is_none_or(|tracker| tracker.due(self.host).is_empty()) {
                 entry.behind = None;
             }

@@ -81,6 +81,12 @@ impl Tracker {
         }
     }
 
+    /// Whether it is a follower.
+    #[must_use]
+    pub fn follows(&self, follower: &HostName) -> bool {
+        self.followers.contains_key(follower)
+    }
+
     /// What the follower lacks; nothing of an unknown one.
     #[must_use]
     pub fn due(&self, follower: &HostName) -> PageSet {

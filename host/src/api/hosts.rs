@@ -177,8 +177,8 @@ impl Daemon {
             self.metrics.set("kage_images", &[("state", state.name())], count);
         }
         // Beside the states of machines that are here: those of other hosts that are followed here.
-        let (mirrors, _) = self.targets.all_mirrors();
         #[expect(clippy::cast_precision_loss, reason = "a count of machines")]
-        self.metrics.set("kage_images", &[("state", "mirror")], mirrors as f64);
+        let mirrors = self.targets.mirror_count() as f64;
+        self.metrics.set("kage_images", &[("state", "mirror")], mirrors);
     }
 }

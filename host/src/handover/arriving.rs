@@ -51,6 +51,10 @@ impl TargetHost for Receiving {
         self.0.take_in_mirror(owner, request, kept)
     }
 
+    fn owned_by(&self, host: &HostName, user: &UserName, term: Term) -> Result<(), String> {
+        self.0.owned_by(host, user, term).map(|_| ())
+    }
+
     fn holds(&self, user: &UserName) -> bool {
         let Some(image) = self.0.known(user) else { return false };
         match image.slot.try_lock() {
@@ -65,6 +69,23 @@ impl TargetHost for Receiving {
 }
 
 impl Daemon {
+    /// The record of an image that the directory says that host owns under that term; blocks.
+    ///
+    /// # Errors
+    /// Whom it names instead, in words.
+    pub(crate) fn owned_by(
+        &self,
+        host: &HostName,
+        user: &UserName,
+        term: Term,
+    ) -> Result<ImageRecord, String> {
+        let record = self.existing(user).map_err(|error| error.message)?.record;
+        if record.owner == *host && record.term == term {
+            return Ok(record);
+        }
+        Err(format!("the directory names {} as owner under term {}", record.owner, record.term.0))
+    }
+
     /// Serves a peer's link of a handover until it ends; blocks.
     pub(crate) fn take_handover_link(self: &Arc<Self>, mut link: TlsLink, purpose: Purpose) {
         let peer = link.peer().clone();
@@ -186,15 +207,12 @@ impl Arriving {
         request: &Prepare,
         mirror: Option<Box<Shelf>>,
     ) -> Result<Self, String> {
-        let record = daemon.existing(&ticket.user).map_err(|error| error.message)?.record;
-        if record.owner != ticket.source || record.term != ticket.term {
-            return Err(format!(
-                "the directory names {} as owner under term {}",
-                record.owner, record.term.0
-            ));
-        }
+        let record = daemon.owned_by(&ticket.source, &ticket.user, ticket.term)?;
         if record.wanted == Wanted::Stopped {
             return Err("its user wants it stopped".to_owned());
+        }
+        if mirror.is_some() && record.disk_origin.is_some() {
+            return Err("its mirror here is of another stay than its disk; try again".to_owned());
         }
         if record.ipv4.is_some() && !daemon.config.uses_ipv4() {
             return Err(
@@ -225,9 +243,13 @@ impl Arriving {
                 shelf.into_parts(request.base).ok_or("the process of its mirror here has ended; try again")?
             }
             None => {
-                let tap = daemon.fresh_tap(spec.number).map_err(|error| error.message)?;
-                let kept = tap.try_clone().ok();
+                // First: what has the log may have a tap of that name too.
                 daemon.lend_log(&image, &record, true).map_err(|error| error.message)?;
+                let tap = daemon.fresh_tap(spec.number).map_err(|error| {
+                    image.disk.back();
+                    error.message
+                })?;
+                let kept = tap.try_clone().ok();
                 Parts {
                     machine: daemon.machines.shell(&spec, tap).inspect_err(|_| image.disk.back())?,
                     tap: kept,

@@ -76,6 +76,7 @@ impl Leaving {
     pub fn over(mut self, report: &Report) {
         self.departure = None;
         let (daemon, image) = (&self.daemon, &self.image);
+        let mut leavings = None;
         match report.outcome {
             Outcome::HandedOver => {
                 let number = self.slot.spec.as_ref().map(|spec| spec.number);
@@ -89,11 +90,7 @@ impl Leaving {
                 {
                     tracing::warn!(reason, "a tap was not removed");
                 }
-                if let Some(left) = left.filter(|_| daemon.config.replicate.followers > 0)
-                    && let Err(reason) = daemon.stay_as_mirror(image, &self.slot, &*left)
-                {
-                    tracing::debug!(reason, user = %image.user, "what it left is not kept as a mirror");
-                }
+                leavings = left.filter(|_| daemon.config.replicate.followers > 0);
             }
             Outcome::KeptHere if self.slot.machine.is_some() => {
                 image.update(|status| {
@@ -113,6 +110,11 @@ impl Leaving {
         if let Some(Addresses { vid, .. }) = self.addresses {
             let term = if report.outcome == Outcome::HandedOver { report.term } else { Term(0) };
             daemon.routes.let_go(vid, term);
+        }
+        if let Some(left) = leavings
+            && let Err(reason) = daemon.stay_as_mirror(image, &self.slot, &*left)
+        {
+            tracing::debug!(reason, user = %image.user, "what it left is not kept as a mirror");
         }
         if matches!(report.outcome, Outcome::Restarted | Outcome::InDoubt)
             || (report.outcome == Outcome::KeptHere && self.slot.machine.is_none())
@@ -149,6 +151,8 @@ impl SourceSide for Leaving {
     }
 
     fn source_released(&mut self) {
+        // Nothing of it waits behind mirrors any more.
+        self.departure = None;
         let Some(addresses) = self.addresses else { return };
         let begun = Instant::now();
         let flipped = self.daemon.routes.image(addresses, &Via::Host(self.target.clone()));
@@ -171,6 +175,7 @@ impl SourceSide for Leaving {
     }
 
     fn in_doubt(&mut self, cause: &Cause) {
+        self.departure = None;
         self.image.set(State::InDoubt, Some(cause.to_string()));
         let details = json!({ "reason": cause.to_string(), "to": self.target });
         self.daemon.events.emit("in_doubt", Some(&self.image.user), details);

@@ -329,6 +329,7 @@ impl Daemon {
             Ok(spec) => {
                 slot.ticket = None;
                 self.install(image, slot, spec, machine);
+                self.keep_mirrors(image);
                 Ok(())
             }
             Err(error) => {

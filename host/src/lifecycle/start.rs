@@ -437,14 +437,17 @@ impl Daemon {
         spec.cold = cold;
         let begun = Instant::now();
         slot.tap = None;
-        let tap = self.fresh_tap(spec.number)?;
-        slot.tap = tap.try_clone().ok();
-        let tapped = begun.elapsed();
-        self.routes.image(spec.addresses(), &Via::Tap).map_err(ErrorBody::failed)?;
-        // Last: from here on something of the disk is here.
+        // First: what has the log may have a tap of that name too.
         self.lend_log(image, record, false)?;
-        let machine = self.machines.start(&spec, tap).inspect_err(|_| image.disk.back());
-        self.install(image, slot, spec, machine.map_err(ErrorBody::failed)?);
+        let started = self.fresh_tap(spec.number).and_then(|tap| {
+            slot.tap = tap.try_clone().ok();
+            self.routes.image(spec.addresses(), &Via::Tap).map_err(ErrorBody::failed)?;
+            let tapped = begun.elapsed();
+            Ok((self.machines.start(&spec, tap).map_err(ErrorBody::failed)?, tapped))
+        });
+        let (machine, tapped) = started.inspect_err(|_| image.disk.back())?;
+        self.install(image, slot, spec, machine);
+        self.keep_mirrors(image);
         tracing::debug!(user = %image.user, ?tapped, up = ?begun.elapsed(), "brought up");
         Ok(())
     }

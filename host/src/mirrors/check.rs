@@ -1,8 +1,11 @@
 //! Whether mirrors are what they claim, by reading all of them.
 
 use std::{
-    sync::{Arc, mpsc},
-    time::Duration,
+    sync::{
+        Arc,
+        mpsc::{self, RecvTimeoutError},
+    },
+    time::{Duration, Instant},
 };
 
 use kage_machine::{Epoch, HostName, UserName};
@@ -23,6 +26,9 @@ const EPOCH: Duration = Duration::from_secs(10);
 /// Longest time a mirror takes to be read.
 const READ: Duration = Duration::from_secs(20);
 
+/// How long anybody else who wants a stream waits for one that is being compared.
+const WAYSIDE: Duration = Duration::from_millis(10);
+
 impl Daemon {
     /// Compares each mirror of a machine that this host owns with what was sent to it: its stream is held meanwhile.
     ///
@@ -34,10 +40,15 @@ impl Daemon {
         for host in image.mirrors.streams.hosts() {
             let (tell, told) = oneshot::channel();
             let (release, held) = mpsc::channel::<()>();
-            let asked = image.mirrors.streams.ask(&host, move |epoch, digest| {
-                if tell.send((epoch, digest)).is_ok() {
-                    // Ends as soon as whoever asked has its answer, or is gone.
-                    let _ = held.recv_timeout(READ);
+            let asked = image.mirrors.streams.ask(&host, move |epoch, digest, is_free| {
+                let until = Instant::now() + READ;
+                let mut waits = tell.send((epoch, digest)).is_ok();
+                while waits {
+                    // Ends as soon as whoever asked has its answer, or is gone; a handover does not wait for it.
+                    let ended = held.recv_timeout(WAYSIDE);
+                    waits = matches!(ended, Err(RecvTimeoutError::Timeout))
+                        && Instant::now() < until
+                        && is_free();
                 }
             });
             if !asked {

@@ -16,7 +16,7 @@ use kage_wire::handover::Follow;
 
 use crate::{
     lifecycle::{Daemon, Image, Slot},
-    machines::{Hosted, MachineSpec},
+    machines::Hosted,
 };
 
 /// What stays free of a host's memory when mirrors take theirs: one part of so many.
@@ -24,9 +24,7 @@ const FREE_PART: u64 = 8;
 
 /// A mirror's process, tap and log. Dropped, they are given back.
 pub struct Shelf {
-    daemon: Arc<Daemon>,
     image: Arc<Image>,
-    spec: MachineSpec,
     /// None once a handover has taken it.
     parts: Option<Parts>,
     /// Cleared once the end of its process is nobody's business here any more.
@@ -59,11 +57,9 @@ impl Drop for Shelf {
         let Some(Parts { mut machine, tap }) = self.parts.take() else { return };
         self.watched.store(false, Ordering::SeqCst);
         machine.end();
-        self.image.disk.back_from_mirror();
+        // The tap goes with the last who holds it. Never by its name: the image's next machine may have that by now.
         drop(tap);
-        if let Err(reason) = self.daemon.net.remove_tap(self.spec.number) {
-            tracing::warn!(reason, "a tap was not removed");
-        }
+        self.image.disk.back_from_mirror();
         tracing::debug!(user = %self.image.user, "a mirror is dropped");
     }
 }
@@ -101,7 +97,7 @@ impl Shelf {
                 held.targets.forget_mirror(&user);
             });
         }));
-        Ok(Self { daemon: daemon.clone(), image: image.clone(), spec, parts: Some(parts), watched })
+        Ok(Self { image: image.clone(), parts: Some(parts), watched })
     }
 
     /// From what was lent to a session.
@@ -149,10 +145,12 @@ impl Daemon {
     /// Whether this host has the memory for one more mirror.
     fn room_for(&self, bytes: u64) -> Result<(), String> {
         let Some((total, available)) = memory() else { return Ok(()) };
+        // Those that are there take theirs as they are filled.
+        let (mirrors, yet) = self.targets.all_mirrors();
+        let available = available.saturating_sub(yet);
         if available.saturating_sub(bytes) >= total / FREE_PART {
             return Ok(());
         }
-        let (mirrors, _) = self.targets.all_mirrors();
         Err(format!(
             "host {} has {mirrors} mirrors and {} MiB of memory left, of which {} MiB stay free",
             self.me,
@@ -168,20 +166,14 @@ impl Daemon {
         request: &Follow,
         kept: Option<Box<dyn MirrorSide>>,
     ) -> Result<Box<dyn MirrorSide>, String> {
-        let record = self.existing(&request.user).map_err(|error| error.message)?.record;
-        if record.owner != *owner || record.term != request.term {
-            return Err(format!(
-                "the directory names {} as owner under term {}",
-                record.owner, record.term.0
-            ));
-        }
-        if record.wanted == Wanted::Stopped || record.disk_origin.is_some() {
-            return Err("its machine is stopped, or some of its disk is elsewhere".to_owned());
-        }
         if let Some(mut shelf) = kept.and_then(Shelf::from_side)
             && shelf.is_of(request.base)
         {
             return Ok(shelf);
+        }
+        let record = self.owned_by(owner, &request.user, request.term)?;
+        if record.wanted == Wanted::Stopped || record.disk_origin.is_some() {
+            return Err("its machine is stopped, or some of its disk is elsewhere".to_owned());
         }
         let image = self.image(&request.user);
         let slot = self.slot_for_arrival(&image)?;
@@ -226,10 +218,13 @@ impl Daemon {
                 return Err("its memory is larger than it says".to_owned());
             }
         }
-        let (daemon, user, shelf) = (self.clone(), image.user.clone(), Box::new(shelf));
+        // Before the slot is free: the new owner waits for it.
+        let kept = self.targets.keep(&image.user, Box::new(shelf), Receiver::over(mirror));
+        let kept = kept.ok_or("something else of it is here")?;
+        let daemon = self.clone();
         std::thread::Builder::new()
             .name("kage-kept".to_owned())
-            .spawn(move || daemon.targets.keep(&user, shelf, Receiver::over(mirror)))
+            .spawn(move || kept(&daemon.targets))
             .map(|_| ())
             .map_err(|error| error.to_string())
     }

@@ -238,7 +238,7 @@ impl Chase {
     }
 
     fn decide(&mut self, scene: &Scene<'_>, dwell: Duration, now: Instant) -> Step {
-        let Self { goal: Some(goal), left, came, .. } = self else { return Step::Rest(Rest::There) };
+        let Self { goal: Some(goal), left, came, begun, .. } = self else { return Step::Rest(Rest::There) };
         let to = &goal.place.host;
         if scene.record.wanted == Wanted::Stopped {
             return Step::Rest(Rest::Stopped);
@@ -256,7 +256,9 @@ impl Chase {
                 return Step::Cancel(over);
             }
         }
-        if elsewhere.clone().any(|id| !goal.before.contains(id)) {
+        // One begun for the user's sake is nobody's order, even where the goal did not know of it yet.
+        let ordered = |id: &String| !goal.before.contains(id) && begun.as_ref() != Some(id);
+        if elsewhere.clone().any(ordered) {
             return Step::Rest(Rest::Overruled);
         }
         if let Some((id, _)) = scene.under_way.iter().find(|(_, target)| target == to) {

@@ -96,12 +96,15 @@ impl Daemon {
         let now = now_ms();
         let at_ms = request.at_ms.unwrap_or_else(|| now.saturating_sub(request.age_ms)).min(now);
         let (daemon, wish) = (self.clone(), request.clone());
-        let record = blocking(move || {
+        let (record, is_known_better) = blocking(move || {
             let record = daemon.existing(&wish.user)?.record;
-            if record.owner == daemon.me {
+            // Word of no known time counts only where nothing else is known.
+            let is_at = || daemon.predictions.outlook(&wish.user, now).at;
+            let is_known_better = at_ms == 0 && is_at().is_some_and(|at| at != wish.ap);
+            if record.owner == daemon.me && !is_known_better {
                 daemon.learn(&wish.user, &wish.ap, at_ms);
             }
-            Ok(record)
+            Ok((record, is_known_better))
         })
         .await?;
         let mut reply = RoamReply {
@@ -114,6 +117,8 @@ impl Daemon {
         };
         if record.wanted == Wanted::Stopped {
             reply.action = RoamAction::Stopped;
+        } else if record.owner == self.me && is_known_better {
+            return Ok(reply);
         } else if record.owner == self.me {
             let place = Place { ap: request.ap.clone(), host: host.clone(), at_ms };
             self.bring(place, request.wait, &mut reply).await?;

@@ -121,6 +121,8 @@ fn what_another_host_sends_is_whole_or_refused() {
     refused(&vec![1; MAX_HISTORY_BYTES + 1], 8_000, "at most");
     let late = Kept { last_ms: AHEAD_MS + 8_001, ..Kept::default() };
     refused(&encode(&late), 8_000, "future");
+    let ahead = Kept { last_ms: 9_000, ..Kept::default() };
+    assert_eq!(Kept::from_foreign(&encode(&ahead), 8_000).unwrap().last_ms(), 8_000);
 }
 
 #[test]

@@ -149,8 +149,8 @@ pub struct Step {
     pub bytes_wire: Option<u64>,
     /// Pages sent in the pause.
     pub pages_at_switch: Option<u64>,
-    /// How long the user stayed.
-    pub dwell_ms: f64,
+    /// How long the user stayed; not known of the last.
+    pub dwell_ms: Option<f64>,
     /// When the Start was sent, in milliseconds since 1970.
     pub at_ms: u64,
 }
@@ -164,6 +164,10 @@ pub struct Walker {
     pub session_alive: bool,
     /// What the load said of the memory it had not rewritten.
     pub load: String,
+    /// The host of the user's last access point.
+    pub user_at: String,
+    /// The host of the machine at the end.
+    pub machine_at: String,
     /// Forecasts that were scored; absent where the hosts make none.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub window: Option<u64>,
@@ -307,7 +311,7 @@ impl<'a> Walk<'a> {
             let leave = at.since + route.stay(self.plan.dwell);
             self.cancel.wait_until(leave).map_err(Failure::new)?;
             if let Some(last) = steps.last_mut() {
-                last.dwell_ms = at.since.elapsed().as_secs_f64() * 1e3;
+                last.dwell_ms = Some(at.since.elapsed().as_secs_f64() * 1e3);
             }
             let (ap, host) = self.ap(route.step())?;
             let step = Step {
@@ -317,7 +321,6 @@ impl<'a> Walk<'a> {
                 from_ap: std::mem::replace(&mut at.ap, ap.clone()),
                 to_ap: ap,
                 to: host,
-                dwell_ms: self.plan.dwell.as_secs_f64() * 1e3,
                 ..Step::default()
             };
             // Who goes on before the report is there reads it later.
@@ -335,6 +338,8 @@ impl<'a> Walk<'a> {
             user: desk.user.clone(),
             session_alive,
             load: said.unwrap_or_else(|failure| failure.message),
+            user_at: steps.last().map(|step| step.to.clone()).unwrap_or_default(),
+            machine_at: self.machine_at(&desk)?,
             window: figure("window").and_then(Value::as_u64),
             hit1: figure("hit1").and_then(Value::as_f64),
             hit3: figure("hit3").and_then(Value::as_f64),
@@ -392,6 +397,14 @@ impl<'a> Walk<'a> {
             }
         }
         Ok(())
+    }
+
+    /// The host where a user's machine is.
+    fn machine_at(&self, desk: &Desk<'_>) -> Result<String, Failure> {
+        let host = self.status.hosts.first().ok_or_else(|| Failure::new("there is no host"))?;
+        let call = Call::new(Method::GET, format!("/v1/images/{}", desk.user));
+        let image: Value = runtime()?.block_on(Client::at(&host.socket).call(&call))?;
+        Ok(image["host"].as_str().unwrap_or_default().to_owned())
     }
 
     /// How often the hosts' forecasts for a user were right; nothing where they make none.

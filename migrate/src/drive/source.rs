@@ -427,6 +427,15 @@ impl Drive<'_> {
     }
 
     fn offer(&mut self) -> SourceEvent {
+        let offered = self.try_offer();
+        // Whatever came of it: no later harvest finds them again. After the sending, which the machine waits for.
+        if let Some(paused) = &self.paused {
+            self.side.harvested(&paused.dirty);
+        }
+        offered
+    }
+
+    fn try_offer(&mut self) -> SourceEvent {
         let frame = match self.switch_frame() {
             Ok(frame) => frame,
             Err(cause) => return SourceEvent::NotOffered(cause),
@@ -439,9 +448,6 @@ impl Drive<'_> {
             self.lose(error);
         }
         self.figures.bytes_wire += frame.wire_len() as u64;
-        if let Some(paused) = &self.paused {
-            self.side.harvested(&paused.dirty);
-        }
         SourceEvent::OfferMade
     }
 

@@ -8,7 +8,8 @@ use std::{
 
 use kage_directory::{Directory, ImageRecord, Records as _};
 use kage_machine::{
-    Epoch, HandoverId, HostInstant, HostName, Machine, MachineError, Memory, SavedState, Term, UserName,
+    Epoch, HandoverId, HostInstant, HostName, Machine, MachineError, Memory, PAGE_SIZE, SavedState, Term,
+    UserName,
 };
 use kage_replicate::{Link, LinkError, Receiver, digest::DigestTable};
 use kage_wire::{
@@ -69,6 +70,11 @@ pub trait TargetHost: Send + Sync {
         request: &Follow,
         kept: Option<Box<dyn MirrorSide>>,
     ) -> Result<Box<dyn MirrorSide>, String>;
+    /// Whether the directory names that host as the image's owner under that term.
+    ///
+    /// # Errors
+    /// Whom it names instead, or why that is not known, in words.
+    fn owned_by(&self, host: &HostName, user: &UserName, term: Term) -> Result<(), String>;
     /// Whether a machine of that user, more than a shell, is held here.
     fn holds(&self, user: &UserName) -> bool;
 }
@@ -127,9 +133,12 @@ struct Session {
 struct Mirrored {
     side: Box<dyn MirrorSide>,
     copy: Arc<Copy>,
+    /// Who follows it with it; not known of what a former owner kept.
+    owner: Option<HostName>,
 }
 
-/// A replica that is received, for a mirror and then for the handover that ends it.
+/// A replica that is received, for a mirror and then for the handover that ends it. Whoever needs both locks takes
+/// `brought` first.
 #[derive(Default)]
 struct Copy {
     brought: Mutex<Brought>,
@@ -302,20 +311,13 @@ impl Targets {
         request: &Follow,
     ) -> Result<(Arc<Copy>, u64, Frame), String> {
         let user = &request.user;
-        let (kept, copy) = {
-            let mut state = lock(&self.state);
-            if state.sessions.contains_key(user) {
-                return Err("a handover of it is under way here".to_owned());
-            }
-            match state.mirrors.remove(user) {
-                Some(Mirrored { side, copy }) => (Some(side), copy),
-                None => (None, Arc::default()),
-            }
-        };
-        // What is dropped with an error has ended.
-        let kept = kept.filter(|side| side.memory().geometry() == request.geometry);
-        let is_kept = kept.is_some();
-        let side = host.follow(owner, request, kept)?;
+        // Nobody else's mirror is touched for a stranger.
+        host.owned_by(owner, user, request.term)?;
+        let (side, copy, is_kept) = match self.try_follow(host, owner, request) {
+            // What its former owner has only just left.
+            Err(_) if self.mirrors(user) => self.try_follow(host, owner, request),
+            tried => tried,
+        }?;
         let mut stream = lock(&copy.stream);
         if !is_kept || stream.receiver.is_none() {
             stream.receiver = Some(Receiver::new(side.memory()));
@@ -331,25 +333,56 @@ impl Targets {
         if state.sessions.contains_key(user) {
             return Err("a handover of it is under way here".to_owned());
         }
-        let before = state.mirrors.insert(user.clone(), Mirrored { side, copy: copy.clone() });
+        let mirrored = Mirrored { side, copy: copy.clone(), owner: Some(owner.clone()) };
+        let before = state.mirrors.insert(user.clone(), mirrored);
         drop(state);
         drop(before);
         Ok((copy, number, Message::Ready { as_expected }.to_frame_with(&held)))
     }
 
-    /// Takes over a mirror that was no stream's: what its owner left when it handed the image over. Blocks for as long
-    /// as it waits for the new owner.
-    pub fn keep(&self, user: &UserName, side: Box<dyn MirrorSide>, receiver: Receiver) {
+    /// Takes the mirror that is here, or makes one; and whether it was here.
+    fn try_follow(
+        &self,
+        host: &dyn TargetHost,
+        owner: &HostName,
+        request: &Follow,
+    ) -> Result<(Box<dyn MirrorSide>, Arc<Copy>, bool), String> {
+        let (kept, copy) = {
+            let mut state = lock(&self.state);
+            if state.sessions.contains_key(&request.user) {
+                return Err("a handover of it is under way here".to_owned());
+            }
+            match state.mirrors.remove(&request.user) {
+                Some(Mirrored { side, copy, .. }) => (Some(side), copy),
+                None => (None, Arc::default()),
+            }
+        };
+        // What is dropped with an error has ended.
+        let kept = kept.filter(|side| side.memory().geometry() == request.geometry);
+        let is_kept = kept.is_some();
+        Ok((host.follow(owner, request, kept)?, copy, is_kept))
+    }
+
+    /// Takes over a mirror that was no stream's: what its owner left when it handed the image over. What is returned
+    /// blocks for as long as it waits for the new owner; none where something else of it is here.
+    #[must_use]
+    pub fn keep(
+        &self,
+        user: &UserName,
+        side: Box<dyn MirrorSide>,
+        receiver: Receiver,
+    ) -> Option<impl FnOnce(&Self) + Send + 'static> {
         let copy = Arc::new(Copy::default());
         lock(&copy.stream).receiver = Some(receiver);
         {
             let mut state = lock(&self.state);
             if state.sessions.contains_key(user) || state.mirrors.contains_key(user) {
-                return;
+                return None;
             }
-            state.mirrors.insert(user.clone(), Mirrored { side, copy: copy.clone() });
+            state.mirrors.insert(user.clone(), Mirrored { side, copy: copy.clone(), owner: None });
         }
-        self.keep_orphan(user, &copy, 0);
+        let user = user.clone();
+        Some(move |targets: &Self| targets.keep_orphan(&user, &copy, 0))
     }
 
     /// Drops a mirror whose stream has ended, unless another begins in time.
@@ -357,15 +390,15 @@ impl Targets {
         let until = Instant::now() + ORPHANED;
         let mut brought = lock(&copy.brought);
         loop {
-            let is_over = {
+            let (is_over, is_useless) = {
                 let stream = lock(&copy.stream);
-                stream.number != number || stream.receiver.is_none()
+                (stream.number != number, stream.receiver.is_none())
             };
             let left = until.saturating_duration_since(Instant::now());
             if is_over || Arc::strong_count(copy) == 1 {
                 return;
             }
-            if left.is_zero() {
+            if is_useless || left.is_zero() {
                 break;
             }
             brought = match copy.changed.wait_timeout(brought, left.min(LOOK_AGAIN)) {
@@ -379,9 +412,11 @@ impl Targets {
 
     /// Drops a mirror whose last stream was that.
     fn drop_mirror(&self, user: &UserName, copy: &Arc<Copy>, number: u64) {
+        // Before the lock that everybody needs: somebody may be reading all of it.
+        let is_last = lock(&copy.stream).number == number;
         let mut state = lock(&self.state);
         let is_it = state.mirrors.get(user).is_some_and(|mirror| Arc::ptr_eq(&mirror.copy, copy));
-        let dropped = (is_it && lock(&copy.stream).number == number).then(|| state.mirrors.remove(user));
+        let dropped = (is_it && is_last).then(|| state.mirrors.remove(user));
         // Ends a process: not under the lock.
         drop(state);
         drop(dropped);
@@ -390,7 +425,7 @@ impl Targets {
     /// Drops the mirror of an image, if there is one: something else of it is to be here. Blocks.
     pub fn forget_mirror(&self, user: &UserName) {
         let dropped = lock(&self.state).mirrors.remove(user);
-        if let Some(Mirrored { side, copy }) = dropped {
+        if let Some(Mirrored { side, copy, .. }) = dropped {
             lock(&copy.stream).receiver = None;
             copy.changed.notify_all();
             drop(side);
@@ -403,12 +438,23 @@ impl Targets {
         lock(&self.state).mirrors.contains_key(user)
     }
 
-    /// How many mirrors there are, and the bytes their memories may take.
+    /// How many mirrors there are.
+    #[must_use]
+    pub fn mirror_count(&self) -> usize {
+        lock(&self.state).mirrors.len()
+    }
+
+    /// How many mirrors there are, and the bytes their memories may take yet.
     #[must_use]
     pub fn all_mirrors(&self) -> (usize, u64) {
-        let state = lock(&self.state);
-        let bytes = state.mirrors.values().map(|mirror| mirror.side.memory().geometry().memory_bytes());
-        (state.mirrors.len(), bytes.sum())
+        let memories: Vec<_> =
+            lock(&self.state).mirrors.values().map(|mirror| mirror.side.memory()).collect();
+        let yet = |memory: &Arc<dyn Memory>| {
+            let pages = memory.geometry().memory_pages;
+            let taken = memory.populated().iter().take_while(|page| page.0 < pages).count() as u64;
+            u64::from(pages).saturating_sub(taken) * PAGE_SIZE as u64
+        };
+        (memories.len(), memories.iter().map(yet).sum())
     }
 
     /// Reads a mirror whole and compares it with what it claims; blocks.
@@ -444,6 +490,14 @@ impl Targets {
         };
         let mut session = Session::new(ticket.clone());
         let mut mirror = None;
+        let owner = lock(&self.state).mirrors.get(&ticket.user).map(|mirror| mirror.owner.clone());
+        // Nobody else's mirror is touched for a stranger.
+        if owner.is_some_and(|owner| owner.as_ref() != Some(&ticket.source))
+            && let Err(reason) = host.owned_by(&ticket.source, &ticket.user, ticket.term)
+        {
+            drop(link.send(&Message::Failed { reason }.to_frame()));
+            return;
+        }
         let refusal = {
             let mut state = lock(&self.state);
             if state.refused.get(&ticket.user).is_some_and(|&(refused, _)| ticket.term <= refused) {
@@ -451,7 +505,7 @@ impl Targets {
             } else if state.sessions.contains_key(&ticket.user) {
                 Some("another handover of it is under way here".to_owned())
             } else {
-                if let Some(Mirrored { side, copy }) = state.mirrors.remove(&ticket.user) {
+                if let Some(Mirrored { side, copy, .. }) = state.mirrors.remove(&ticket.user) {
                     (session, mirror) = (Session::with(ticket.clone(), copy), Some(side));
                 }
                 state.sessions.insert(ticket.user.clone(), session.clone());
@@ -775,9 +829,10 @@ impl Drive<'_> {
         if !self.as_expected {
             stream.begin_anew();
         }
+        drop(stream);
         let mut brought = lock(&copy.brought);
         (brought.copy_held, brought.copy_failed) = (false, None);
-        drop((brought, stream));
+        drop(brought);
         self.making = Making::Made(side);
         TargetEvent::ShellReady
     }

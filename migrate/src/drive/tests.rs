@@ -208,6 +208,10 @@ impl TargetHost for Arc<Host> {
         }))
     }
 
+    fn owned_by(&self, host: &HostName, _: &UserName, _: Term) -> Result<(), String> {
+        if *host == self.name { Err("it is this host's own".to_owned()) } else { Ok(()) }
+    }
+
     fn holds(&self, _: &UserName) -> bool {
         !matches!(self.found(), Found::None | Found::Shell)
     }

@@ -139,7 +139,13 @@ impl Net {
                 Some(length) => length,
                 None => match self.read_tap() {
                     Ok(length) => length,
-                    Err(_) => return delivered,
+                    Err(error) => {
+                        // Its interface was removed: it is ready for ever, and nothing ever comes.
+                        if error.raw_os_error() == Some(libc::EBADFD) {
+                            self.tap = None;
+                        }
+                        return delivered;
+                    }
                 },
             };
             if !self.deliver(memory, length) {

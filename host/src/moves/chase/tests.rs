@@ -105,6 +105,12 @@ fn whoever_moves_or_stops_a_machine_by_hand_is_right() {
     let stopped = record(0, Wanted::Stopped);
     let scene = Scene { me: &host(0), record: &stopped, under_way: &[], begun: None };
     assert_eq!(chase.step(&scene, DWELL, now), Step::Rest(Rest::Stopped));
+    // One begun for the user's sake is nobody's order, even if it was begun while the user went on.
+    let mut chase = Chase::default();
+    chase.began("m1");
+    chase.seen(place(1, 12), &[], now);
+    assert_eq!(step(&mut chase, 0, &[("m1", 2)], now), Step::Cancel(vec!["m1".into()]));
+    assert_eq!(step(&mut chase, 0, &[("m1", 2)], now), Step::Await("m1".into()));
 }
 
 #[test]

@@ -49,8 +49,9 @@ const FIGURES: [Figure; 7] = [
 ];
 
 /// What of a stay a time took, in percent.
-fn share(ms: Option<f64>, dwell_ms: f64) -> Option<f64> {
-    ms.filter(|_| dwell_ms > 0.0).map(|ms| 100.0 * ms / dwell_ms)
+fn share(ms: Option<f64>, dwell_ms: Option<f64>) -> Option<f64> {
+    let dwell_ms = dwell_ms.filter(|dwell_ms| *dwell_ms > 0.0)?;
+    ms.map(|ms| 100.0 * ms / dwell_ms)
 }
 
 fn is_moved(step: &Step) -> bool {
@@ -82,8 +83,8 @@ pub fn cases(params: &Params, users: &[Walker], steps: &[Step]) -> Vec<Case> {
 fn shares(params: &Value, moved: &[&Step]) -> Vec<Case> {
     let costs: [(&str, fn(&Step) -> Option<f64>); 2] =
         [("", |step| step.blackout_ms), ("event_to_running_", |step| step.event_to_running_ms)];
-    let stays: [(&str, fn(&Step) -> f64); 2] =
-        [("dwell", |step| step.dwell_ms), ("45_s", |_| PAPER_DWELL_S * 1e3)];
+    let stays: [(&str, fn(&Step) -> Option<f64>); 2] =
+        [("dwell", |step| step.dwell_ms), ("45_s", |_| Some(PAPER_DWELL_S * 1e3))];
     let mut params = params.clone();
     params["paper_percent"] = json!(PAPER_PERCENT);
     let mut cases = Vec::new();
@@ -98,17 +99,18 @@ fn shares(params: &Value, moved: &[&Step]) -> Vec<Case> {
     cases
 }
 
-/// Shares of moves that found a mirror, per user, while learning and afterwards; and of forecasts that were right.
+/// Shares of steps whose move found a mirror, per user, while learning and afterwards; and of forecasts that were right.
+/// A step whose machine did not come found none: every access point is at a host of its own.
 fn rates(params: &Value, users: &[Walker], steps: &[Step]) -> Vec<Case> {
     let mut cases = Vec::new();
     for (prefix, learning) in [("", false), ("learning_", true)] {
         for (name, hits) in [("full_rate", &["full"][..]), ("mirror_rate", &["full", "partial"])] {
             let rate = |user: &Walker| {
-                let theirs =
-                    |step: &&Step| step.user == user.user && step.learning == learning && is_moved(step);
-                let moved: Vec<_> = steps.iter().filter(theirs).collect();
-                let found = moved.iter().filter(|step| hits.contains(&step.replica_hit.as_str())).count();
-                (!moved.is_empty()).then(|| 100.0 * found as f64 / moved.len() as f64)
+                let theirs = |step: &&Step| step.user == user.user && step.learning == learning;
+                let all: Vec<_> = steps.iter().filter(theirs).collect();
+                let is_found = |step: &&&Step| is_moved(step) && hits.contains(&step.replica_hit.as_str());
+                let found = all.iter().filter(is_found).count();
+                (!all.is_empty()).then(|| 100.0 * found as f64 / all.len() as f64)
             };
             let found: Vec<_> = users.iter().filter_map(rate).collect();
             if !found.is_empty() {
@@ -207,7 +209,11 @@ pub fn broken(report: &WalkReport) -> Option<String> {
         (!user.session_alive || !whole).then(|| format!("{}: {}", user.user, user.load))
     });
     let broken: Vec<_> = users.collect();
-    (!broken.is_empty()).then(|| format!("a session broke, or memory changed: {}", broken.join("; ")))
+    if !broken.is_empty() {
+        return Some(format!("a session broke, or memory changed: {}", broken.join("; ")));
+    }
+    let lost = report.users.iter().find(|user| user.machine_at != user.user_at)?;
+    Some(format!("{} is at {} in the end, and the machine at {}", lost.user, lost.user_at, lost.machine_at))
 }
 
 #[cfg(test)]
@@ -242,7 +248,7 @@ mod tests {
             total_ms: Some(15.0),
             blackout_ms: Some(blackout_ms),
             bytes_wire: Some(5_000),
-            dwell_ms: 9_000.0,
+            dwell_ms: Some(9_000.0),
             ..Step::default()
         }
     }
@@ -252,6 +258,8 @@ mod tests {
             user: "alice".into(),
             session_alive: true,
             load: "dirty: rewrote 1 pages; 9 untouched pages whole, checksum 0".into(),
+            user_at: "h2".into(),
+            machine_at: "h2".into(),
             window: Some(3),
             hit1: Some(0.5),
             hit3: None,
@@ -280,8 +288,7 @@ mod tests {
         assert_eq!(case("hit_bytes_after_roam").unwrap().median, 5.0);
         let rates =
             ["full_rate", "learning_full_rate", "prediction_hit1"].map(|name| case(name).unwrap().median);
-        assert!((rates[0] - 200.0 / 3.0).abs() < 1e-9, "{rates:?}");
-        assert_eq!(rates[1..], [0.0, 50.0]);
+        assert_eq!(rates, [50.0, 0.0, 50.0], "one of the four was not moved");
         assert!(case("prediction_hit3").is_none());
     }
 
@@ -303,6 +310,8 @@ mod tests {
         let mut report = report();
         assert_eq!(broken(&report), None);
         assert!(show(&report).contains("did not end well: 1"), "{}", show(&report));
+        report.users[0].machine_at = "h3".into();
+        assert!(broken(&report).unwrap().contains("h3"));
         report.users[0].load = "dirty: 9 untouched pages DAMAGED".into();
         assert!(broken(&report).unwrap().contains("DAMAGED"));
     }

@@ -116,7 +116,7 @@ impl Scene {
     fn compare(&self) -> bool {
         let (targets, user) = (self.bench.targets.clone(), self.owner.bench_user.clone());
         let (answer, answered) = std::sync::mpsc::channel();
-        let asked = self.mirrors.ask(&self.bench.b.name, move |_, digest| {
+        let asked = self.mirrors.ask(&self.bench.b.name, move |_, digest, _| {
             let found = targets.check_mirror(&user).map(|found| (found.digest, found.wrong_pages));
             let _ = answer.send((found, digest));
         });
@@ -313,7 +313,8 @@ fn what_a_former_owner_left_is_known_by_its_digest() {
     }
     scene.mirrors.begin_from(held, GEOMETRY);
     let (targets, user) = (scene.bench.targets.clone(), scene.owner.bench_user.clone());
-    thread::spawn(move || targets.keep(&user, shelf, Receiver::over(mirror)));
+    let kept = targets.keep(&user, shelf, Receiver::over(mirror)).unwrap();
+    thread::spawn(move || kept(&targets));
     until("what was left", || scene.bench.targets.mirrors(&scene.owner.bench_user));
     scene.owner.machine.lock().unwrap().resume().unwrap();
     scene.whole();
