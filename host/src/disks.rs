@@ -440,6 +440,15 @@ impl Daemon {
         Ok(Some(log))
     }
 
+    /// Has nobody else take the log: a machine is to be made.
+    pub(crate) fn lend_place(&self, image: &Image) -> Result<(), ErrorBody> {
+        if image.disk.lend() {
+            return Ok(());
+        }
+        let message = format!("a mirror of {}'s machine is being made at this host; try again", image.user);
+        Err(ErrorBody::new(Code::Busy, message))
+    }
+
     /// Before a machine of this record gets the log here: closes it, and sets aside what an earlier stay has left.
     /// One that arrives with its machine keeps that: every block is compared then. Blocks; the slot is held.
     pub(crate) fn lend_log(
@@ -448,11 +457,7 @@ impl Daemon {
         record: &ImageRecord,
         arrives: bool,
     ) -> Result<(), ErrorBody> {
-        if !image.disk.lend() {
-            let message =
-                format!("a mirror of {}'s machine is being made at this host; try again", image.user);
-            return Err(ErrorBody::new(Code::Busy, message));
-        }
+        self.lend_place(image)?;
         let Some(origin) = record.disk_origin.as_ref().filter(|_| record.profile.disk_bytes > 0) else {
             return Ok(());
         };

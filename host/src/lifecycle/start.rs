@@ -438,11 +438,13 @@ impl Daemon {
         let begun = Instant::now();
         slot.tap = None;
         // First: what has the log may have a tap of that name too.
-        self.lend_log(image, record, false)?;
+        self.lend_place(image)?;
         let started = self.fresh_tap(spec.number).and_then(|tap| {
             slot.tap = tap.try_clone().ok();
-            self.routes.image(spec.addresses(), &Via::Tap).map_err(ErrorBody::failed)?;
             let tapped = begun.elapsed();
+            self.routes.image(spec.addresses(), &Via::Tap).map_err(ErrorBody::failed)?;
+            // Last: from here on something of the disk is here.
+            self.lend_log(image, record, false)?;
             Ok((self.machines.start(&spec, tap).map_err(ErrorBody::failed)?, tapped))
         });
         let (machine, tapped) = started.inspect_err(|_| image.disk.back())?;

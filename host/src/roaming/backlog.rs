@@ -1,7 +1,8 @@
 //! What is to be done and is not begun: as many consequences at a time as a host can carry out, and of those that
-//! wait only the latest of each device. Pure.
+//! wait only the latest of each device. Who has come back has not left, and whose leaving is begun is seen anew when
+//! that is over. Pure.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use kage_machine::UserName;
 
@@ -28,6 +29,8 @@ enum Kind {
 #[derive(Debug, Default)]
 pub struct Backlog {
     begun: usize,
+    /// Users whose leaving is begun.
+    leaving: BTreeSet<UserName>,
     waiting: BTreeMap<Key, Consequence>,
     order: VecDeque<Key>,
 }
@@ -37,6 +40,12 @@ impl Backlog {
     #[must_use]
     pub fn push(&mut self, consequence: Consequence) -> bool {
         let key = key(&consequence);
+        if key.2 == Kind::Place {
+            let left = (key.0.clone(), DeviceAddresses::default(), Kind::Left);
+            if self.waiting.remove(&left).is_some() {
+                self.order.retain(|waiting| *waiting != left);
+            }
+        }
         if let Some(waiting) = self.waiting.get_mut(&key) {
             *waiting = merged(waiting, consequence);
             return true;
@@ -54,14 +63,21 @@ impl Backlog {
         if self.begun >= MOST_BEGUN {
             return None;
         }
-        let next = self.waiting.remove(&self.order.pop_front()?)?;
+        let at = self.order.iter().position(|(user, ..)| !self.leaving.contains(user))?;
+        let next = self.waiting.remove(&self.order.remove(at)?)?;
         self.begun += 1;
+        if let Consequence::Left { user, .. } = &next {
+            self.leaving.insert(user.clone());
+        }
         Some(next)
     }
 
-    /// One that was begun is over.
-    pub fn end(&mut self) {
+    /// One that was begun is over; the leaving of `left`, if it was one.
+    pub fn end(&mut self, left: Option<&UserName>) {
         self.begun = self.begun.saturating_sub(1);
+        if let Some(user) = left {
+            self.leaving.remove(user);
+        }
     }
 }
 
@@ -120,6 +136,25 @@ mod tests {
         assert_eq!(backlog.begin(), None);
     }
 
+    fn left(user: usize) -> Consequence {
+        let user = format!("user{user}").parse().unwrap();
+        Consequence::Left { user, from: "ap-1".parse().unwrap(), at_ms: 0 }
+    }
+
+    #[test]
+    fn who_comes_back_has_not_left_or_waits_until_that_is_over() {
+        let mut backlog = Backlog::default();
+        assert!(backlog.push(left(1)) && backlog.push(left(2)));
+        assert!(backlog.push(arrived(1, "ap-1", true)));
+        assert_eq!(backlog.begin(), Some(left(2)));
+        assert_eq!(backlog.begin(), Some(arrived(1, "ap-1", true)));
+        assert!(backlog.push(arrived(2, "ap-1", true)) && backlog.push(arrived(3, "ap-1", true)));
+        assert_eq!(backlog.begin(), Some(arrived(3, "ap-1", true)), "nobody else is held up");
+        assert_eq!(backlog.begin(), None);
+        backlog.end(Some(&"user2".parse().unwrap()));
+        assert_eq!(backlog.begin(), Some(arrived(2, "ap-1", true)));
+    }
+
     #[test]
     fn a_flood_neither_begins_nor_waits_without_bound() {
         let mut backlog = Backlog::default();
@@ -127,7 +162,7 @@ mod tests {
         assert_eq!(taken, MOST_WAITING);
         let begun = std::iter::from_fn(|| backlog.begin()).count();
         assert_eq!(begun, MOST_BEGUN);
-        backlog.end();
+        backlog.end(None);
         assert!(backlog.begin().is_some());
         assert!(backlog.begin().is_none());
     }

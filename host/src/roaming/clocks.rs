@@ -5,10 +5,11 @@
 //! or was recorded and is sent again. One in the future is not: no clock that is right can say it.
 //!
 //! A clock that is slow says of everything that it was long ago. It is known by several events, one after the other,
-//! that are all late by the same time; what is sent again after an outage, or by somebody who recorded it, is late
-//! by different ones.
+//! that are all late by the same time; what is sent again after an outage is late by different ones, and what
+//! somebody recorded and sends again at its pace was told before. Only an access point that restarts may tell of
+//! times that it told of already.
 
-use super::radius::Accounting;
+use super::radius::{Accounting, Status};
 
 /// By how much a report's time may differ from its arrival: clocks of access points differ a little, and a client
 /// that got no answer sends again after some seconds.
@@ -37,7 +38,7 @@ impl When {
 /// What is known of an access point's clock.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Clock {
-    /// Event-Timestamp of the latest event that was late.
+    /// Latest Event-Timestamp that was believed or late: what was told before it is told again.
     told_ms: u64,
     /// By how much it was.
     late_ms: u64,
@@ -53,12 +54,16 @@ impl Clock {
         let delay_ms = u64::from(report.delay_seconds.unwrap_or(0)) * 1000;
         let arrival = When { ms: now_ms.saturating_sub(delay_ms), is_told: false };
         let Some(seconds) = report.event_timestamp else { return arrival };
+        if report.status == Status::AccountingOn {
+            // After a restart a clock may go on from the past.
+            (self.told_ms, self.row) = (0, 0);
+        }
         let told_ms = u64::from(seconds) * 1000;
         let late_ms = arrival.ms.saturating_sub(told_ms);
         if late_ms <= FRESH_MS {
             // In the future it says nothing about being slow.
             if told_ms <= arrival.ms {
-                *self = Self::default();
+                *self = Self { told_ms: self.told_ms.max(told_ms), ..Self::default() };
             }
             return arrival;
         }
@@ -81,7 +86,6 @@ impl Clock {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::roaming::radius::Status;
 
     const NOW_MS: u64 = 1_700_000_000_500;
 
@@ -118,6 +122,25 @@ mod tests {
         // Set right, it is believed again.
         assert!(!clock.place(&report(Some(1_700_000_200), None), now_ms).is_told);
         assert!(clock.place(&report(Some(1_700_000_190), None), now_ms).is_told);
+    }
+
+    #[test]
+    fn what_was_told_already_is_late_at_whatever_pace_it_is_sent_again() {
+        let mut clock = Clock::default();
+        let told = |second: u64| report(Some(1_700_000_000 + second as u32), None);
+        for second in [0, 10, 20, 30] {
+            assert!(!clock.place(&told(second), NOW_MS + second * 1000).is_told);
+        }
+        for second in [0, 10, 20] {
+            assert!(clock.place(&told(second), NOW_MS + 600_000 + second * 1000).is_told, "{second}");
+        }
+        // An access point that has restarted without its clock is known after some events all the same.
+        let on = Accounting { status: Status::AccountingOn, ..report(Some(1_000), None) };
+        clock.place(&on, NOW_MS + 700_000);
+        let mut at = |second: u64| {
+            clock.place(&report(Some(1_000 + second as u32), None), NOW_MS + 700_000 + second * 1000).is_told
+        };
+        assert_eq!([at(10), at(20), at(30)], [true, false, false]);
     }
 
     #[test]

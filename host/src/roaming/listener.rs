@@ -1,6 +1,7 @@
 //! The accounting socket: every request is checked, answered at once, and then acted on.
 
 use std::{
+    collections::HashMap,
     net::IpAddr,
     sync::Arc,
     time::{Duration, Instant},
@@ -9,19 +10,23 @@ use std::{
 use kage_directory::{DeviceRecord, Records as _, Versioned, Wanted};
 use kage_machine::{HostName, UserName, identity::ApName};
 use serde_json::json;
-use tokio::{net::UdpSocket, task::JoinSet};
+use tokio::{
+    net::UdpSocket,
+    task::{Id, JoinSet},
+};
 
 use super::{
     backlog::Backlog,
     intake::{Client, Intake, Notice},
     names::Names,
     radius::{DeviceAddresses, MAX_PACKET_BYTES},
+    recent::Quiet,
     sessions::{Consequence, Sessions},
 };
 use crate::{
     api::{
         error::{Code, ErrorBody},
-        types::{LoginReply, LoginRequest, RoamAction, RoamRequest},
+        types::{LoginReply, LoginRequest, PredictionView, RoamAction, RoamRequest},
     },
     config::{Ap, Mobility, Radius},
     events::now_ms,
@@ -32,6 +37,9 @@ use crate::{
 /// How often an owner is told of an arrival that it could not act on, and the pause between.
 const MOST_TRIES: u32 = 10;
 const TRY_AGAIN: Duration = Duration::from_millis(300);
+
+/// How far apart lines about what was refused are in the log.
+const QUIET: Duration = Duration::from_secs(10);
 
 /// How long another host may take to stop a machine.
 const STOP: Duration = Duration::from_secs(30);
@@ -67,6 +75,8 @@ pub async fn spawn(daemon: Arc<Daemon>, config: &Radius) -> Result<(), ErrorBody
         intake,
         backlog: Backlog::default(),
         under_way: JoinSet::new(),
+        leaving: HashMap::new(),
+        quiet: Quiet::new(QUIET),
         first_use: config.first_use,
     };
     tokio::spawn(listener.run());
@@ -80,6 +90,9 @@ struct Listener {
     backlog: Backlog,
     /// What was begun; the next packet is not kept waiting for it.
     under_way: JoinSet<()>,
+    /// Those of it that are users' leaving.
+    leaving: HashMap<Id, UserName>,
+    quiet: Quiet,
     first_use: bool,
 }
 
@@ -112,7 +125,10 @@ impl Listener {
                     // An ICMP error to an earlier answer: the access point is gone.
                     Err(error) => tracing::debug!(%error, "accounting socket"),
                 },
-                Some(_) = self.under_way.join_next() => self.backlog.end(),
+                Some(over) = self.under_way.join_next_with_id() => {
+                    let id = over.map_or_else(|error| error.id(), |(id, ())| id);
+                    self.backlog.end(self.leaving.remove(&id).as_ref());
+                }
                 () = expired => {
                     for consequence in self.intake.expire(Instant::now()) {
                         self.put_off(Some(consequence), "expiry", "taken");
@@ -129,10 +145,20 @@ impl Listener {
     fn put_off(&mut self, consequence: Option<Consequence>, kind: &'static str, result: &'static str) {
         let wanted = consequence.filter(|consequence| match consequence {
             // Nearly all traffic is where the machine is.
-            Consequence::Active { user, ap, others, .. } => self.daemon.is_led_away(user, ap, others),
+            Consequence::Active { user, ap, others, device, since_ms, .. } => {
+                !self.daemon.has_walked_on(user, ap, *device, *since_ms)
+                    && self.daemon.is_led_away(user, ap, others)
+            }
             Consequence::Arrived { .. } | Consequence::Departed { .. } | Consequence::Left { .. } => true,
         });
         let has_room = wanted.is_none_or(|consequence| self.backlog.push(consequence));
+        if !has_room && let Some(withheld) = self.quiet.may_say("overload", Instant::now()) {
+            tracing::warn!(
+                kind,
+                withheld,
+                "too much waits: a report was answered and nothing follows from it"
+            );
+        }
         let result = if has_room { result } else { "overload" };
         self.daemon.metrics.add("kage_radius_packets_total", &[("type", kind), ("result", result)], 1);
     }
@@ -148,16 +174,19 @@ impl Listener {
             Consequence::Active { user, ap, at_ms, .. } => {
                 self.under_way.spawn(async move { daemon.active(user, ap, at_ms).await });
             }
-            Consequence::Departed { user, from, device, since_ms, ap, at_ms } => {
+            Consequence::Departed { user, from, device, ap, at_ms } => {
                 self.under_way.spawn(async move {
-                    daemon.forget_device(&user, device, since_ms).await;
-                    if daemon.is_led_away(&user, &ap, &[from]) {
+                    daemon.forget_device(&user, device, at_ms).await;
+                    // Where the machine is by another device's traffic it stays.
+                    if daemon.is_at(&user, &from) && daemon.is_led_away(&user, &ap, &[from]) {
                         daemon.active(user, ap, at_ms).await;
                     }
                 });
             }
-            Consequence::Left { user, from } => {
-                self.under_way.spawn(async move { daemon.left(user, from).await });
+            Consequence::Left { user, from, at_ms } => {
+                let leaving = user.clone();
+                let begun = self.under_way.spawn(async move { daemon.left(user, from, at_ms).await });
+                self.leaving.insert(begun.id(), leaving);
             }
         }
     }
@@ -231,7 +260,8 @@ impl Daemon {
                 device: None,
                 wait: true,
                 age_ms,
-                at_ms: None,
+                // A time that is not known is before all others, whatever the owner's clock says.
+                at_ms: (at_ms == 0).then_some(0),
             };
             let outcome = self.roam(&request, 0).await;
             let again = match &outcome {
@@ -270,6 +300,20 @@ impl Daemon {
             || seen.devices.values().any(|device| device.user == *user && device.host == image.owner)
     }
 
+    /// Whether a device is known to have come to another access point after it came to `ap`, which still speaks of it.
+    fn has_walked_on(&self, user: &UserName, ap: &ApName, device: DeviceAddresses, since_ms: u64) -> bool {
+        let seen = self.seen.borrow();
+        let mut records = device.iter().filter_map(|address| seen.devices.get(&address));
+        records.any(|known| known.user == *user && known.ap != *ap && known.since_ms > since_ms)
+    }
+
+    /// Whether a user's machine is at an access point's host.
+    fn is_at(&self, user: &UserName, ap: &ApName) -> bool {
+        let seen = self.seen.borrow();
+        let host = self.config.aps.iter().find(|known| known.id == *ap).map(|ap| &ap.host);
+        seen.images.get(user).is_some_and(|image| host == Some(&image.owner))
+    }
+
     /// A device of several is used: its user's machine follows it.
     async fn active(self: &Arc<Self>, user: UserName, ap: ApName, at_ms: u64) {
         if let Err(error) = self.follow_user(&user, &ap, DeviceAddresses::default(), at_ms).await {
@@ -277,14 +321,14 @@ impl Daemon {
         }
     }
 
-    /// A device is gone from here: what routed to it is removed, unless something later is known.
-    async fn forget_device(self: &Arc<Self>, user: &UserName, device: DeviceAddresses, since_ms: u64) {
+    /// A device is gone from here since then: what routed to it is removed, unless something later is known.
+    async fn forget_device(self: &Arc<Self>, user: &UserName, device: DeviceAddresses, left_ms: u64) {
         let (daemon, user) = (self.clone(), user.clone());
         let forgotten = blocking(move || {
             for address in device.iter() {
                 let Some(found) = daemon.directory.read::<DeviceRecord>(&address)? else { continue };
                 let DeviceRecord { user: whose, host, since_ms: later, .. } = &found.record;
-                if *whose == user && *host == daemon.me && *later <= since_ms {
+                if *whose == user && *host == daemon.me && *later <= left_ms {
                     daemon.directory.swap::<DeviceRecord>(&address, found.revision, None)?;
                 }
             }
@@ -319,38 +363,66 @@ impl Daemon {
         Ok(devices)
     }
 
-    /// A user's last device has left an access point: log out, if the machine is still at its host and nobody saw the
-    /// user elsewhere; else the machine goes there. Another host's machine is its own to stop.
-    async fn left(self: &Arc<Self>, user: UserName, from: ApName) {
+    /// A user's last device has left an access point: log out, if that is where the user was seen last; the machine goes
+    /// to where another host has a device of the user's.
+    async fn left(self: &Arc<Self>, user: UserName, from: ApName, at_ms: u64) {
         let (daemon, name) = (self.clone(), user.clone());
-        let Some(host) = self.config.aps.iter().find(|ap| ap.id == from).map(|ap| ap.host.clone()) else {
+        let Some(there) = self.config.aps.iter().find(|ap| ap.id == from).map(|ap| ap.host.clone()) else {
             return;
         };
-        let there = host.clone();
+        let host = there.clone();
         let current = blocking(move || {
             let devices = daemon.devices_of(&name)?;
-            let elsewhere = devices.iter().filter(|(_, device)| device.record.host != there);
-            let latest = elsewhere.max_by_key(|(_, device)| device.record.since_ms);
-            let latest = latest.map(|(_, device)| (device.record.ap.clone(), device.record.since_ms));
-            for (address, device) in devices.iter().filter(|(_, device)| device.record.host == there) {
+            let (here, elsewhere): (Vec<_>, Vec<_>) =
+                devices.iter().partition(|(_, device)| device.record.host == host);
+            let latest = elsewhere.into_iter().max_by_key(|(_, device)| device.record.since_ms);
+            let latest = latest.map(|(_, device)| device.record.ap.clone());
+            let is_back = here.iter().any(|(_, device)| device.record.since_ms > at_ms);
+            for (address, device) in here.iter().filter(|(_, device)| device.record.since_ms <= at_ms) {
                 daemon.directory.swap::<DeviceRecord>(address, device.revision, None)?;
             }
-            let stayed = daemon.record(&name)?.is_some_and(|found| found.record.owner == there);
-            Ok((stayed, latest))
+            let record = daemon.record(&name)?.filter(|found| found.record.wanted != Wanted::Stopped);
+            Ok((record.map(|found| found.record.owner), is_back, latest))
         })
         .await;
         let outcome = match current {
-            Ok((false, _)) => Ok(()),
-            Ok((true, Some((ap, at_ms)))) => {
-                self.active(user.clone(), ap, at_ms).await;
-                Ok(())
+            Ok((None, ..) | (_, true, _)) => Ok(()),
+            Ok((Some(owner), false, latest)) => {
+                let host = |ap: &ApName| self.seen.borrow().aps.get(ap).map(|known| known.host.clone());
+                let last = self.last_seen(&user, &owner).await;
+                let seen_at = last.as_ref().and_then(host);
+                let seen = last.as_ref().map(|ap| (ap, seen_at.as_ref()));
+                let is_busy =
+                    owner == self.me && self.known(&user).is_some_and(|image| image.following.has_goal());
+                let is_last = is_logout((&from, &there), &owner, seen, is_busy);
+                match latest {
+                    // A machine that was moved elsewhere by hand is only told.
+                    Some(ap) if owner == there || (is_last && host(&ap).as_ref() == Some(&owner)) => {
+                        self.active(user.clone(), ap, at_ms).await;
+                        Ok(())
+                    }
+                    None if is_last => self.log_out(&user, &owner).await,
+                    Some(_) | None => {
+                        tracing::debug!(%user, %from, ?last, "who left there is elsewhere by now");
+                        Ok(())
+                    }
+                }
             }
-            Ok((true, None)) => self.log_out(&user, &host).await,
             Err(error) => Err(error),
         };
         if let Err(error) = outcome {
             tracing::warn!(%error, %user, "a logout had no effect");
         }
+    }
+
+    /// The access point where the owner of a user's machine has seen the user last; `None` if it cannot say.
+    async fn last_seen(self: &Arc<Self>, user: &UserName, owner: &HostName) -> Option<ApName> {
+        if *owner == self.me {
+            return self.prediction(user).await.ok()?.at;
+        }
+        let call = Call { hops: 1, ..Call::new(http::Method::GET, format!("/v1/images/{user}/prediction")) };
+        let answer = self.peers.call(owner, self.address(owner).ok()?, &call).await.ok()?;
+        answer.into_value::<PredictionView>().ok()?.at
     }
 
     /// The logout that a last Stop stands for, done by the machine's host.
@@ -362,6 +434,22 @@ impl Daemon {
         let call = Call { hops: 1, ..Call::new(http::Method::POST, format!("/v1/images/{user}/stop")) };
         let answer = self.peers.call(host, self.address(host)?, &call.patience(STOP)).await?;
         answer.into_value::<serde_json::Value>().map(|_| ())
+    }
+}
+
+/// Whether a user who left an access point of a host is to be logged out from the machine at `owner`. `seen` is where
+/// the owner saw the user last, and whose access point that is; while the machine follows (`is_busy`) the user is
+/// elsewhere. A machine that stays at another host is stopped only by who left exactly where the user was last.
+fn is_logout(
+    (from, there): (&ApName, &HostName),
+    owner: &HostName,
+    seen: Option<(&ApName, Option<&HostName>)>,
+    is_busy: bool,
+) -> bool {
+    match seen {
+        Some((ap, _)) if ap == from => true,
+        Some((_, host)) => owner == there && host == Some(there),
+        None => owner == there && !is_busy,
     }
 }
 

@@ -2,13 +2,16 @@
 //!
 //! - A user is named by Chargeable-User-Identity, then Class, then User-Name. An identity of `[[user]]` stands for
 //!   that user's image; any other gets an image of its own at its first use, whose name derives from it
-//!   ([`image_name`]).
+//!   ([`image_name`]), and is never the image of another's `[[user]]`.
 //! - An access point is named by NAS-Identifier, else by its address, else by Called-Station-Id.
 //!
 //! User-Name is what a device claims outside the tunnel of its authentication: it may be anonymous, or somebody
 //! else's. So it does not count where Chargeable-User-Identity is told, and an anonymous one names nobody.
 
-use std::{collections::BTreeMap, net::IpAddr};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::IpAddr,
+};
 
 use kage_machine::{UserName, identity::ApName};
 
@@ -25,6 +28,8 @@ const DIGITS: usize = 32;
 pub struct Names {
     aps: BTreeMap<String, ApName>,
     users: BTreeMap<String, UserName>,
+    /// Images that are somebody's by configuration.
+    images: BTreeSet<UserName>,
     order: Vec<IdentityKind>,
 }
 
@@ -38,7 +43,9 @@ impl Names {
         order: &[IdentityKind],
     ) -> Self {
         let aps = aps.into_iter().map(|(nas, ap)| (canonical(&nas), ap)).collect();
-        Self { aps, users: users.into_iter().collect(), order: order.to_vec() }
+        let users: BTreeMap<_, _> = users.into_iter().collect();
+        let images = users.values().cloned().collect();
+        Self { aps, users, images, order: order.to_vec() }
     }
 
     /// The access point a report comes from. A controller may give all its own name: the first of its names that is
@@ -82,23 +89,28 @@ impl Names {
         let configured = |value: &[u8]| self.users.get(std::str::from_utf8(value).ok()?).cloned();
         told()
             .find_map(|(_, value)| configured(value))
-            .or_else(|| told().find_map(|(kind, value)| first_use(*kind, value)))
+            .or_else(|| told().find_map(|(kind, value)| self.first_use(*kind, value)))
+    }
+
+    /// The image of an identity that nothing is configured for; never one that is another's by configuration. Class
+    /// is often something else, a group or a server's own note: it counts where it could be a user's name as it stands.
+    fn first_use(&self, kind: IdentityKind, value: &[u8]) -> Option<UserName> {
+        let own = |value: &[u8]| Some(image_name(value)).filter(|name| !self.images.contains(name));
+        match kind {
+            IdentityKind::Cui => Some(own(value).unwrap_or_else(|| derived(value))),
+            IdentityKind::Class => {
+                let name = std::str::from_utf8(value).ok()?.parse().ok()?;
+                (!self.images.contains(&name)).then_some(name)
+            }
+            IdentityKind::UserName if is_anonymous(value) => None,
+            IdentityKind::UserName => Some(own(value).unwrap_or_else(|| derived(value))),
+        }
     }
 }
 
 /// An empty Chargeable-User-Identity, or one octet of zero, asks for it (RFC 4372 §2.1).
 fn is_told(cui: &[u8]) -> bool {
     !matches!(cui, [] | [0])
-}
-
-/// The image of an identity that nothing is configured for. Class is often something else, a group or a server's own
-/// note: it counts where it could be a user's name as it stands.
-fn first_use(kind: IdentityKind, value: &[u8]) -> Option<UserName> {
-    match kind {
-        IdentityKind::Cui => Some(image_name(value)),
-        IdentityKind::Class => std::str::from_utf8(value).ok()?.parse().ok(),
-        IdentityKind::UserName => (!is_anonymous(value)).then(|| image_name(value)),
-    }
 }
 
 /// Whether a User-Name names nobody: `anonymous`, `anonymous@realm`, `@realm` (RFC 7542 §2.4), or nothing at all.

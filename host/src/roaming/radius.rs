@@ -58,6 +58,8 @@ pub mod attribute {
     pub const ACCT_OUTPUT_OCTETS: u8 = 43;
     /// Acct-Session-Id (RFC 2866 §5.5).
     pub const ACCT_SESSION_ID: u8 = 44;
+    /// Acct-Session-Time in seconds (RFC 2866 §5.7).
+    pub const ACCT_SESSION_TIME: u8 = 46;
     /// Acct-Multi-Session-Id (RFC 2866 §5.11).
     pub const ACCT_MULTI_SESSION_ID: u8 = 50;
     /// Acct-Input-Gigawords, the upper 32 bits (RFC 2869 §5.1).
@@ -309,6 +311,8 @@ pub struct Accounting {
     pub event_timestamp: Option<u32>,
     /// Acct-Delay-Time, seconds the access point has been trying to send this.
     pub delay_seconds: Option<u32>,
+    /// Acct-Session-Time, seconds since the session began.
+    pub session_seconds: Option<u32>,
     /// Octets from the device so far: Acct-Input-Octets and -Gigawords.
     pub input_octets: Option<u64>,
     /// Octets to the device so far: Acct-Output-Octets and -Gigawords.
@@ -337,6 +341,7 @@ impl Accounting {
             multi_session_id: None,
             event_timestamp: None,
             delay_seconds: None,
+            session_seconds: None,
             input_octets: None,
             output_octets: None,
             framed_ipv6_address: None,
@@ -386,6 +391,7 @@ impl Accounting {
             multi_session_id: text(packet, attribute::ACCT_MULTI_SESSION_ID)?,
             event_timestamp: number(packet, attribute::EVENT_TIMESTAMP)?,
             delay_seconds: number(packet, attribute::ACCT_DELAY_TIME)?,
+            session_seconds: number(packet, attribute::ACCT_SESSION_TIME)?,
             input_octets: counter(attribute::ACCT_INPUT_OCTETS, attribute::ACCT_INPUT_GIGAWORDS)?,
             output_octets: counter(attribute::ACCT_OUTPUT_OCTETS, attribute::ACCT_OUTPUT_GIGAWORDS)?,
             framed_ipv6_address: ipv6(packet, attribute::FRAMED_IPV6_ADDRESS)?,
@@ -436,6 +442,7 @@ impl Accounting {
             (attribute::ACCT_MULTI_SESSION_ID, text(&self.multi_session_id)),
             (attribute::EVENT_TIMESTAMP, number(self.event_timestamp)),
             (attribute::ACCT_DELAY_TIME, number(self.delay_seconds)),
+            (attribute::ACCT_SESSION_TIME, number(self.session_seconds)),
             (attribute::ACCT_INPUT_OCTETS, low(self.input_octets)),
             (attribute::ACCT_INPUT_GIGAWORDS, high(self.input_octets)),
             (attribute::ACCT_OUTPUT_OCTETS, low(self.output_octets)),

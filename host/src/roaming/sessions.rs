@@ -59,11 +59,12 @@ pub enum Consequence {
         ap: ApName,
         /// The device's addresses, as far as they were told.
         device: DeviceAddresses,
-        /// When, in milliseconds since 1970.
+        /// When, in milliseconds since 1970; 0 if only that it was some time ago is known.
         at_ms: u64,
         /// Whether a Start said so; an Interim-Update tells of somebody who has been there.
         start: bool,
-        /// Whether this begins the user's first session.
+        /// Whether this begins the user's first session, or stands for one of which nothing was heard for the grace
+        /// time at the same access point: the user may have been logged out elsewhere since.
         first: bool,
     },
     /// A device of a user has had traffic since it was last heard of.
@@ -74,7 +75,11 @@ pub enum Consequence {
         ap: ApName,
         /// Where the user's other devices are, as far as they are known here.
         others: Vec<ApName>,
+        /// The device's addresses.
+        device: DeviceAddresses,
         /// When the device came there, in milliseconds since 1970.
+        since_ms: u64,
+        /// When that was told, in milliseconds since 1970.
         at_ms: u64,
     },
     /// A device has left, and its user still has another one.
@@ -85,11 +90,9 @@ pub enum Consequence {
         from: ApName,
         /// Its addresses.
         device: DeviceAddresses,
-        /// When it had come there, in milliseconds since 1970.
-        since_ms: u64,
         /// Where the other device with the latest traffic is.
         ap: ApName,
-        /// When that one came there, in milliseconds since 1970.
+        /// When the device left, in milliseconds since 1970: from then on the other one counts.
         at_ms: u64,
     },
     /// The user's last device has left, and the grace time is over.
@@ -98,6 +101,8 @@ pub enum Consequence {
         user: UserName,
         /// The access point it left.
         from: ApName,
+        /// When, in milliseconds since 1970.
+        at_ms: u64,
     },
 }
 
@@ -168,6 +173,14 @@ struct Event<'a> {
     now_ms: u64,
 }
 
+impl Event<'_> {
+    /// When the session began that an Interim-Update speaks of, if it says so.
+    fn began_ms(&self) -> Option<u64> {
+        let elapsed_ms = u64::from(self.report.session_seconds?) * 1000;
+        Some(self.when.ms.saturating_sub(elapsed_ms))
+    }
+}
+
 #[derive(Clone, Debug)]
 struct Session {
     report: Fingerprint,
@@ -183,6 +196,8 @@ struct Session {
     octets: u64,
     /// Event-Timestamp of the Stop.
     stopped: Option<u32>,
+    /// When the Stop was, or what else ended it; not before the device came.
+    left_ms: u64,
     /// Set by a Stop: when the grace time is over.
     leaving: Option<Instant>,
 }
@@ -294,8 +309,18 @@ impl Sessions {
             }
         }
         self.is_recent(&event)?;
-        let first = self.table.of(&key.0).next().is_none();
-        Ok(self.arrive(key, event, first))
+        let first =
+            self.table.of(&key.0).all(|(other, known)| *other == key && self.is_silent(known, &event));
+        let at_ms = event.when.ms;
+        Ok(self.arrive(key, event, at_ms, first))
+    }
+
+    /// Whether a session that a Start at its access point replaces may have ended long ago, unknown to this host.
+    fn is_silent(&self, known: &Session, event: &Event<'_>) -> bool {
+        let grace_ms = u64::try_from(self.grace.as_millis()).unwrap_or(u64::MAX);
+        known.ap == event.ap
+            && known.leaving.is_none()
+            && known.heard_ms.saturating_add(grace_ms) < event.now_ms
     }
 
     /// An interim report speaks of a session that stands: it may be new here, but nobody logs in by it, and an old
@@ -304,28 +329,43 @@ impl Sessions {
         let (key, report) = (self.key(event.report)?, event.report);
         let Some(known) = self.table.get(&key) else {
             self.is_recent(&event)?;
-            return Ok(self.arrive(key, event, false));
+            // An old access point may speak so, too: it displaces nothing that came after the session began.
+            let at_ms = event.began_ms().unwrap_or(0);
+            return Ok(self.arrive(key, event, at_ms, false));
         };
         if known.ap != event.ap {
-            return Err(Ignored::NotCurrent);
+            // A Start may be lost. A session that began before the one that has ended is an old one.
+            let goes_on = known.leaving.is_some()
+                && event.when.ms > known.left_ms
+                && event.began_ms().is_none_or(|began_ms| began_ms > known.at_ms);
+            if !goes_on {
+                return Err(Ignored::NotCurrent);
+            }
+            let at_ms = event.began_ms().unwrap_or(event.when.ms);
+            return Ok(self.arrive(key, event, at_ms, false));
         }
         if known.is_after(report) {
             return Err(Ignored::Late);
         }
         // A device learns its address after it has come, and it may be back before its grace time is over.
-        if report.device().or(known.device) != known.device || known.leaving.is_some() {
-            return Ok(self.arrive(key, event, false));
+        if known.leaving.is_some() {
+            let at_ms = event.when.ms;
+            return Ok(self.arrive(key, event, at_ms, false));
+        }
+        if report.device().or(known.device) != known.device {
+            let at_ms = known.at_ms;
+            return Ok(self.arrive(key, event, at_ms, false));
         }
         let mut session = known.clone();
         let has_traffic = session.count(report, event.now_ms);
-        let at_ms = session.at_ms;
+        let (device, since_ms, at_ms) = (session.device, session.at_ms, event.when.ms);
         self.table.put(key.clone(), session);
         if !has_traffic {
             return Err(Ignored::Duplicate);
         }
         let others = self.table.of(&key.0).filter(|(other, _)| **other != key);
         let others = others.map(|(_, other)| other.ap.clone()).take(MOST_OTHERS).collect();
-        Ok(Consequence::Active { user: key.0.clone(), ap: event.ap, others, at_ms })
+        Ok(Consequence::Active { user: key.0.clone(), ap: event.ap, others, device, since_ms, at_ms })
     }
 
     fn is_recent(&self, event: &Event<'_>) -> Result<(), Ignored> {
@@ -333,8 +373,8 @@ impl Sessions {
         if event.when.ms.saturating_add(longest) < event.now_ms { Err(Ignored::Stale) } else { Ok(()) }
     }
 
-    fn arrive(&mut self, key: Key, event: Event<'_>, first: bool) -> Consequence {
-        let Event { report, ap, when, now_ms } = event;
+    fn arrive(&mut self, key: Key, event: Event<'_>, at_ms: u64, first: bool) -> Consequence {
+        let Event { report, ap, now_ms, .. } = event;
         let known = self.table.remove(&key);
         if self.table.len() >= self.most
             && let Some(oldest) = self.table.oldest()
@@ -346,11 +386,12 @@ impl Sessions {
             report: Fingerprint::of(report),
             ap: ap.clone(),
             device,
-            at_ms: known.map_or(when.ms, |known| known.at_ms.max(when.ms)),
+            at_ms: known.map_or(at_ms, |known| known.at_ms.max(at_ms)),
             heard_ms: now_ms,
             active_ms: now_ms,
             octets: report.octets().unwrap_or(0),
             stopped: None,
+            left_ms: 0,
             leaving: None,
         };
         let (user, at_ms, start) = (key.0.clone(), session.at_ms, report.status == Status::Start);
@@ -372,6 +413,7 @@ impl Sessions {
         let session = Session {
             leaving: Some(now + self.grace),
             stopped: event.report.event_timestamp,
+            left_ms: event.when.ms.max(known.at_ms),
             heard_ms: event.now_ms,
             ..known.clone()
         };
@@ -384,7 +426,8 @@ impl Sessions {
         for key in self.table.at(&event.ap) {
             let Some(known) = self.table.get(&key) else { continue };
             if known.leaving.is_none() && !event.when.is_before(known.at_ms) {
-                let session = Session { leaving: Some(now + self.grace), ..known.clone() };
+                let left_ms = event.when.ms.max(known.at_ms);
+                let session = Session { leaving: Some(now + self.grace), left_ms, ..known.clone() };
                 self.table.put(key, session);
             }
         }
@@ -403,13 +446,12 @@ impl Sessions {
             let latest =
                 self.table.of(&user).max_by_key(|(_, other)| (other.leaving.is_none(), other.active_ms));
             over.push(match latest {
-                None => Consequence::Left { user, from: gone.ap },
+                None => Consequence::Left { user, from: gone.ap, at_ms: gone.left_ms },
                 Some((_, other)) => Consequence::Departed {
                     from: gone.ap,
                     device: gone.device,
-                    since_ms: gone.at_ms,
                     ap: other.ap.clone(),
-                    at_ms: other.at_ms,
+                    at_ms: gone.left_ms,
                     user,
                 },
             });

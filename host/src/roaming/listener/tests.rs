@@ -162,3 +162,99 @@ async fn the_last_device_that_stays_keeps_the_machine_and_the_other_ones_route_g
     assert_eq!(state(host, "bob?state=stopped&timeout=5s").await, "stopped");
     let _ = std::fs::remove_file(path);
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_machine_goes_to_the_host_of_the_device_with_the_latest_traffic() {
+    let (_site, hosts) = TestSite::new("radius-traffic", 2).await;
+    let (first, path) = listening(&hosts[0], "traffic-1").await;
+    let (second, other) = listening(&hosts[1], "traffic-2").await;
+    let device = |number: u8, status| Accounting {
+        calling_station_id: Some(format!("02-00-00-00-00-0{number}")),
+        framed_ipv6_address: Some(format!("fd0d::{number}").parse().unwrap()),
+        ..report(status, "bob", &format!("ap-{number}"))
+    };
+    let send = |to, id, report: Accounting| async move {
+        assert!(ask(to, &report.encode(id, SECRET.as_bytes()).unwrap()).await.is_some());
+    };
+    let is_at = |host: &'static str| {
+        let mut seen = hosts[0].daemon.seen.subscribe();
+        async move {
+            let there = seen.wait_for(|seen| {
+                seen.images.get(&"bob".parse().unwrap()).is_some_and(|image| image.owner.as_str() == host)
+                    && seen.devices.len() == 2
+            });
+            tokio::time::timeout(Duration::from_secs(10), there).await.expect(host).unwrap();
+        }
+    };
+    send(first, 1, device(1, Status::Start)).await;
+    assert_eq!(state(&hosts[0], "bob?state=running&timeout=5s").await, "running");
+    send(second, 2, device(2, Status::Start)).await;
+    is_at("h2").await;
+    // Used, the first one has it back, although the other came later.
+    let used = Accounting { output_octets: Some(1 << 20), ..device(1, Status::InterimUpdate) };
+    send(first, 3, used).await;
+    is_at("h1").await;
+    // The Stop of where the user was seen last but one ends nothing here.
+    send(second, 4, device(2, Status::Stop)).await;
+    tokio::time::sleep(Duration::from_millis(400)).await;
+    assert_eq!(state(&hosts[0], "bob?state=running&timeout=5s").await, "running");
+    for path in [path, other] {
+        let _ = std::fs::remove_file(path);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_late_stop_ends_nothing_while_the_machine_has_not_followed_its_user_yet() {
+    let (_site, hosts) = TestSite::new("radius-late", 2).await;
+    let host = &hosts[0];
+    let (to, path) = listening(host, "late").await;
+    let silent = |status| Accounting { framed_ipv6_address: None, ..report(status, "alice", "ap-1") };
+    assert!(ask(to, &silent(Status::Start).encode(1, SECRET.as_bytes()).unwrap()).await.is_some());
+    assert_eq!(state(host, "alice?state=running&timeout=5s").await, "running");
+    // Seen at the other host's access point; no move has come of it.
+    let (daemon, alice) = (host.daemon.clone(), "alice".parse::<UserName>().unwrap());
+    for _ in 0..100 {
+        if daemon.last_seen(&alice, &daemon.me).await == Some("ap-1".parse().unwrap()) {
+            break;
+        }
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    let (user, ap) = (alice.clone(), "ap-2".parse().unwrap());
+    blocking(move || Ok(daemon.learn(&user, &ap, now_ms() + 1))).await.unwrap();
+    assert_eq!(host.daemon.last_seen(&alice, &host.daemon.me).await, Some("ap-2".parse().unwrap()));
+    assert!(ask(to, &silent(Status::Stop).encode(2, SECRET.as_bytes()).unwrap()).await.is_some());
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    assert_eq!(state(host, "alice").await, "running");
+    // Word of no known time does not bring the user back here.
+    let unknown = RoamRequest {
+        user: alice.clone(),
+        ap: "ap-1".parse().unwrap(),
+        device: None,
+        wait: true,
+        age_ms: 0,
+        at_ms: Some(0),
+    };
+    host.daemon.roam(&unknown, 0).await.unwrap();
+    assert_eq!(host.daemon.last_seen(&alice, &host.daemon.me).await, Some("ap-2".parse().unwrap()));
+    // Who leaves where the user was seen last is logged out, wherever the machine is.
+    hosts[1].daemon.left(alice, "ap-2".parse().unwrap(), now_ms()).await;
+    assert_eq!(state(host, "alice?state=stopped&timeout=5s").await, "stopped");
+    let _ = std::fs::remove_file(path);
+}
+
+#[test]
+fn only_who_leaves_where_the_user_was_last_is_logged_out() {
+    let ap = |number: u8| -> ApName { format!("ap-{number}").parse().unwrap() };
+    let host = |number: u8| -> HostName { format!("h{number}").parse().unwrap() };
+    // Access point 1 of host 1 is left, and 2 is of host 2; 3 is of host 1, too.
+    let is_logout = |owner: u8, seen: Option<(u8, u8)>, is_busy| {
+        let seen = seen.map(|(at, of)| (ap(at), host(of)));
+        let seen = seen.as_ref().map(|(ap, host)| (ap, Some(host)));
+        super::is_logout((&ap(1), &host(1)), &host(owner), seen, is_busy)
+    };
+    assert!(is_logout(1, Some((1, 1)), false) && is_logout(1, Some((3, 1)), false));
+    assert!(!is_logout(1, Some((2, 2)), false), "the machine has not followed");
+    assert!(is_logout(2, Some((1, 1)), true), "the machine is elsewhere");
+    assert!(!is_logout(2, Some((2, 2)), false) && !is_logout(2, Some((3, 1)), false));
+    assert!(is_logout(1, None, false) && !is_logout(1, None, true) && !is_logout(2, None, false));
+}

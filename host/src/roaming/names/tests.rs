@@ -75,6 +75,21 @@ fn every_identity_has_an_image_of_its_own() {
 }
 
 #[test]
+fn nobody_gets_a_configured_users_image_by_its_name() {
+    // Alice's image is `alice`, by her identity `alice@example.org` alone.
+    let told = |kind: &str| match kind {
+        "cui" => Accounting { chargeable_user_identity: Some(b"alice".to_vec()), ..report() },
+        "class" => Accounting { class: Some(b"alice".to_vec()), ..report() },
+        _ => Accounting { user_name: Some("alice".into()), ..report() },
+    };
+    for kind in ["cui", "user-name"] {
+        let name = user(&told(kind)).unwrap();
+        assert!(name.starts_with("alice."), "{kind}: {name}");
+    }
+    assert_eq!(user(&told("class")), None);
+}
+
+#[test]
 fn access_points_are_named_by_identifier_address_or_station() {
     let ap = |report: Accounting| names(&ORDER).ap(&report).map(ToString::to_string);
     let nas = |name: &str| Accounting { nas_identifier: Some(name.into()), ..report() };

@@ -20,6 +20,7 @@ fn report() -> Accounting {
         multi_session_id: Some("d1-ap-1-7".into()),
         event_timestamp: Some(1_700_000_000),
         delay_seconds: Some(0),
+        session_seconds: Some(60),
         input_octets: Some(7),
         output_octets: Some((3 << 32) | 5),
         framed_ipv6_address: Some("fd4b:6167:65ff::1".parse().unwrap()),

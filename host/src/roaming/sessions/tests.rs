@@ -32,8 +32,8 @@ fn arrived(taken: Result<Option<Consequence>, Ignored>) -> Option<(String, Strin
     }
 }
 
-fn left(user: &str, ap: &str) -> Consequence {
-    Consequence::Left { user: user.parse().unwrap(), from: ap.parse().unwrap() }
+fn left(user: &str, ap: &str, at_ms: u64) -> Consequence {
+    Consequence::Left { user: user.parse().unwrap(), from: ap.parse().unwrap(), at_ms }
 }
 
 #[test]
@@ -76,10 +76,10 @@ fn a_stop_counts_only_from_the_current_access_point_and_after_the_grace_time() {
     sessions.take(&report(Status::Start, "bob", "nas-1"), now, NOW_MS).unwrap();
     sessions.take(&report(Status::Start, "bob", "nas-2"), now, NOW_MS).unwrap();
     assert_eq!(sessions.take(&report(Status::Stop, "bob", "nas-1"), now, NOW_MS), Err(Ignored::NotCurrent));
-    assert_eq!(sessions.take(&report(Status::Stop, "bob", "nas-2"), now, NOW_MS), Ok(None));
+    assert_eq!(sessions.take(&report(Status::Stop, "bob", "nas-2"), now, NOW_MS + 9), Ok(None));
     assert_eq!(sessions.next_expiry(), Some(now + GRACE));
     assert!(sessions.expire(now + GRACE - Duration::from_millis(1)).is_empty());
-    assert_eq!(sessions.expire(now + GRACE), [left("bob", "ap-2")]);
+    assert_eq!(sessions.expire(now + GRACE), [left("bob", "ap-2", NOW_MS + 9)], "by the time of the Stop");
     assert!(sessions.expire(now + 2 * GRACE).is_empty());
 }
 
@@ -137,7 +137,7 @@ fn an_access_point_that_restarts_ends_its_sessions_after_the_grace_time() {
     sessions.take(&report(Status::Start, "bob", "nas-1"), now, NOW_MS).unwrap();
     sessions.take(&report(Status::Start, "eve", "nas-2"), now, NOW_MS).unwrap();
     sessions.take(&report(Status::AccountingOn, "", "nas-1"), now, NOW_MS).unwrap();
-    assert_eq!(sessions.expire(now + GRACE), [left("bob", "ap-1")]);
+    assert_eq!(sessions.expire(now + GRACE), [left("bob", "ap-1", NOW_MS)]);
 }
 
 #[test]
@@ -170,7 +170,10 @@ fn of_two_devices_the_one_with_traffic_is_told() {
         user: "bob".parse().unwrap(),
         ap: "ap-1".parse().unwrap(),
         others: vec!["ap-2".parse().unwrap()],
-        at_ms: NOW_MS,
+        device: DeviceAddresses::default(),
+        since_ms: NOW_MS,
+        // Later than the other device's arrival: by that alone the owner follows.
+        at_ms: NOW_MS + 60_000,
     };
     assert_eq!(sessions.take(&interim(1 << 33), now, NOW_MS + 60_000), Ok(Some(active)));
     // The same counters again, or what a device sends by itself, is no traffic.
@@ -196,9 +199,8 @@ fn when_one_of_two_devices_leaves_its_user_is_where_the_other_is() {
             user: "bob".parse().unwrap(),
             from: "ap-1".parse().unwrap(),
             device: DeviceAddresses { ipv6: Some(device), ipv4: None },
-            since_ms: NOW_MS,
             ap: "ap-2".parse().unwrap(),
-            at_ms: NOW_MS + 1,
+            at_ms: NOW_MS + 2,
         }]
     );
 }
@@ -210,11 +212,12 @@ fn an_address_told_later_is_news_and_stays() {
     let address = Some("fd0d::1".parse().unwrap());
     let mut interim =
         Accounting { framed_ipv6_address: address, ..report(Status::InterimUpdate, "bob", "nas-1") };
-    let Ok(Some(Consequence::Arrived { device, start, first, .. })) =
+    let Ok(Some(Consequence::Arrived { device, at_ms, start, first, .. })) =
         sessions.take(&interim, now, NOW_MS + 5_000)
     else {
         panic!("an address is news");
     };
+    assert_eq!(at_ms, NOW_MS, "the device has been there since");
     assert_eq!((device.ipv6, start, first), (address, false, false));
     assert_eq!(sessions.take(&interim, now, NOW_MS + 10_000), Err(Ignored::Duplicate));
     interim.framed_ipv6_address = None;
@@ -317,6 +320,67 @@ fn a_hundred_thousand_users_and_one_more() {
     sessions.take(&report(Status::AccountingOff, "", "nas-2"), now, later + 600_000).unwrap();
     let left = sessions.expire(now + GRACE).len();
     assert!(left > MAX_SESSIONS / 2 && sessions.len() == MAX_SESSIONS - left, "{left}");
+}
+
+#[test]
+fn a_start_in_place_of_a_session_long_silent_is_a_login() {
+    let (mut sessions, now) = (sessions(), Instant::now());
+    let at = |session: &str, nas| Accounting {
+        session_id: Some(session.into()),
+        ..report(Status::Start, "bob", nas)
+    };
+    sessions.take(&at("1", "nas-1"), now, NOW_MS).unwrap();
+    // Another host hears of the walk to its access point and of the end; a quick return is a walk still.
+    let first = |taken| arrived(taken).map(|(_, _, first)| first);
+    assert_eq!(first(sessions.take(&at("2", "nas-1"), now, NOW_MS + 60_000)), Some(false));
+    let morning = NOW_MS + 36_000_000;
+    assert_eq!(first(sessions.take(&at("3", "nas-1"), now, morning)), Some(true));
+    assert_eq!(sessions.take(&at("3", "nas-1"), now, morning + 36_000_000), Err(Ignored::Duplicate));
+    // A walk within this host's sight is none, nor is a start beside another device's session.
+    assert_eq!(first(sessions.take(&at("4", "nas-2"), now, 2 * morning)), Some(false));
+    sessions.take(&second(Status::Start, "nas-3"), now, 2 * morning).unwrap();
+    assert_eq!(first(sessions.take(&at("5", "nas-2"), now, 3 * morning)), Some(false));
+}
+
+#[test]
+fn an_unknown_session_is_placed_when_it_began() {
+    let interim =
+        |seconds| Accounting { session_seconds: seconds, ..report(Status::InterimUpdate, "bob", "nas-1") };
+    for (seconds, began_ms) in [(Some(3_600), NOW_MS - 3_600_000), (Some(0), NOW_MS), (None, 0)] {
+        let taken = sessions().take(&interim(seconds), Instant::now(), NOW_MS);
+        let Ok(Some(Consequence::Arrived { at_ms, start: false, first: false, .. })) = taken else {
+            panic!("{taken:?}");
+        };
+        assert_eq!(at_ms, began_ms, "{seconds:?}");
+    }
+}
+
+#[test]
+fn after_a_stop_an_update_from_elsewhere_stands_for_a_lost_start() {
+    let interim =
+        |seconds| Accounting { session_seconds: seconds, ..report(Status::InterimUpdate, "bob", "nas-2") };
+    let now = Instant::now();
+    let stopped = || {
+        let mut sessions = sessions();
+        sessions.take(&report(Status::Start, "bob", "nas-1"), now, NOW_MS).unwrap();
+        assert_eq!(sessions.take(&interim(None), now, NOW_MS + 5_000), Err(Ignored::NotCurrent));
+        sessions.take(&report(Status::Stop, "bob", "nas-1"), now, NOW_MS + 10_000).unwrap();
+        sessions
+    };
+    for (seconds, since_ms) in [(None, NOW_MS + 60_000), (Some(51), NOW_MS + 9_000)] {
+        let mut sessions = stopped();
+        let taken = sessions.take(&interim(seconds), now, NOW_MS + 60_000);
+        let Ok(Some(Consequence::Arrived { ap, at_ms, first: false, .. })) = taken else {
+            panic!("{taken:?}");
+        };
+        assert_eq!((ap.as_str(), at_ms), ("ap-2", since_ms), "{seconds:?}");
+        assert!(sessions.expire(now + 2 * GRACE).is_empty(), "its user is not logged out");
+    }
+    // An access point where the device was before goes on for a while.
+    let mut sessions = stopped();
+    assert_eq!(sessions.take(&interim(Some(300)), now, NOW_MS + 60_000), Err(Ignored::NotCurrent));
+    assert_eq!(sessions.take(&interim(None), now, NOW_MS + 10_000), Err(Ignored::NotCurrent));
+    assert_eq!(sessions.expire(now + 2 * GRACE), [left("bob", "ap-1", NOW_MS + 10_000)]);
 }
 
 proptest! {

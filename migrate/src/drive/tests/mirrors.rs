@@ -207,8 +207,8 @@ fn a_handover_to_a_mirror_sends_what_was_written_since() {
 
 #[test]
 fn a_handover_in_the_midst_of_a_first_copy_goes_on_from_it() {
-    // A page takes some 2 ms.
-    let mut scene = Scene::new(Some(Rate::bytes_per_s(2e6)));
+    // A page takes some 20 ms.
+    let mut scene = Scene::new(Some(Rate::bytes_per_s(2e5)));
     scene.want();
     let held =
         || scene.bench.targets.check_mirror(&scene.owner.bench_user).is_some_and(|found| found.pages > 0);
