@@ -15,7 +15,6 @@ struct Owner {
     machine: Mutex<SimMachine>,
     /// Somebody else holds the machine.
     held: AtomicBool,
-    limit: Option<Rate>,
     /// Breaks the next link after so many frames.
     cut: AtomicU64,
     sent: Mutex<Vec<EpochStats>>,
@@ -53,7 +52,7 @@ impl OwnerSide for Owner {
     }
 
     fn limit(&self) -> Option<Rate> {
-        self.limit
+        None
     }
 
     fn sent(&self, _: &HostName, stats: &EpochStats, _: Duration) {
@@ -77,7 +76,7 @@ fn until(what: &str, mut is: impl FnMut() -> bool) {
 }
 
 impl Scene {
-    fn new(limit: Option<Rate>) -> Self {
+    fn new() -> Self {
         let bench = Bench::new();
         let machine = bench.a.vmm().unwrap().handle();
         let owner = Arc::new(Owner {
@@ -88,7 +87,6 @@ impl Scene {
             memory: machine.memory(),
             machine: Mutex::new(machine),
             held: AtomicBool::new(false),
-            limit,
             cut: AtomicU64::new(0),
             sent: Mutex::default(),
             links: AtomicU64::new(0),
@@ -182,7 +180,7 @@ impl Scene {
 
 #[test]
 fn a_mirror_is_what_was_sent_at_any_rest() {
-    let mut scene = Scene::new(None);
+    let mut scene = Scene::new();
     scene.whole();
     let mut compared = 0;
     until("twenty comparisons", || {
@@ -194,7 +192,7 @@ fn a_mirror_is_what_was_sent_at_any_rest() {
 
 #[test]
 fn a_handover_to_a_mirror_sends_what_was_written_since() {
-    let mut scene = Scene::new(None);
+    let mut scene = Scene::new();
     scene.whole();
     let first: u64 = scene.owner.sent.lock().unwrap().iter().map(|stats| stats.pages).sum();
     let report = scene.hand_over();
@@ -207,8 +205,9 @@ fn a_handover_to_a_mirror_sends_what_was_written_since() {
 
 #[test]
 fn a_handover_in_the_midst_of_a_first_copy_goes_on_from_it() {
-    // A page takes some 20 ms.
-    let mut scene = Scene::new(Some(Rate::bytes_per_s(2e5)));
+    let mut scene = Scene::new();
+    // After Follow and the first pages; there is no other link for two seconds.
+    scene.owner.cut.store(2, Ordering::SeqCst);
     scene.want();
     let held =
         || scene.bench.targets.check_mirror(&scene.owner.bench_user).is_some_and(|found| found.pages > 0);
@@ -225,7 +224,7 @@ fn a_handover_in_the_midst_of_a_first_copy_goes_on_from_it() {
 
 #[test]
 fn a_mirror_whose_link_is_lost_goes_on_from_what_it_holds() {
-    let mut scene = Scene::new(None);
+    let mut scene = Scene::new();
     // Follow, the pages, the end of the first epoch, and some more.
     scene.owner.cut.store(6, Ordering::SeqCst);
     scene.whole();
@@ -240,7 +239,7 @@ fn a_mirror_whose_link_is_lost_goes_on_from_what_it_holds() {
 
 #[test]
 fn a_mirror_that_is_gone_costs_a_handover_nothing_but_itself() {
-    let mut scene = Scene::new(None);
+    let mut scene = Scene::new();
     scene.whole();
     scene.bench.targets.forget_mirror(&scene.owner.bench_user);
     let report = scene.hand_over();
@@ -251,7 +250,7 @@ fn a_mirror_that_is_gone_costs_a_handover_nothing_but_itself() {
 
 #[test]
 fn a_mirror_that_is_not_wanted_any_more_is_dropped_at_once() {
-    let mut scene = Scene::new(None);
+    let mut scene = Scene::new();
     scene.whole();
     assert_eq!(scene.mirrors.want(&[]), []);
     until("its end", || !scene.bench.targets.mirrors(&scene.owner.bench_user));
@@ -263,7 +262,7 @@ fn a_mirror_that_is_not_wanted_any_more_is_dropped_at_once() {
 
 #[test]
 fn a_refused_mirror_is_asked_for_again() {
-    let mut scene = Scene::new(None);
+    let mut scene = Scene::new();
     scene.bench.b.refuses.store(true, Ordering::SeqCst);
     scene.want();
     let note = |scene: &Scene| scene.mirrors.views().iter().find_map(|view| view.note.clone());
@@ -280,7 +279,7 @@ fn what_a_former_owner_left_is_known_by_its_digest() {
         digest::{DigestTable, PageDigest},
         store::Mirror,
     };
-    let mut scene = Scene::new(None);
+    let mut scene = Scene::new();
     scene.owner.machine.lock().unwrap().harvest().unwrap();
     // Both hold what the machine was at one instant; what it writes since is harvested.
     let paused = scene.owner.machine.lock().unwrap().pause(kage_machine::PauseCause::Hold).unwrap();
