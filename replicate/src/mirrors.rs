@@ -43,10 +43,10 @@ const READY: Duration = Duration::from_secs(10);
 const TRY_AGAIN: Duration = Duration::from_secs(2);
 
 /// A page that is always written anew is sent after so long all the same: how far a mirror is behind at most.
-const OLDEST: Duration = Duration::from_secs(2);
+const OLDEST: Duration = Duration::from_secs(5);
 
 /// With nothing to send the link is tried so often: a follower that is gone is no mirror.
-const HEARTBEAT: Duration = Duration::from_secs(2);
+const HEARTBEAT: Duration = Duration::from_secs(4);
 
 /// Longest wait for a mirror that is given to a handover: one batch and its acknowledgement.
 const GIVING: Duration = Duration::from_secs(1);
