@@ -13,8 +13,8 @@ use std::{
 
 use kage_directory::Profile;
 use kage_machine::{
-    BaseHash, Geometry, Gone, HostInstant, HostName, ImageNumber, Machine, MachineError, Memory, PageBytes,
-    PageIndex, PageSet, PauseCause, Paused, SavedState, Started, UserName, Vid,
+    BaseHash, Geometry, Gone, HostInstant, HostName, ImageNumber, Machine, MachineError, Memory, OutputMark,
+    PageBytes, PageIndex, PageSet, PauseCause, Paused, SavedState, Started, UserName, Vid,
     disk::{Block, Disk, DiskEvents, Fill, Scrubbed, block_digest},
     identity::ApName,
 };
@@ -383,6 +383,7 @@ impl Machine for FakeMachine {
             state,
             dirty: PageSet::empty(self.process.memory.geometry.pages()),
             at: HostInstant { ns: 1 },
+            output: OutputMark::default(),
         })
     }
     fn resume(&mut self) -> Result<(), MachineError> {

@@ -13,11 +13,11 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     Geometry, PageSet,
-    machine::{BaseHash, HostInstant},
+    machine::{BaseHash, HostInstant, OutputMark},
 };
 
 /// Version of these messages.
-pub const CONTROL_VERSION: u16 = 5;
+pub const CONTROL_VERSION: u16 = 6;
 
 /// Largest packet: a bitmap of the largest page space, and the rest.
 pub const MAX_PACKET: usize = 192 << 10;
@@ -218,6 +218,8 @@ pub enum Reply {
         dirty: PageSet,
         /// When the vCPU stopped.
         at: HostInstant,
+        /// Up to where its output was queued.
+        output: OutputMark,
     },
     /// To [`Request::Run`].
     Started {
@@ -273,7 +275,12 @@ mod tests {
 
     #[test]
     fn messages_round_trip_and_garbage_is_refused() {
-        let reply = Reply::Paused { state: vec![1, 2], dirty: PageSet::full(130), at: HostInstant { ns: 9 } };
+        let reply = Reply::Paused {
+            state: vec![1, 2],
+            dirty: PageSet::full(130),
+            at: HostInstant { ns: 9 },
+            output: OutputMark(7),
+        };
         assert_eq!(decode::<Reply>(&encode(&reply)), Ok(reply));
         assert_eq!(decode::<Request>(&[0xff, 0xff]), Err(NotAMessage));
     }

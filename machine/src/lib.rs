@@ -24,6 +24,9 @@ pub mod sim;
 pub mod state;
 
 pub use identity::{Epoch, HandoverId, HostName, ImageNumber, SitePrefix, Term, UserName, Vid};
-pub use machine::{BaseHash, Gone, HostInstant, Machine, MachineError, Memory, PauseCause, Paused, Started};
+pub use machine::{
+    BaseHash, Gone, HostInstant, Machine, MachineError, Memory, Missing, OutputMark, PauseCause, Paused,
+    Started,
+};
 pub use page::{Geometry, PAGE_SIZE, PageBytes, PageIndex, PageSet};
 pub use state::SavedState;

@@ -1,6 +1,9 @@
 //! The handle on one machine, as replication and handover see it.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use serde::{Deserialize, Serialize};
 
@@ -93,6 +96,8 @@ pub trait Memory: Send + Sync {
 pub enum PauseCause {
     /// The switch of a handover.
     Switch,
+    /// A copy of this instant is made; it runs on at once.
+    Checkpoint,
     /// An operator or a policy.
     Hold,
 }
@@ -106,6 +111,32 @@ pub struct Paused {
     pub dirty: PageSet,
     /// The last exit from `KVM_RUN`, or from the interrupted idle wait.
     pub at: HostInstant,
+    /// Up to where its output was queued.
+    pub output: OutputMark,
+}
+
+/// A point in a machine's output: what it queued before lies in front of it. Wraps around.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct OutputMark(pub u16);
+
+/// The pages that a machine runs without until they are brought.
+///
+/// Shared between threads. While a page is missing, nobody may read it through [`Memory`], which would make it zeros
+/// unseen.
+pub trait Missing: Send + Sync {
+    /// Waits until `until` at most for a page that the machine waits for. The same page may be named more than once.
+    ///
+    /// # Errors
+    /// [`Gone`].
+    fn wanted(&self, until: Instant) -> Result<Option<PageIndex>, Gone>;
+    /// Brings a page and wakes who waits for it; says whether it was missing. A page that is here stays as it is.
+    ///
+    /// # Errors
+    /// [`Gone`].
+    fn bring(&self, page: PageIndex, bytes: &PageBytes) -> Result<bool, Gone>;
+    /// What is still missing.
+    fn left(&self) -> PageSet;
 }
 
 /// A machine's first entry into `KVM_RUN` after a restore.
@@ -165,6 +196,37 @@ pub trait Machine: Send {
     /// # Errors
     /// [`MachineError`].
     fn open_gate(&mut self) -> Result<(), MachineError>;
+
+    /// Takes pages of its memory out of a shell: once it runs, whoever touches one waits until it is brought. When the
+    /// last is here the machine is as any other; until then a guest that does not answer has not failed.
+    ///
+    /// # Errors
+    /// Refused once it has run, and where this host cannot do it.
+    fn miss(&mut self, pages: &PageSet) -> Result<Arc<dyn Missing>, MachineError> {
+        let _ = pages;
+        Err(MachineError::Refused { reason: "it cannot run while pages are missing".into() })
+    }
+
+    /// Stops a running machine for as long as `copy` takes, which is given the pages written since the last harvest and
+    /// may read them; it runs on, gate as before.
+    ///
+    /// # Errors
+    /// [`MachineError`]; except when gone, the machine runs on.
+    fn checkpoint(&mut self, copy: &mut dyn FnMut(&PageSet)) -> Result<Paused, MachineError> {
+        let paused = self.pause(PauseCause::Checkpoint)?;
+        copy(&paused.dirty);
+        self.resume()?;
+        Ok(paused)
+    }
+
+    /// Lets out what a machine behind its gate had queued at a checkpoint. The gate stays shut for all that came later.
+    ///
+    /// # Errors
+    /// [`MachineError`].
+    fn let_out(&mut self, output: OutputMark) -> Result<(), MachineError> {
+        let _ = output;
+        Err(MachineError::Refused { reason: "its gate is open or shut, not between".into() })
+    }
 
     /// Gives the right away for ever: stored where the VMM process and any later daemon see it;
     /// the machine never runs again. Returns only once that is stored.

@@ -19,8 +19,8 @@ use std::{
 };
 
 use crate::{
-    Geometry, Gone, HostInstant, Machine, MachineError, Memory, PAGE_SIZE, PageBytes, PageIndex, PageSet,
-    PauseCause, Paused, SavedState, Started,
+    Geometry, Gone, HostInstant, Machine, MachineError, Memory, OutputMark, PAGE_SIZE, PageBytes, PageIndex,
+    PageSet, PauseCause, Paused, SavedState, Started,
     control::Phase,
     disk::Block,
     state::{ClockState, STATE_VERSION, VcpuState},
@@ -480,6 +480,7 @@ impl Machine for SimMachine {
                 },
                 dirty: state.dirty.take(),
                 at: (state.clock)(),
+                output: OutputMark::default(),
             })
         })
     }

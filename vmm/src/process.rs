@@ -733,7 +733,8 @@ impl Machine {
         };
         let dirty = self.harvest()?;
         self.phase = Phase::Paused;
-        Ok(Reply::Paused { state: state.encode(), dirty, at })
+        let output = self.net.queued(&self.memory);
+        Ok(Reply::Paused { state: state.encode(), dirty, at, output })
     }
 
     /// Empties the windows' page tables.

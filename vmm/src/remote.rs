@@ -615,11 +615,11 @@ impl Machine for RemoteMachine {
 
     fn pause(&mut self, _cause: PauseCause) -> Result<Paused, MachineError> {
         let error = match self.call(&Request::Pause, &[]) {
-            Ok((Reply::Paused { state, dirty, at }, _)) if self.has_pages_of(&dirty) => {
+            Ok((Reply::Paused { state, dirty, at, output }, _)) if self.has_pages_of(&dirty) => {
                 match SavedState::decode(&state) {
                     Ok(state) => {
                         self.phase = Phase::Paused;
-                        return Ok(Paused { state, dirty, at });
+                        return Ok(Paused { state, dirty, at, output });
                     }
                     Err(error) => MachineError::Refused { reason: error.to_string() },
                 }

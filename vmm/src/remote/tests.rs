@@ -70,7 +70,12 @@ fn status(phase: Phase) -> Option<Reply> {
 }
 
 fn paused(state: Vec<u8>, pages: u32) -> Option<Reply> {
-    Some(Reply::Paused { state, dirty: PageSet::empty(pages), at: HostInstant { ns: 1 } })
+    Some(Reply::Paused {
+        state,
+        dirty: PageSet::empty(pages),
+        at: HostInstant { ns: 1 },
+        output: kage_machine::OutputMark(0),
+    })
 }
 
 fn state() -> Vec<u8> {

@@ -3,9 +3,9 @@
 //! While the gate is shut nothing is taken from the transmit ring: the ring itself is where output
 //! waits, so waiting output is bounded, is part of memory, and moves with it.
 
-use std::{io, os::fd::OwnedFd};
+use std::{io, os::fd::OwnedFd, sync::atomic::Ordering};
 
-use kage_machine::control::NetCounters;
+use kage_machine::{OutputMark, control::NetCounters};
 use virtio_queue::QueueT;
 use vm_memory::Bytes;
 
@@ -116,6 +116,14 @@ impl Net {
                 return;
             }
         }
+    }
+
+    /// Up to where the guest has queued frames.
+    #[must_use]
+    pub fn queued(&self, memory: &GuestMemory) -> OutputMark {
+        let queue = &self.transport.queues[TRANSMIT];
+        let queued = queue.avail_idx(memory, Ordering::Acquire).map_or(queue.next_avail(), |index| index.0);
+        OutputMark(queued)
     }
 
     fn emit(&mut self, length: usize) {
