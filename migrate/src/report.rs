@@ -94,6 +94,9 @@ pub struct Report {
     pub replica_hit: ReplicaHit,
     /// Its parts.
     pub phases: Vec<Phase>,
+    /// The parts of the blackout, at both sides: `stop`, `encode`, `cross`, `apply`, `restore`, `enter`.
+    #[serde(default)]
+    pub blackout_phases: Vec<Phase>,
 }
 
 /// What was left in the source's tap at the switch.

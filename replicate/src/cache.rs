@@ -44,11 +44,6 @@ impl Cache {
             self.slots.insert(page, slot);
         }
     }
-
-    /// Forgets everything: what the follower holds is no longer known.
-    pub(crate) fn clear(&mut self) {
-        *self = Self::new(self.capacity);
-    }
 }
 
 #[cfg(test)]

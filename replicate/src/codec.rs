@@ -23,8 +23,14 @@ use kage_wire::{
     BatchError, BatchReader, BatchWriter, Encoding, delta,
     pages::{Batch, Compression, MAX_RECORDS_BYTES},
 };
+use zstd::zstd_safe::{
+    CCtx, CParameter, InBuffer, OutBuffer, ResetDirective, zstd_sys::ZSTD_EndDirective as EndDirective,
+};
 
-use crate::pace::{Meter, Rate};
+use crate::{
+    courtesy,
+    pace::{Meter, Rate},
+};
 
 /// How non-zero pages are written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -175,7 +181,7 @@ pub struct Encoder {
     delta: Vec<u8>,
     lz4: Box<[u8]>,
     // None where its memory could not be had: batches then go as they are.
-    zstd: Option<zstd::bulk::Compressor<'static>>,
+    zstd: Option<CCtx<'static>>,
     packed: Vec<u8>,
 }
 
@@ -198,7 +204,7 @@ impl Encoder {
         Self {
             delta: Vec::new(),
             lz4: vec![0; lz4_flex::block::get_maximum_output_size(PAGE_SIZE)].into_boxed_slice(),
-            zstd: zstd::bulk::Compressor::new(1).ok(),
+            zstd: compressor(),
             packed: Vec::new(),
         }
     }
@@ -237,7 +243,7 @@ impl Encoder {
             && let Some(zstd) = &mut self.zstd
         {
             self.packed.resize(zstd::zstd_safe::compress_bound(length), 0);
-            if let Ok(packed) = zstd.compress_to_buffer(writer.record_bytes(), &mut self.packed[..])
+            if let Some(packed) = pack(zstd, writer.record_bytes(), &mut self.packed)
                 && packed < length
             {
                 return writer.finish(Some(&self.packed[..packed]));
@@ -245,6 +251,38 @@ impl Encoder {
         }
         writer.finish(None)
     }
+}
+
+fn compressor() -> Option<CCtx<'static>> {
+    let mut zstd = CCtx::try_create()?;
+    zstd.set_parameter(CParameter::CompressionLevel(1)).ok()?;
+    Some(zstd)
+}
+
+/// Compresses records into a buffer, with pauses in which others may run. Returns the bytes written; none where that
+/// fails.
+fn pack(zstd: &mut CCtx<'static>, records: &[u8], into: &mut [u8]) -> Option<usize> {
+    zstd.reset(ResetDirective::SessionOnly).ok()?;
+    zstd.set_pledged_src_size(Some(records.len() as u64)).ok()?;
+    let mut output = OutBuffer::around(into);
+    let mut pieces = records.chunks(courtesy::BYTES).peekable();
+    while let Some(piece) = pieces.next() {
+        let mut input = InBuffer::around(piece);
+        let is_last = pieces.peek().is_none();
+        let then = if is_last { EndDirective::ZSTD_e_end } else { EndDirective::ZSTD_e_continue };
+        loop {
+            let before = (input.pos(), output.pos());
+            let left = zstd.compress_stream2(&mut output, &mut input, then).ok()?;
+            if input.pos() == piece.len() && (left == 0 || !is_last) {
+                break;
+            }
+            if (input.pos(), output.pos()) == before {
+                return None;
+            }
+        }
+        courtesy::let_others_run();
+    }
+    Some(output.pos())
 }
 
 /// Why a batch cannot be applied.

@@ -24,6 +24,7 @@
 mod cache;
 pub mod choose;
 pub mod codec;
+mod courtesy;
 pub mod digest;
 pub mod link;
 pub mod mirrors;

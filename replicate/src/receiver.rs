@@ -14,6 +14,7 @@ use kage_wire::{
 
 use crate::{
     codec::{Content, DecodeError, Decoder},
+    courtesy,
     digest::DigestTable,
     link::{Link, LinkError},
     store::{ElsewhereError, Mirror},
@@ -202,6 +203,9 @@ impl Receiver {
         let Self { mirror, decoder, records, .. } = self;
         decoder.decode(&batch, |index, content| {
             *records = records.saturating_add(1);
+            if records.is_multiple_of(courtesy::PAGES as u32) {
+                courtesy::let_others_run();
+            }
             let inside = match content {
                 Content::Zero => mirror.zero(batch.epoch, index),
                 Content::Bytes(bytes) => mirror.write(batch.epoch, index, bytes),

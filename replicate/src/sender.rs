@@ -27,6 +27,7 @@ use kage_wire::{
 use crate::{
     cache::Cache,
     codec::{Chooser, Encoder, Scheme},
+    courtesy,
     digest::{DigestTable, PageDigest, is_block},
     link::{Link, LinkError},
     pace::{Meter, Rate, TokenBucket},
@@ -425,8 +426,10 @@ impl Sender {
                 return Err(error);
             }
         }
-        // It holds the versions before this epoch.
-        self.cache.clear();
+        // The cache holds the versions before this epoch. To empty it here would cost milliseconds of the pause.
+        before.iter().for_each(|&(page, _)| {
+            self.sent.remove(page);
+        });
         let mark = self.take_mark(epoch);
         bytes[..EpochMark::BYTES].copy_from_slice(&mark.emit());
         stats.bytes_wire = bytes.len() as u64;
@@ -485,6 +488,9 @@ impl Sender {
         while batch.writer.has_room() && batch.writer.record_bytes().len() < limit {
             let Some(page) = left.next() else { return Ok(false) };
             *done += 1;
+            if done.is_multiple_of(courtesy::PAGES as u32) {
+                courtesy::let_others_run();
+            }
             if page.0 >= self.geometry.pages() {
                 continue;
             }
@@ -522,8 +528,8 @@ impl Sender {
         Ok(true)
     }
 
-    /// What the cache has of a page is not what the follower holds any more. A last epoch that comes to be sent
-    /// empties the cache as a whole.
+    /// What the cache has of a page is not what the follower holds any more. Of the pages of a last epoch that is said
+    /// once it comes to be sent.
     fn forget(&mut self, page: PageIndex, keep: bool) {
         if keep {
             self.sent.remove(page);

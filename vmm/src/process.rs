@@ -44,7 +44,7 @@ use crate::{
     inspect::Answering,
     jail,
     packet::{self, Packet},
-    sys::{Mapping, watchdog},
+    sys::{Mapping, slice, watchdog},
     tables::{MapError, Tables},
     upcall,
     vcpu::Vcpu,
@@ -365,6 +365,8 @@ impl Machine {
         jail::share_heap();
         jail::drop_privileges(setup.jail).map_err(text("jail"))?;
         let block = Block::new(setup.geometry.disk_bytes()).map_err(text("disk worker"))?;
+        // After the disk's worker has begun, which may wait.
+        slice::ask_for_short_slices();
         // Read once before the filter: finding the vDSO takes system calls that reading the clock does not.
         let now = host_now();
         jail::filter().map_err(text("system call filter"))?;

@@ -134,6 +134,12 @@ pub enum Message {
     Started {
         /// Its first entry, on its own clock.
         at_ns: ClockNs,
+        /// When the switch message was here, on the same clock.
+        received_ns: ClockNs,
+        /// When its pages were applied.
+        applied_ns: ClockNs,
+        /// When its state was restored.
+        restored_ns: ClockNs,
     },
     /// Target: owns it in the directory.
     Running {
@@ -274,7 +280,7 @@ mod tests {
             }),
             Message::Probed { sent_ns: 300, clock_ns: 301 },
             Message::Failed { reason: "no".into() },
-            Message::Started { at_ns: 1 },
+            Message::Started { at_ns: 4, received_ns: 1, applied_ns: 2, restored_ns: 3 },
             Message::Running { term },
             Message::Holds,
             Message::HoldsNothing,

@@ -221,7 +221,8 @@ impl Samples {
             disk_pages_elsewhere: 0,
             disk_pages_held: 25_000,
             replica_hit: ReplicaHit::None,
-            phases: vec![PhaseView { name: "converging".into(), ms: 170.5, bytes: 6_900_000 }],
+            phases: vec![PhaseView { name: "copy".into(), ms: 170.5, bytes: 6_900_000 }],
+            blackout_phases: vec![PhaseView { name: "cross".into(), ms: 0.7, bytes: 2_300 }],
         };
         Self {
             image: ImageView {

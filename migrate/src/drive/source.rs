@@ -11,7 +11,7 @@ use kage_machine::{Epoch, HostInstant, Machine, MachineError, PageSet, PauseCaus
 use kage_replicate::{EpochStats, Given, LastError, Link, LinkError, Rate, SendError, Sender, find_unknown};
 use kage_wire::{
     Frame, Held, Purpose,
-    handover::{MAX_LAST_EPOCH, Message, Prepare, Switch},
+    handover::{ClockNs, MAX_LAST_EPOCH, Message, Prepare, Switch},
 };
 
 use super::{Control, Limits, Ownership, Told, hash_memory, now};
@@ -147,6 +147,10 @@ struct Figures {
     disk_elsewhere: u64,
     drained: Drained,
     arrived: Option<Duration>,
+    /// When it was known to have stopped, and when the switch message was ready to be sent.
+    stopped: HostInstant,
+    encoded: HostInstant,
+    switch_bytes: u64,
     phases: Vec<Phase>,
     phase: Option<(&'static str, Instant, u64)>,
 }
@@ -173,6 +177,14 @@ impl Figures {
     }
 }
 
+/// How a machine came to run at the target, on the target's clock.
+struct Arrival {
+    received_ns: ClockNs,
+    applied_ns: ClockNs,
+    restored_ns: ClockNs,
+    entered_ns: ClockNs,
+}
+
 struct Drive<'a> {
     spec: &'a SourceSpec,
     side: &'a mut dyn SourceSide,
@@ -196,8 +208,8 @@ struct Drive<'a> {
     /// Pages the target lacks; `None` before the first round.
     dirty: Option<PageSet>,
     paused: Option<Paused>,
-    /// The target's first entry, on its clock.
-    started: Option<HostInstant>,
+    /// The target's first entry, and what came before it, on its clock.
+    started: Option<Arrival>,
     clock: PeerClock,
     doubt: Option<Cause>,
     figures: Figures,
@@ -414,6 +426,7 @@ impl Drive<'_> {
         };
         match machine.pause(PauseCause::Switch) {
             Ok(paused) => {
+                self.figures.stopped = now();
                 match &mut self.dirty {
                     Some(dirty) => dirty.union(&paused.dirty),
                     None => self.dirty = Some(paused.dirty.clone()),
@@ -443,11 +456,13 @@ impl Drive<'_> {
         let Some(link) = &mut self.switch else {
             return SourceEvent::NotOffered(Cause::LinkLost(self.lost.clone()));
         };
+        self.figures.encoded = now();
         // Whatever the error, all of it may have arrived.
         if let Err(error) = link.send(&frame) {
             self.lose(error);
         }
-        self.figures.bytes_wire += frame.wire_len() as u64;
+        self.figures.switch_bytes = frame.wire_len() as u64;
+        self.figures.bytes_wire += self.figures.switch_bytes;
         SourceEvent::OfferMade
     }
 
@@ -665,8 +680,8 @@ impl Drive<'_> {
                 SourceEvent::TargetFailed(Cause::TargetRefused(reason))
             }
             Message::Failed { reason } => SourceEvent::TargetFailed(Cause::TargetFailed(reason)),
-            Message::Started { at_ns } => {
-                self.started = Some(HostInstant { ns: at_ns });
+            Message::Started { at_ns, received_ns, applied_ns, restored_ns } => {
+                self.started = Some(Arrival { received_ns, applied_ns, restored_ns, entered_ns: at_ns });
                 self.figures.arrived = Some(self.begun.elapsed());
                 SourceEvent::TargetStarted
             }
@@ -693,9 +708,25 @@ impl Drive<'_> {
             Outcome::HandedOver => seen.unwrap_or_default().max(ticket.term.next()),
             _ => seen.unwrap_or(ticket.term),
         };
-        let blackout = match (&self.paused, self.started) {
-            (Some(paused), Some(started)) => self.clock.to_own(started).since(paused.at),
-            _ => Duration::ZERO,
+        let (blackout, blackout_phases) = match (&self.paused, &self.started) {
+            (Some(paused), Some(arrival)) => {
+                let own = |ns| self.clock.to_own(HostInstant { ns });
+                let parts = [
+                    ("stop", figures.stopped, 0),
+                    ("encode", figures.encoded, 0),
+                    ("cross", own(arrival.received_ns), figures.switch_bytes),
+                    ("apply", own(arrival.applied_ns), 0),
+                    ("restore", own(arrival.restored_ns), 0),
+                    ("enter", own(arrival.entered_ns), 0),
+                ];
+                let mut before = paused.at;
+                let phases = parts.map(|(name, until, bytes)| {
+                    let took = until.since(std::mem::replace(&mut before, until));
+                    Phase { name: name.to_owned(), ms: ms(took), bytes }
+                });
+                (own(arrival.entered_ns).since(paused.at), phases.to_vec())
+            }
+            _ => (Duration::ZERO, Vec::new()),
         };
         Report {
             user: ticket.user.clone(),
@@ -727,6 +758,7 @@ impl Drive<'_> {
             lost_pages: 0,
             replica_hit: self.replica_hit,
             phases: figures.phases,
+            blackout_phases,
         }
     }
 }

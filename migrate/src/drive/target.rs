@@ -543,7 +543,7 @@ impl Targets {
             making,
             as_expected: false,
             offer: None,
-            started: None,
+            arrival: Arrival::default(),
             answers: VecDeque::new(),
             ready: VecDeque::new(),
             doubt: None,
@@ -707,6 +707,15 @@ enum Making<'a> {
     Refused,
 }
 
+/// When what happened to the switch message.
+#[derive(Clone, Copy, Default)]
+struct Arrival {
+    received: HostInstant,
+    applied: HostInstant,
+    restored: HostInstant,
+    entered: HostInstant,
+}
+
 struct Drive<'a> {
     session: &'a Session,
     limits: Limits,
@@ -720,7 +729,7 @@ struct Drive<'a> {
     as_expected: bool,
     /// The switch message, until it is applied.
     offer: Option<Frame>,
-    started: Option<HostInstant>,
+    arrival: Arrival,
     answers: VecDeque<mpsc::Sender<bool>>,
     /// Events that came together.
     ready: VecDeque<TargetEvent>,
@@ -840,7 +849,7 @@ impl Drive<'_> {
     fn start(&mut self) -> TargetEvent {
         match self.try_start() {
             Ok(at) => {
-                self.started = Some(at);
+                self.arrival.entered = at;
                 TargetEvent::Started
             }
             Err(why) => TargetEvent::StartFailed(why),
@@ -867,11 +876,13 @@ impl Drive<'_> {
         {
             return Err("memory here differs from the source's".into());
         }
-        machine
-            .restore(&state, HostInstant { ns: switch.paused_at_ns })
-            .and_then(|()| machine.run_gated())
-            .map(|started| started.at)
-            .map_err(|error| error.to_string())
+        let applied = now();
+        let paused_at = HostInstant { ns: switch.paused_at_ns };
+        machine.restore(&state, paused_at).map_err(|error| error.to_string())?;
+        let restored = now();
+        let entered = machine.run_gated().map_err(|error| error.to_string())?.at;
+        (self.arrival.applied, self.arrival.restored) = (applied, restored);
+        Ok(entered)
     }
 
     fn say(&mut self, what: ToSource) {
@@ -892,7 +903,15 @@ impl Drive<'_> {
                 Message::Ready { as_expected: self.as_expected }
             }
             ToSource::Failed(reason) => Message::Failed { reason },
-            ToSource::Started => Message::Started { at_ns: self.started.unwrap_or_default().ns },
+            ToSource::Started => {
+                let Arrival { received, applied, restored, entered } = self.arrival;
+                Message::Started {
+                    at_ns: entered.ns,
+                    received_ns: received.ns,
+                    applied_ns: applied.ns,
+                    restored_ns: restored.ns,
+                }
+            }
             ToSource::Running => {
                 let term = self.ownership.seen.as_ref().map(|seen| seen.record.term);
                 Message::Running { term: term.unwrap_or_else(|| self.session.ticket.term.next()) }
@@ -983,6 +1002,7 @@ impl Drive<'_> {
                 return None;
             }
         };
+        let received = now();
         let event = match Message::from_frame(&frame) {
             Ok((Message::Probe { sent_ns }, _)) => {
                 let answer = Message::Probed { sent_ns, clock_ns: now().ns };
@@ -1007,6 +1027,7 @@ impl Drive<'_> {
             }
         };
         if event == TargetEvent::Offered {
+            self.arrival.received = received;
             self.offer = Some(frame);
         }
         Some(event)

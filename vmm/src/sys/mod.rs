@@ -3,6 +3,7 @@
 
 pub mod mapping;
 pub mod ring;
+pub mod slice;
 pub mod watchdog;
 pub mod words;
 
