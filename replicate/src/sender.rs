@@ -211,6 +211,8 @@ pub struct Sender {
     encoder: Encoder,
     chooser: Chooser,
     link: Meter,
+    /// Pages go as they are, whatever would be gained.
+    plain: bool,
     limit: Option<TokenBucket>,
     /// Wire bytes per byte of non-zero pages over recent epochs.
     ratio: Option<f64>,
@@ -262,6 +264,7 @@ impl Sender {
             encoder: Encoder::new(),
             chooser: Chooser::default(),
             link: Meter::new(LINK_WINDOW),
+            plain: false,
             limit: None,
             ratio: None,
             round_trip: None,
@@ -309,6 +312,11 @@ impl Sender {
     /// Limits the stream's rate from now on, or lifts the limit.
     pub fn set_limit(&mut self, limit: Option<Rate>) {
         self.limit = limit.map(|rate| TokenBucket::new(rate, BURST, Instant::now()));
+    }
+
+    /// From now on sends pages that are not zero as they are, or encoded again: to see what encoding gains.
+    pub const fn set_plain(&mut self, plain: bool) {
+        self.plain = plain;
     }
 
     /// What the follower holds once everything sent has arrived.
@@ -405,7 +413,7 @@ impl Sender {
         let (records, mut before) = (self.records, Vec::new());
         let mut bytes = vec![0; EpochMark::BYTES];
         // Not the time to try other schemes.
-        let scheme = self.chooser.best(self.link_rate());
+        let scheme = if self.plain { Scheme::Raw } else { self.chooser.best(self.link_rate()) };
         let mut batch = Batch::new(epoch, scheme);
         let (mut left, mut done) = (pages.iter(), 0);
         loop {
@@ -438,7 +446,7 @@ impl Sender {
 
     fn scheme(&mut self) -> Scheme {
         let link = self.link_rate();
-        self.chooser.next(link)
+        if self.plain { Scheme::Raw } else { self.chooser.next(link) }
     }
 
     fn take_mark(&mut self, epoch: Epoch) -> EpochMark {
@@ -547,15 +555,20 @@ impl Sender {
     ) -> bool {
         let kept = self.cache.get(page);
         let again = self.sent.contains(page) || kept.is_some();
-        let base = kept.filter(|_| self.sent.contains(page));
+        let base = kept.filter(|_| self.sent.contains(page) && !self.plain);
         // LZ4 takes microseconds a page; reading the clock twice is 2 % of that.
         let start = (batch.scheme == Scheme::Lz4).then(Instant::now);
         let encoded = self.encoder.push(&mut batch.writer, batch.scheme, page, bytes, base);
         batch.encoding += start.map_or(Duration::ZERO, |start| start.elapsed());
         batch.raw += encoded as u64;
         if keep {
-            self.sent.insert(page);
-            if again || link < FAST_LINK {
+            // What the cache has of a page that goes plainly is not what the follower holds.
+            if self.plain {
+                self.sent.remove(page);
+            } else {
+                self.sent.insert(page);
+            }
+            if !self.plain && (again || link < FAST_LINK) {
                 self.cache.put(page, bytes, again);
             }
         }

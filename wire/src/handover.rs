@@ -313,7 +313,7 @@ mod tests {
         assert_eq!(bodies[7][4], 13);
         assert_eq!(bodies[7][bodies[7].len() - 20..][..2], [1, 0xff]);
         assert_eq!(bodies[9], [4, 0, 0, 0, 8, 2, b'n', b'o']);
-        assert_eq!(bodies[10], [2, 0, 0, 0, 9, 1]);
+        assert_eq!(bodies[10], [5, 0, 0, 0, 9, 4, 1, 2, 3]);
     }
 
     #[test]

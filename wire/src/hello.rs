@@ -15,9 +15,9 @@ use serde::{Deserialize, Serialize};
 use crate::{Frame, Kind, bytes::Cursor, refusal::Refusal, refusal::RefusalCode};
 
 /// Lowest protocol version this build speaks.
-pub const MIN_VERSION: u16 = 3;
+pub const MIN_VERSION: u16 = 4;
 /// Highest protocol version this build speaks.
-pub const MAX_VERSION: u16 = 3;
+pub const MAX_VERSION: u16 = 4;
 
 const MAGIC: [u8; 4] = *b"KAGE";
 
@@ -154,12 +154,12 @@ mod tests {
 
     #[test]
     fn golden_bytes() {
-        assert_eq!(hello(Purpose::Switch).to_frame().body, *b"KAGE\x03\0\x03\0\x02h1\0");
+        assert_eq!(hello(Purpose::Switch).to_frame().body, *b"KAGE\x04\0\x04\0\x02h1\0");
         let bulk = hello(Purpose::Bulk { handover: HandoverId([9; 16]) }).to_frame().body;
-        assert_eq!(bulk[..12], *b"KAGE\x03\0\x03\0\x02h1\x01");
+        assert_eq!(bulk[..12], *b"KAGE\x04\0\x04\0\x02h1\x01");
         assert_eq!(bulk[12..], [9; 16]);
-        assert_eq!(hello(Purpose::Directory).to_frame().body, *b"KAGE\x03\0\x03\0\x02h1\x02");
-        assert_eq!(hello(Purpose::Mirror).to_frame().body, *b"KAGE\x03\0\x03\0\x02h1\x03");
+        assert_eq!(hello(Purpose::Directory).to_frame().body, *b"KAGE\x04\0\x04\0\x02h1\x02");
+        assert_eq!(hello(Purpose::Mirror).to_frame().body, *b"KAGE\x04\0\x04\0\x02h1\x03");
     }
 
     #[test]
@@ -197,14 +197,14 @@ mod tests {
 
     #[test]
     fn a_name_no_host_may_have_is_refused() {
-        let frame = Frame::new(Kind::Hello, b"KAGE\x03\0\x03\0\x02/x\0".to_vec());
+        let frame = Frame::new(Kind::Hello, b"KAGE\x04\0\x04\0\x02/x\0".to_vec());
         assert_eq!(Hello::from_frame(&frame), Err(HelloError::Damaged));
     }
 
     proptest! {
         #[test]
         fn arbitrary_bytes_never_panic(tail in prop::collection::vec(any::<u8>(), 0..80)) {
-            let mut body = b"KAGE\x03\0\x03\0".to_vec();
+            let mut body = b"KAGE\x04\0\x04\0".to_vec();
             body.extend(&tail);
             let _ = Hello::from_frame(&Frame::new(Kind::Hello, body));
             let _ = Hello::from_frame(&Frame::new(Kind::Hello, tail));

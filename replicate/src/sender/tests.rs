@@ -343,3 +343,26 @@ fn a_delta_that_is_none_is_refused() {
     let error = Receiver::new(Arc::new(TestMemory::new(20, 0))).apply(&frame).unwrap_err();
     assert!(matches!(error, ReceiveError::Decode(crate::codec::DecodeError::Page { index: PageIndex(1) })));
 }
+
+#[test]
+fn what_goes_plainly_goes_whole_and_is_no_base_of_what_comes_after() {
+    let (memory, copy) = memories();
+    (0..150).for_each(|page| memory.write(PageIndex(page), &content(3, u64::from(page) + 1)));
+    let (mut link, other) = links();
+    let follower = follow(copy.clone(), other);
+    let mut sender = Sender::new(memory.geometry());
+    sender.set_limit(Some(Rate::bytes_per_s(100e6)));
+    let pages = memory.populated();
+    for (epoch, plain) in [(1, false), (2, true), (3, false), (4, false)] {
+        sender.set_plain(plain);
+        for page in 0..150 {
+            do_write(&memory, &(page, [0; PAGE_SIZE], Some((8 * epoch as usize, epoch as u8))));
+        }
+        let stats = sender.send_epoch(&mut link, &memory, &pages, Epoch(epoch), &mut GO_ON.clone()).unwrap();
+        assert_eq!(plain, stats.bytes_wire > stats.bytes_raw, "{stats:?}");
+        assert_eq!(stats.pages_delta, if epoch == 4 { 150 } else { 0 });
+    }
+    drop(link);
+    follower.join().unwrap();
+    assert!(memory.contents() == copy.contents());
+}
