@@ -50,6 +50,7 @@
 pub mod clock;
 pub mod converge;
 pub mod drive;
+pub mod estimate;
 pub mod outcome;
 pub mod ownership;
 pub mod recover;
