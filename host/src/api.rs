@@ -151,6 +151,12 @@ fn name<T: std::str::FromStr<Err: std::fmt::Display>>(text: &str) -> Result<T, E
     text.parse().map_err(ErrorBody::bad_request)
 }
 
+/// An operation that has begun, with where to ask for it.
+fn accepted(operation: types::Operation) -> Response {
+    let location = [(http::header::LOCATION, format!("/v1/operations/{}", operation.id))];
+    (StatusCode::ACCEPTED, location, Json(operation)).into_response()
+}
+
 impl Daemon {
     /// Passes a request on to a host; the answer comes back as it is.
     async fn pass_on(&self, host: &HostName, hops: Hops, mut call: Call) -> Result<Response, ErrorBody> {

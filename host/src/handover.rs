@@ -11,7 +11,7 @@ mod arriving;
 mod leaving;
 mod pulse;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 
 use std::{sync::Arc, time::Duration};
 
@@ -58,14 +58,19 @@ async fn on_thread<T: Send + 'static>(
 }
 
 impl Daemon {
-    fn source_spec(&self, ticket: Ticket, request: &MigrateRequest) -> SourceSpec {
+    /// What is asked of a move.
+    pub(crate) fn goal(&self, request: &MigrateRequest) -> Goal {
         let defaults = &self.config.migrate;
-        let goal = Goal {
+        Goal {
             blackout: request.blackout.unwrap_or(defaults.blackout).duration(),
             timeout: request.timeout.unwrap_or(defaults.timeout).duration(),
             // Who names a blackout means it; else a move that is late is better than none.
             stubborn: if request.blackout.is_some() { Stubborn::Keep } else { Stubborn::Switch },
-        };
+        }
+    }
+
+    fn source_spec(&self, ticket: Ticket, request: &MigrateRequest) -> SourceSpec {
+        let goal = self.goal(request);
         let bandwidth = request.bandwidth.or(self.config.replicate.max_rate);
         #[expect(clippy::cast_precision_loss, reason = "a rate")]
         let bandwidth = bandwidth.map(|rate| Rate::bytes_per_s(rate.bytes_per_second() as f64));
@@ -96,7 +101,7 @@ impl Daemon {
                         &control,
                     );
                     side.over(&report);
-                    daemon.tell_move(&report);
+                    daemon.tell_move(&report, true);
                     true
                 })
                 .await

@@ -2,7 +2,7 @@
 //!
 //! - [`config`], [`units`]: `host.toml`.
 //! - [`init`]: a site's keys and certificates.
-//! - [`lifecycle`]: login, start, stop, death, adoption; [`moves`]: handovers.
+//! - [`lifecycle`]: login, start, stop, death, adoption; [`moves`]: handovers; [`drain`]: emptying this host.
 //! - [`api`], [`http`], [`peers`]: the HTTP API, here and at other hosts.
 //! - [`roaming`]: where users are.
 //! - [`events`], [`operations`], [`metrics`], [`logs`]: what is seen of it.
@@ -19,6 +19,7 @@ pub mod compile;
 pub mod config;
 pub mod daemon;
 pub mod disks;
+pub mod drain;
 pub mod events;
 #[cfg(test)]
 mod fake;

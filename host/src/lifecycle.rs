@@ -102,6 +102,8 @@ pub struct Daemon {
     /// What is known of where users go.
     pub predictions: Predictions,
     images: Mutex<BTreeMap<UserName, Arc<Image>>>,
+    /// What the last move to a host found its link to carry, in bytes per second.
+    link_rates: Mutex<BTreeMap<HostName, f64>>,
 }
 
 /// What a daemon is made of.
@@ -249,6 +251,7 @@ impl Daemon {
             disk_limits: disks::Limits::default(),
             predictions: Predictions::new(&config.host.state_dir),
             images: Mutex::default(),
+            link_rates: Mutex::default(),
             targets: Targets::new(me.clone(), directory.clone(), Limits::default()),
             leaving: Departures::default(),
             operator_keys,
@@ -263,6 +266,17 @@ impl Daemon {
 
     fn images(&self) -> MutexGuard<'_, BTreeMap<UserName, Arc<Image>>> {
         self.images.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What the last move to a host found its link to carry, in bytes per second.
+    #[must_use]
+    pub fn link_rate(&self, host: &HostName) -> Option<f64> {
+        self.link_rates.lock().unwrap_or_else(PoisonError::into_inner).get(host).copied()
+    }
+
+    /// Takes in what a link carried.
+    pub(crate) fn link_carried(&self, host: &HostName, bytes_per_s: f64) {
+        self.link_rates.lock().unwrap_or_else(PoisonError::into_inner).insert(host.clone(), bytes_per_s);
     }
 
     /// The image of a user on this host, made when missing.

@@ -25,7 +25,7 @@ use crate::{
     lifecycle::{Daemon, Image},
 };
 
-pub use shelf::{Parts, Shelf};
+pub use shelf::{Parts, Shelf, memory as memory_here};
 
 /// Longest wait for a link to a follower.
 const CONNECT: Duration = Duration::from_secs(2);

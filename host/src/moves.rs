@@ -1,26 +1,30 @@
 //! Moves: what makes one, carrying it out, and what came of it.
 //!
+//! - [`plan`]: what one would cost.
 //! - [`roam`]: a user is at an access point.
 //! - [`following`]: the machine follows its user; [`chase`]: the rules of that, pure.
 
 pub mod chase;
 pub mod following;
+mod plan;
 mod roam;
 
 use std::{sync::Arc, time::Duration};
 
 use kage_machine::{HostName, UserName};
-use kage_migrate::drive::Control;
+use kage_migrate::outcome::is_cancelled;
 use serde_json::json;
+use tokio::sync::oneshot;
 
 use crate::{
     api::{
         error::{Code, ErrorBody},
-        types::{LoginReply, MigrateRequest, MovePlan, MoveReport, Operation, OperationState},
+        types::{LoginReply, MigrateRequest, MoveOutcome, MoveReport, Operation, OperationState},
     },
     config::Mode,
     http::Call,
-    lifecycle::{Daemon, blocking},
+    lifecycle::{Daemon, Image},
+    operations::Handle,
 };
 
 impl Daemon {
@@ -61,30 +65,6 @@ impl Daemon {
         }
     }
 
-    /// Says what a move would do.
-    ///
-    /// # Errors
-    /// As the move.
-    pub async fn plan_move(
-        self: &Arc<Self>,
-        user: &UserName,
-        request: &MigrateRequest,
-    ) -> Result<MovePlan, ErrorBody> {
-        let to = self.target(user, request)?;
-        let status = self.image(user).status();
-        let memory = status.memory.ok_or_else(|| self.not_running(user))?;
-        let pages = blocking(move || Ok(u64::from(memory.populated().len()))).await?;
-        Ok(MovePlan {
-            user: user.clone(),
-            from: self.me.clone(),
-            to,
-            mode: "precopy".to_owned(),
-            pages,
-            bytes_raw: pages * kage_machine::PAGE_SIZE as u64,
-            dry_run: true,
-        })
-    }
-
     fn not_running(&self, user: &UserName) -> ErrorBody {
         ErrorBody::new(Code::Busy, format!("{user}'s machine is not running; `kage start {user}` starts it"))
     }
@@ -103,17 +83,30 @@ impl Daemon {
         if image.status().memory.is_none() {
             return Err(self.not_running(user));
         }
-        let handle = self.operations.begin("migrate", user, &to);
-        let id = handle.id();
-        let (daemon, request, handle) = (self.clone(), request.clone(), Arc::new(handle));
-        self.runtime.spawn(async move {
-            let outcome = daemon.carry_out(&image, &to, &request, handle.clone()).await;
-            if outcome.is_err() {
-                image.move_over();
-            }
-            handle.end(outcome.map(|report| json!(report)));
-        });
+        let id = self.launch(&image, to, request.clone(), None);
         self.operations.get(&id, Duration::ZERO).await
+    }
+
+    /// Has a move carried out in the background; returns its operation. With `settled`, which is dropped once the machine
+    /// is at one host or the other, only from here: not where it has gone elsewhere by then.
+    pub(crate) fn launch(
+        self: &Arc<Self>,
+        image: &Arc<Image>,
+        to: HostName,
+        request: MigrateRequest,
+        settled: Option<oneshot::Sender<()>>,
+    ) -> String {
+        let handle = self.operations.begin("migrate", &image.user, &to);
+        let id = handle.id();
+        let (daemon, image, handle) = (self.clone(), image.clone(), Arc::new(handle));
+        self.runtime.spawn(async move {
+            let outcome = daemon.carry_out(&image, &to, &request, handle.clone(), settled).await;
+            match outcome {
+                Ok(report) if was_cancelled(&report) => handle.end_cancelled(json!(report)),
+                outcome => handle.end(outcome.map(|report| json!(report))),
+            }
+        });
+        id
     }
 
     /// After a login that started a machine far from where its user is, since it could not be given away: brings it
@@ -121,20 +114,22 @@ impl Daemon {
     pub(crate) async fn bring_near(self: &Arc<Self>, mut reply: LoginReply, at: HostName) -> LoginReply {
         let request = MigrateRequest { to: Some(at.clone()), ..MigrateRequest::default() };
         let moved = match self.begin_move(&reply.user, &request).await {
-            Ok(operation) => self.operations.ended(&operation.id, Duration::from_secs(30)).await,
+            Ok(operation) => self.await_move(&operation.id).await,
             Err(error) => Err(error),
         };
-        match moved {
-            Ok(operation) if operation.state == OperationState::Done => reply.host = at,
-            Ok(operation) => {
-                reply.note = operation.error.map(|error| format!("it was not brought to {at}: {error}"))
+        let why = match moved {
+            Ok(report) if report.outcome == MoveOutcome::HandedOver => {
+                reply.host = at;
+                return reply;
             }
-            Err(error) => reply.note = Some(format!("it was not brought to {at}: {error}")),
-        }
+            Ok(report) => report.reason.unwrap_or_else(|| report.outcome.to_string()),
+            Err(error) => error.to_string(),
+        };
+        reply.note = Some(format!("it was not brought to {at}: {why}"));
         reply
     }
 
-    fn went_to(&self, user: &UserName, owner: &HostName) -> ErrorBody {
+    pub(crate) fn went_to(&self, user: &UserName, owner: &HostName) -> ErrorBody {
         let message = format!("{user}'s machine went to host {owner} meanwhile; try again");
         ErrorBody::new(Code::OwnershipLost, message)
     }
@@ -145,7 +140,7 @@ impl Daemon {
         user: &UserName,
         owner: &HostName,
         request: &MigrateRequest,
-        control: &Control,
+        handle: &Handle,
     ) -> Result<MoveReport, ErrorBody> {
         if request.to.as_ref() == Some(owner) {
             return Err(self.went_to(user, owner));
@@ -154,7 +149,7 @@ impl Daemon {
         let call = ask(http::Method::POST, format!("/v1/images/{user}/migrate")).json(request);
         let mut operation: Operation =
             self.peers.call(owner, self.address(owner)?, &call).await?.into_value()?;
-        let mut cancelled = false;
+        let (mut cancelled, control) = (false, handle.control());
         while operation.state == OperationState::Running {
             let id = &operation.id;
             let call = if control.is_cancelled() && !std::mem::replace(&mut cancelled, true) {
@@ -163,6 +158,7 @@ impl Daemon {
                 ask(http::Method::GET, format!("/v1/operations/{id}?wait=500ms"))
             };
             operation = self.peers.call(owner, self.address(owner)?, &call).await?.into_value()?;
+            handle.progress(operation.progress.clone());
         }
         report_of(operation)
     }
@@ -178,8 +174,13 @@ impl Daemon {
     }
 }
 
+/// Whether a move came to nothing because somebody asked for that.
+pub(crate) fn was_cancelled(report: &MoveReport) -> bool {
+    report.outcome == MoveOutcome::KeptHere && report.reason.as_deref().is_some_and(is_cancelled)
+}
+
 /// What a move that has ended came to.
-fn report_of(operation: Operation) -> Result<MoveReport, ErrorBody> {
+pub(crate) fn report_of(operation: Operation) -> Result<MoveReport, ErrorBody> {
     match (operation.result, operation.error) {
         (Some(result), _) => serde_json::from_value(result).map_err(ErrorBody::failed),
         (None, Some(error)) => Err(error),

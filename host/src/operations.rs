@@ -34,6 +34,7 @@ struct Entry {
     to: HostName,
     state: watch::Sender<Operation>,
     control: Arc<Control>,
+    stop: watch::Sender<bool>,
 }
 
 impl Entry {
@@ -46,6 +47,7 @@ impl Entry {
 pub struct Handle {
     state: watch::Sender<Operation>,
     control: Arc<Control>,
+    stop: watch::Sender<bool>,
 }
 
 impl Handle {
@@ -61,9 +63,37 @@ impl Handle {
         self.control.clone()
     }
 
+    /// Waits until it is asked to stop.
+    pub async fn cancelled(&self) {
+        // This holds a sender, so that it does not end otherwise.
+        let _ = self.stop.subscribe().wait_for(|stop| *stop).await;
+    }
+
+    /// What comes of some work, unless it is asked to stop before.
+    ///
+    /// # Errors
+    /// [`Code::Cancelled`].
+    pub async fn unless_cancelled<T>(&self, work: impl Future<Output = T>) -> Result<T, ErrorBody> {
+        tokio::select! {
+            biased;
+            () = self.cancelled() => Err(ErrorBody::new(Code::Cancelled, "cancelled before it began")),
+            done = work => Ok(done),
+        }
+    }
+
     /// Says how far it is.
     pub fn progress(&self, progress: Value) {
         self.state.send_modify(|operation| operation.progress = progress);
+    }
+
+    /// Ends it, as asked before it was through, with what that came to.
+    pub fn end_cancelled(&self, result: Value) {
+        self.state.send_modify(|operation| {
+            if operation.state == OperationState::Running {
+                operation.state = OperationState::Cancelled;
+                operation.result = Some(result);
+            }
+        });
     }
 
     /// Ends it.
@@ -109,20 +139,42 @@ impl Operations {
 
     /// Begins one that leads to a host: where a move brings the machine, or where anything else is done.
     pub fn begin(&self, kind: &str, user: &UserName, to: &HostName) -> Handle {
+        self.begin_in(&mut self.table(), kind, Some(user), to)
+    }
+
+    /// Begins one of this host's, unless one of its kind is under way: that one.
+    ///
+    /// # Errors
+    /// The one under way.
+    pub fn begin_only(&self, kind: &str) -> Result<Handle, Box<Operation>> {
         let mut table = self.table();
+        let mut states = table.entries.values().map(|entry| entry.state.borrow());
+        let is_same = |state: &Operation| {
+            state.state == OperationState::Running && state.kind == kind && state.user.is_none()
+        };
+        if let Some(same) = states.find(|state| is_same(state)) {
+            return Err(Box::new(same.clone()));
+        }
+        drop(states);
+        Ok(self.begin_in(&mut table, kind, None, &self.host))
+    }
+
+    fn begin_in(&self, table: &mut Table, kind: &str, user: Option<&UserName>, to: &HostName) -> Handle {
         table.last += 1;
         let number = table.last;
         let operation = Operation {
             id: format!("{}:{number}", self.host),
             kind: kind.to_owned(),
-            user: user.clone(),
+            user: user.cloned(),
             state: OperationState::Running,
             progress: Value::Null,
             result: None,
             error: None,
         };
         let (state, control) = (watch::Sender::new(operation), Arc::<Control>::default());
-        let entry = Entry { to: to.clone(), state: state.clone(), control: control.clone() };
+        let stop = watch::Sender::new(false);
+        let entry =
+            Entry { to: to.clone(), state: state.clone(), control: control.clone(), stop: stop.clone() };
         table.entries.insert(number, entry);
         while table.entries.len() > KEPT {
             let Some(oldest) =
@@ -132,7 +184,7 @@ impl Operations {
             };
             table.entries.remove(&oldest);
         }
-        Handle { state, control }
+        Handle { state, control, stop }
     }
 
     /// A user's moves that have not ended, with the host that each leads to; the oldest first.
@@ -140,7 +192,7 @@ impl Operations {
         let table = self.table();
         let mine = |entry: &&Entry| {
             let operation = entry.state.borrow();
-            entry.runs() && operation.user == *user && operation.kind == "migrate"
+            entry.runs() && operation.user.as_ref() == Some(user) && operation.kind == "migrate"
         };
         let entries = table.entries.values().filter(mine);
         entries.map(|entry| (entry.state.borrow().id.clone(), entry.to.clone())).collect()
@@ -190,16 +242,41 @@ impl Operations {
         }
     }
 
+    /// Waits for an operation's end, however long that takes.
+    ///
+    /// # Errors
+    /// [`Code::NotFound`].
+    pub async fn over(&self, id: &str) -> Result<Operation, ErrorBody> {
+        let mut receiver = self.subscribe(id)?;
+        let over = receiver.wait_for(|operation| operation.state != OperationState::Running).await;
+        // Its sender lives as long as its entry, and ended ones alone are forgotten.
+        over.map(|operation| operation.clone())
+            .map_err(|_| ErrorBody::failed(format!("operation {id} was forgotten")))
+    }
+
+    /// The user's last move that has ended and is remembered.
+    #[must_use]
+    pub fn last_move(&self, user: &UserName) -> Option<Operation> {
+        let table = self.table();
+        let mine = |operation: &Operation| {
+            operation.user.as_ref() == Some(user)
+                && operation.kind == "migrate"
+                && operation.state != OperationState::Running
+        };
+        table.entries.values().rev().map(|entry| entry.state.borrow().clone()).find(|state| mine(state))
+    }
+
     /// Asks one to stop. What is past its point of no return ends as it would have.
     ///
     /// # Errors
     /// [`Code::NotFound`].
     pub fn cancel(&self, id: &str) -> Result<Operation, ErrorBody> {
         let receiver = self.subscribe(id)?;
-        if let Some(entry) =
-            Self::number(id).and_then(|number| self.table().entries.get(&number).map(|e| e.control.clone()))
+        if let Some(number) = Self::number(id)
+            && let Some(entry) = self.table().entries.get(&number)
         {
-            entry.cancel();
+            entry.control.cancel();
+            entry.stop.send_replace(true);
         }
         let operation = receiver.borrow().clone();
         Ok(operation)

@@ -13,6 +13,8 @@
 
 mod ahead;
 
+pub(crate) use ahead::nearest;
+
 use std::{
     collections::BTreeMap,
     fs, io,

@@ -91,6 +91,13 @@ quantity!(
 );
 
 impl Rate {
+    /// What each of so many has of it.
+    #[must_use]
+    pub const fn divided(self, among: u64) -> Self {
+        let each = if among == 0 { self.0 } else { self.0 / among };
+        Self(if each == 0 { 1 } else { each })
+    }
+
     /// Whole bytes per second.
     #[must_use]
     pub const fn bytes_per_second(self) -> u64 {

@@ -78,3 +78,47 @@ pub enum Cause {
     #[error("the daemon was restarted during the handover")]
     DaemonRestarted,
 }
+
+/// Whether the reason of a handover that came to nothing lies with its target or the way there, so that another one may take
+/// the machine: as [`Cause`] puts it.
+#[must_use]
+pub fn blames_target(reason: &str) -> bool {
+    ["the target refused: ", "the target failed: ", "link to the peer lost: "]
+        .iter()
+        .any(|words| reason.starts_with(words))
+}
+
+/// Whether it is that the caller cancelled it: as [`Cause`] puts it.
+#[must_use]
+pub fn is_cancelled(reason: &str) -> bool {
+    reason == Cause::Cancelled.to_string()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_reason_tells_whose_it_is() {
+        let why = || "h2 is away".to_owned();
+        for (cause, target) in [
+            (Cause::Done, false),
+            (Cause::Cancelled, false),
+            (Cause::TimedOut("copying pages"), false),
+            (Cause::TargetRefused(why()), true),
+            (Cause::TargetFailed(why()), true),
+            (Cause::LinkLost(why()), true),
+            (Cause::DirectoryAway(why()), false),
+            (Cause::DiskUnknown, false),
+            (Cause::NotConverging(why()), false),
+            (Cause::MachineGone(why()), false),
+            (Cause::MachineRefused(why()), false),
+            (Cause::OwnershipLost, false),
+            (Cause::NothingHeld, false),
+            (Cause::DaemonRestarted, false),
+        ] {
+            assert_eq!(blames_target(&cause.to_string()), target, "{cause}");
+            assert_eq!(is_cancelled(&cause.to_string()), cause == Cause::Cancelled, "{cause}");
+        }
+    }
+}

@@ -1,5 +1,7 @@
 //! What a handover reports: the fields of `kage migrate -o json`.
 
+use std::time::Duration;
+
 use kage_machine::{HostName, Term, UserName};
 use serde::{Deserialize, Serialize};
 
@@ -99,6 +101,41 @@ pub struct Report {
     pub blackout_phases: Vec<Phase>,
 }
 
+/// How far the copying before the switch is.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Moving {
+    /// Which round, from 1.
+    pub round: u32,
+    /// Pages of it that were looked at.
+    pub pages_done: u64,
+    /// Pages of it.
+    pub pages_total: u64,
+    /// Bytes on the wire so far, of all rounds.
+    pub bytes_wire: u64,
+    /// Bytes per second of this round.
+    pub bytes_per_s: f64,
+    /// Pages that were written during the round before: what it is about.
+    pub dirty_pages: Option<u64>,
+    /// Since the request.
+    pub elapsed: Duration,
+    /// How much longer the copying takes, if pages go on being written as fast as during the last round.
+    pub left: Option<Duration>,
+}
+
+impl Moving {
+    /// How much longer rounds take of which each leaves `left_over` of its pages to the next, when this one has taken
+    /// `elapsed` for `done` of `total` pages; `None` where that cannot be said.
+    #[must_use]
+    pub fn left(done: u64, total: u64, elapsed: Duration, left_over: f64) -> Option<Duration> {
+        if done == 0 || left_over >= 1.0 {
+            return None;
+        }
+        let whole = elapsed.as_secs_f64() * total as f64 / done as f64;
+        let later = whole * left_over / (1.0 - left_over);
+        Duration::try_from_secs_f64((whole - elapsed.as_secs_f64()).max(0.0) + later).ok()
+    }
+}
+
 /// What was left in the source's tap at the switch.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Drained {
@@ -115,5 +152,20 @@ impl std::ops::AddAssign for Drained {
         self.forwarded_frames += other.forwarded_frames;
         self.reordered_frames += other.reordered_frames;
         self.lost_frames += other.lost_frames;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_left_counts_the_rounds_to_come() {
+        let s = Duration::from_secs;
+        assert_eq!(Moving::left(0, 10, s(1), 0.0), None);
+        assert_eq!(Moving::left(5, 10, s(5), 0.0), Some(s(5)));
+        // Half of each round is left to the next: 10 s more behind this one.
+        assert_eq!(Moving::left(5, 10, s(5), 0.5), Some(s(15)));
+        assert_eq!(Moving::left(10, 10, s(5), 1.0), None);
     }
 }

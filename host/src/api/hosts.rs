@@ -5,21 +5,25 @@ use std::{collections::BTreeMap, time::Duration};
 use axum::{
     Json,
     body::Bytes,
-    extract::State,
+    extract::{Path, State},
     http::StatusCode,
     response::{IntoResponse, Response},
     routing::{get, post},
 };
 use http::Method;
 use kage_directory::{ApRecord, Records as _};
+use kage_machine::HostName;
 
 use super::{
-    App, Hops, Reply, Route, body, openapi,
-    types::{ApView, HostView, OperatorView, Ready, RoamReply, RoamRequest},
+    App, Hops, Reply, Route, accepted, body,
+    error::ErrorBody,
+    name, openapi,
+    types::{ApView, Cordon, DrainRequest, HostView, OperatorView, Ready, RoamReply, RoamRequest},
 };
 use crate::{
     http::Call,
     lifecycle::{Daemon, blocking},
+    mirrors::memory_here,
 };
 
 /// How long a host may take to say that it is up.
@@ -37,6 +41,30 @@ pub(super) fn routes() -> Vec<Route> {
     };
     vec![
         route(Method::GET, "/v1/hosts", "All hosts.", None, "HostView[]", get(hosts)),
+        route(
+            Method::POST,
+            "/v1/hosts/{host}/cordon",
+            "Keeps new images away from a host.",
+            None,
+            "Cordon",
+            post(cordon),
+        ),
+        route(
+            Method::POST,
+            "/v1/hosts/{host}/uncordon",
+            "Lets a host have new images again; ends a drain of it.",
+            None,
+            "Cordon",
+            post(uncordon),
+        ),
+        route(
+            Method::POST,
+            "/v1/hosts/{host}/drain",
+            "Cordons a host and moves every machine off it; its operation's result is a DrainReport.",
+            Some("DrainRequest"),
+            "Operation",
+            post(drain),
+        ),
         route(
             Method::GET,
             "/v1/operator",
@@ -100,6 +128,35 @@ async fn hosts(State(app): State<App>) -> Reply<Vec<HostView>> {
     Ok(Json(views))
 }
 
+async fn set_cordon(app: App, host: &str, cordoned: bool) -> Reply<Cordon> {
+    let host: HostName = name(host)?;
+    let changed = app.set_cordoned(&host, cordoned).await?;
+    Ok(Json(Cordon { host, cordoned, changed }))
+}
+
+async fn cordon(State(app): State<App>, Path(host): Path<String>) -> Reply<Cordon> {
+    set_cordon(app, &host, true).await
+}
+
+async fn uncordon(State(app): State<App>, Path(host): Path<String>) -> Reply<Cordon> {
+    set_cordon(app, &host, false).await
+}
+
+async fn drain(
+    State(app): State<App>,
+    Path(host): Path<String>,
+    hops: Hops,
+    bytes: Bytes,
+) -> Result<Response, ErrorBody> {
+    let host: HostName = name(&host)?;
+    let request: DrainRequest = body(&bytes)?;
+    if host != app.me {
+        let call = Call::new(Method::POST, format!("/v1/hosts/{host}/drain")).json(&request);
+        return app.pass_on(&host, hops, call).await;
+    }
+    Ok(accepted(app.begin_drain(request).await?))
+}
+
 async fn operator(State(app): State<App>) -> Json<OperatorView> {
     Json(OperatorView { key_file: app.config.image.operator_key_file.clone() })
 }
@@ -127,7 +184,15 @@ async fn roam(State(app): State<App>, hops: Hops, bytes: Bytes) -> Reply<RoamRep
 async fn ready(State(app): State<App>) -> Response {
     let lacks = app.lacks().await;
     let (warm_logins, warm_shells) = app.machines.ready();
-    let ready = Ready { host: app.me.clone(), ready: lacks.is_empty(), lacks, warm_logins, warm_shells };
+    let memory_available_bytes = memory_here().map(|(_, available)| available);
+    let ready = Ready {
+        host: app.me.clone(),
+        ready: lacks.is_empty(),
+        lacks,
+        warm_logins,
+        warm_shells,
+        memory_available_bytes,
+    };
     let status = if ready.ready { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
     (status, Json(ready)).into_response()
 }

@@ -9,19 +9,19 @@ use axum::{
     response::{IntoResponse, Response},
     routing::{delete, get, post, put},
 };
-use http::{Method, StatusCode};
+use http::Method;
 use kage_directory::{ImageRecord, Records as _};
 use kage_machine::{HostName, UserName, identity::Kind};
 use serde::Deserialize;
 use serde_json::json;
 
 use super::{
-    App, Hops, Reply, Route, Wait, body,
+    App, Hops, Reply, Route, Wait, accepted, body,
     error::{Code, ErrorBody},
     name,
     types::{
-        ImageView, LogView, LoginRequest, MigrateRequest, Operation, Place, PulseRequest, Resources,
-        State as MachineState,
+        ImageView, LogView, LoginRequest, MigrateRequest, Operation, OperationState, Place, PulseRequest,
+        Resources, State as MachineState,
     },
 };
 use crate::{
@@ -95,6 +95,15 @@ pub(super) fn routes() -> Vec<Route> {
             "Operation",
             &[],
             post(migrate),
+        ),
+        route(
+            Method::DELETE,
+            "/v1/images/{user}/migrate",
+            "Cancels the machine's moves; answers with those that were under way, else with the last if it was cancelled.",
+            None,
+            "Operation[]",
+            &[],
+            delete(cancel_moves),
         ),
         route(
             Method::GET,
@@ -260,7 +269,7 @@ async fn login(
         Some(at) => drop(app.place(at)?),
         None => request.at = Some(app.me.to_string()),
     }
-    match app.login(&user, &request).await? {
+    match app.login(&user, &request, hops.count() > 0).await? {
         Login::Done(reply) => Ok(Json(reply).into_response()),
         Login::Ask(host) => {
             let path = format!("/v1/images/{user}");
@@ -306,9 +315,34 @@ async fn migrate(
     if request.dry_run {
         return Ok(Json(app.plan_move(&user, &request).await?).into_response());
     }
-    let operation = app.begin_move(&user, &request).await?;
-    let location = [(http::header::LOCATION, format!("/v1/operations/{}", operation.id))];
-    Ok((StatusCode::ACCEPTED, location, Json(operation)).into_response())
+    Ok(accepted(app.begin_move(&user, &request).await?))
+}
+
+async fn cancel_moves(
+    State(app): State<App>,
+    Path(user): Path<String>,
+    hops: Hops,
+) -> Result<Response, ErrorBody> {
+    let user: UserName = name(&user)?;
+    if let Some(owner) = app.elsewhere(&user).await? {
+        let path = format!("/v1/images/{user}/migrate");
+        return app.pass_on(&owner, hops, Call::new(Method::DELETE, path)).await;
+    }
+    let mut cancelled = Vec::new();
+    for (id, _) in app.operations.under_way(&user) {
+        cancelled.push(app.operations.cancel(&id)?);
+        app.events.emit("cancel", Some(&user), json!({ "operation": id }));
+    }
+    if cancelled.is_empty() {
+        // Whoever asks twice is told the same.
+        let last = app.operations.last_move(&user);
+        cancelled.extend(last.filter(|last| last.state == OperationState::Cancelled));
+    }
+    if cancelled.is_empty() {
+        let message = format!("no move of {user}'s machine is under way; it is at host {}", app.me);
+        return Err(ErrorBody::new(Code::NotFound, message));
+    }
+    Ok(Json(cancelled).into_response())
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -399,7 +433,7 @@ async fn cancel(State(app): State<App>, Path(id): Path<String>, hops: Hops) -> R
         return app.pass_on(&host, hops, Call::new(Method::DELETE, path)).await;
     }
     let operation = app.operations.cancel(&id)?;
-    app.events.emit("cancel", Some(&operation.user), json!({ "operation": id }));
+    app.events.emit("cancel", operation.user.as_ref(), json!({ "operation": id }));
     Ok(Json(operation).into_response())
 }
 

@@ -6,8 +6,9 @@ use super::{
     error::{Code, ErrorBody},
     routes,
     types::{
-        ApView, DiskView, FileView, GiveRequest, Given, HostChance, HostView, ImageView, LogView, LoginReply,
-        LoginRequest, MigrateRequest, MirrorCheck, MirrorState, MirrorsRequest, MoveOutcome, MovePlan,
+        ApView, CopyProgress, Cordon, DiskView, DrainProgress, DrainReport, DrainRequest, DrainedImage,
+        FileView, GiveRequest, Given, HostChance, HostView, ImageView, LogView, LoginReply, LoginRequest,
+        MigrateRequest, MirrorCheck, MirrorState, MirrorsRequest, MoveOutcome, MovePlan, MoveProgress,
         MoveReport, NextView, Operation, OperationState, OperatorView, PhaseView, Place, PredictionView,
         ProcessView, Pulse, PulseRequest, Ready, Replica, ReplicaHit, ReplicaKind, Resources, RoamAction,
         RoamReply, RoamRequest, ScrubReport, SocketView, State,
@@ -141,6 +142,15 @@ fn schemas() -> Value {
     add("PredictionView", serde_json::to_value(&samples.prediction));
     add("LogView", serde_json::to_value(LogView { text: "ready\n".into(), next: 6, truncated: false }));
     add("HostView", serde_json::to_value(&samples.host));
+    let copy = CopyProgress { round: 1, dirty_pages: Some(40), eta_ms: Some(240), ..CopyProgress::default() };
+    let progress = MoveProgress { phase: "copy".into(), copy: Some(copy) };
+    add("MoveProgress", serde_json::to_value(progress));
+    let changed = Cordon { host: samples.host.name.clone(), cordoned: true, changed: true };
+    add("Cordon", serde_json::to_value(changed));
+    add("DrainRequest", serde_json::to_value(DrainRequest { parallel: Some(4), ..DrainRequest::default() }));
+    add("DrainReport", serde_json::to_value(&samples.drained));
+    let progress = DrainProgress { phase: "drain".into(), eta_ms: Some(4200), ..DrainProgress::default() };
+    add("DrainProgress", serde_json::to_value(progress));
     let operator = OperatorView { key_file: Some("/etc/kage/operator.pub".into()) };
     add("OperatorView", serde_json::to_value(operator));
     add("ApView", serde_json::to_value(&samples.ap));
@@ -151,7 +161,10 @@ fn schemas() -> Value {
     add("Ready", serde_json::to_value(&samples.ready));
     add("Event", serde_json::to_value(&samples.event));
     // What a Duration or a rate looks like is text with a unit; the defaults above do not show it.
-    for (name, fields) in [("MigrateRequest", ["blackout", "timeout", "bandwidth"])] {
+    for (name, fields) in [
+        ("MigrateRequest", ["blackout", "timeout", "bandwidth"]),
+        ("DrainRequest", ["blackout", "timeout", "bandwidth"]),
+    ] {
         for field in fields {
             all[name]["properties"][field]["description"] = json!("with a unit: 10ms, 30s, 50mbit");
         }
@@ -169,6 +182,7 @@ struct Samples {
     resources: Resources,
     place: Place,
     prediction: PredictionView,
+    drained: DrainReport,
     host: HostView,
     ap: ApView,
     roam: RoamRequest,
@@ -224,7 +238,28 @@ impl Samples {
             phases: vec![PhaseView { name: "copy".into(), ms: 170.5, bytes: 6_900_000 }],
             blackout_phases: vec![PhaseView { name: "cross".into(), ms: 0.7, bytes: 2_300 }],
         };
+        let drained = DrainReport {
+            host: host("h1"),
+            cordoned: true,
+            cancelled: false,
+            moved: 1,
+            stay: 0,
+            total_ms: 4210.5,
+            worst_blackout_ms: 1.9,
+            worst_gap_ms: 2.2,
+            bytes_wire: 7_000_000,
+            images: vec![DrainedImage {
+                user: user.clone(),
+                to: Some(host("h2")),
+                outcome: "handed_over".into(),
+                reason: None,
+                tries: 1,
+                report: Some(report.clone()),
+            }],
+            stopped: vec![user.clone()],
+        };
         Self {
+            drained,
             image: ImageView {
                 user: user.clone(),
                 vid: address,
@@ -283,16 +318,35 @@ impl Samples {
                 from: host("h1"),
                 to: host("h2"),
                 mode: "precopy".into(),
+                reachable: true,
                 pages: 5000,
                 bytes_raw: 20_480_000,
+                replica_hit: ReplicaHit::None,
+                pages_to_send: 5200,
+                pages_at_switch: 12,
+                rounds: 3,
+                bytes_wire: 6_900_000,
+                total_ms: 1120.5,
+                blackout_ms: 2.5,
+                converges: true,
+                reason: None,
+                dirty_pages_per_s: 180.5,
+                working_set_pages: 900.5,
+                bytes_per_page: 1320.5,
+                bytes_per_s: 6_250_000.5,
+                rtt_ms: 0.5,
+                assumed: vec!["bytes_per_s".into()],
                 dry_run: true,
             },
             operation: Operation {
                 id: "h1:7".into(),
                 kind: "migrate".into(),
-                user: user.clone(),
+                user: Some(user.clone()),
                 state: OperationState::Running,
-                progress: json!({ "phase": "converging", "rounds": 1 }),
+                progress: json!({
+                    "phase": "copy", "round": 2, "pages_done": 300, "pages_total": 1200, "bytes_wire": 3_400_000,
+                    "bytes_per_s": 6_100_000, "dirty_pages": 1200, "elapsed_ms": 560, "eta_ms": 240,
+                }),
                 result: None,
                 error: None,
             },
@@ -384,6 +438,7 @@ impl Samples {
                 lacks: vec!["directory unreachable".into()],
                 warm_logins: 2,
                 warm_shells: 2,
+                memory_available_bytes: Some(3 << 30),
             },
             event: Event {
                 id: 12,

@@ -1,5 +1,7 @@
 //! What the API speaks, as JSON. Field names are the contract of `kage … -o json`.
 
+mod drain;
+
 use std::{
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     path::PathBuf,
@@ -10,6 +12,8 @@ use kage_machine::{
     identity::{ApName, Kind},
 };
 use serde::{Deserialize, Serialize};
+
+pub use drain::{Cordon, DrainProgress, DrainReport, DrainRequest, DrainedImage};
 
 use crate::{
     config::Mode,
@@ -324,6 +328,58 @@ pub use kage_migrate::{
     report::{Phase as PhaseView, ReplicaHit},
 };
 
+/// How far a move is.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct MoveProgress {
+    /// `wait`: for another move of the machine; then as the phases of a report.
+    pub phase: String,
+    /// While it copies: how far that is.
+    #[serde(flatten, skip_serializing_if = "Option::is_none")]
+    pub copy: Option<CopyProgress>,
+}
+
+/// How far the copying before the switch is.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct CopyProgress {
+    /// Which round, from 1.
+    pub round: u32,
+    /// Pages of it that were looked at.
+    pub pages_done: u64,
+    /// Pages of it.
+    pub pages_total: u64,
+    /// Bytes on the wire so far, of all rounds.
+    pub bytes_wire: u64,
+    /// Bytes per second of this round.
+    pub bytes_per_s: u64,
+    /// Pages that were written during the round before; absent in the first.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub dirty_pages: Option<u64>,
+    /// Since the request.
+    pub elapsed_ms: u64,
+    /// How much longer the copying takes; absent where it does not converge.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub eta_ms: Option<u64>,
+}
+
+impl From<&kage_migrate::report::Moving> for CopyProgress {
+    fn from(moving: &kage_migrate::report::Moving) -> Self {
+        let ms = |time: std::time::Duration| u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
+        #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a rate")]
+        let bytes_per_s = moving.bytes_per_s as u64;
+        Self {
+            round: moving.round,
+            pages_done: moving.pages_done,
+            pages_total: moving.pages_total,
+            bytes_wire: moving.bytes_wire,
+            bytes_per_s,
+            dirty_pages: moving.dirty_pages,
+            elapsed_ms: ms(moving.elapsed),
+            eta_ms: moving.left.map(ms),
+        }
+    }
+}
+
 /// Answer to a dry run.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct MovePlan {
@@ -335,10 +391,43 @@ pub struct MovePlan {
     pub to: HostName,
     /// How.
     pub mode: String,
+    /// Whether the target answers.
+    pub reachable: bool,
     /// Pages that may hold something.
     pub pages: u64,
     /// Bytes of them.
     pub bytes_raw: u64,
+    /// Whether the target has a mirror, which makes most of them unnecessary.
+    pub replica_hit: ReplicaHit,
+    /// Pages in all rounds and the pause.
+    pub pages_to_send: u64,
+    /// Pages in the pause.
+    pub pages_at_switch: u64,
+    /// Rounds before the switch.
+    pub rounds: u32,
+    /// Bytes on the wire.
+    pub bytes_wire: u64,
+    /// From the request to the last page.
+    pub total_ms: f64,
+    /// Nobody runs the machine for so long.
+    pub blackout_ms: f64,
+    /// Whether it would be handed over; else see `reason`.
+    pub converges: bool,
+    /// Why it would be kept.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reason: Option<String>,
+    /// Pages that the machine writes per second, one that is written twice counted twice.
+    pub dirty_pages_per_s: f64,
+    /// Different pages that it writes in the long run.
+    pub working_set_pages: f64,
+    /// What a page takes on the wire.
+    pub bytes_per_page: f64,
+    /// What the link carries, or the cap.
+    pub bytes_per_s: f64,
+    /// Until the target answers.
+    pub rtt_ms: f64,
+    /// Fields that are assumed, for they could not be measured.
+    pub assumed: Vec<String>,
     /// Always set, so that nobody takes a plan for a report.
     pub dry_run: bool,
 }
@@ -364,8 +453,9 @@ pub struct Operation {
     pub id: String,
     /// What it does.
     pub kind: String,
-    /// For whom.
-    pub user: UserName,
+    /// For whom; absent where it is a host's.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub user: Option<UserName>,
     /// Where it stands.
     pub state: OperationState,
     /// How far it is, as its kind tells.
@@ -649,4 +739,7 @@ pub struct Ready {
     pub warm_logins: usize,
     /// Empty machines that wait for one from another host.
     pub warm_shells: usize,
+    /// Memory that nobody has, as far as its kernel says.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub memory_available_bytes: Option<u64>,
 }

@@ -362,7 +362,7 @@ impl TargetSide for Arriving {
                     image.mirrors.streams.begin_from(held, geometry);
                 }
                 // Its former host has it as it was at the switch: the cheapest mirror there is.
-                if daemon.config.replicate.followers > 0 {
+                if daemon.config.replicate.followers > 0 && !daemon.is_cordoned(&ticket.source) {
                     daemon.mirror_to(&image.user, &[ticket.source.clone()]);
                 }
                 daemon.pull(&image);

@@ -10,18 +10,18 @@ use kage_machine::{HostName, Machine, PageSet, Term};
 use kage_migrate::{
     Cause, Outcome, Report, Ticket,
     drive::{Control, source, source::SourceSide},
-    report::Drained,
+    report::{Drained, Moving},
 };
 use kage_replicate::{Given, Link};
 use kage_wire::Purpose;
 use serde_json::json;
-use tokio::sync::OwnedMutexGuard;
+use tokio::sync::{OwnedMutexGuard, oneshot};
 
 use super::{CONNECT, new_handover, on_thread};
 use crate::{
     api::{
         error::{Code, ErrorBody},
-        types::{MigrateRequest, State},
+        types::{CopyProgress, MigrateRequest, MoveProgress, State},
     },
     lifecycle::{Daemon, Image, Slot, Status, blocking},
     machines::{Addresses, MachineSpec, Via},
@@ -31,6 +31,9 @@ use crate::{
 
 /// After the last page the heartbeat is watched for so long.
 const AFTERGLOW: Duration = Duration::from_secs(1);
+
+/// So many bytes tell what a link carries.
+const MEASURES: u64 = 1 << 20;
 
 /// How long a move waits for the list of what its machine's disk lacks.
 const DIGESTS: Duration = Duration::from_secs(5);
@@ -42,8 +45,28 @@ pub struct Leaving {
     slot: OwnedMutexGuard<Slot>,
     target: HostName,
     addresses: Option<Addresses>,
-    progress: Option<Box<dyn Fn(&'static str) + Send>>,
+    progress: Option<Tell>,
     departure: Option<Departure>,
+}
+
+/// Tells how far a move is.
+pub struct Tell {
+    handle: Arc<Handle>,
+    phase: &'static str,
+    said: Option<Instant>,
+}
+
+impl Tell {
+    /// Between two words of the same phase.
+    const OFTEN: Duration = Duration::from_millis(200);
+
+    const fn new(handle: Arc<Handle>) -> Self {
+        Self { handle, phase: "", said: None }
+    }
+
+    fn say(&mut self, copy: Option<CopyProgress>) {
+        self.handle.progress(json!(MoveProgress { phase: self.phase.to_owned(), copy }));
+    }
 }
 
 impl Leaving {
@@ -52,7 +75,7 @@ impl Leaving {
         image: &Arc<Image>,
         slot: OwnedMutexGuard<Slot>,
         ticket: &Ticket,
-        progress: Option<Box<dyn Fn(&'static str) + Send>>,
+        progress: Option<Tell>,
     ) -> Self {
         let seen = daemon.seen.borrow().clone();
         let of_record = |record: &ImageRecord| Addresses { vid: daemon.vid(record), ipv4: record.ipv4 };
@@ -90,7 +113,9 @@ impl Leaving {
                 {
                     tracing::warn!(reason, "a tap was not removed");
                 }
-                leavings = left.filter(|_| daemon.config.replicate.followers > 0);
+                // What is emptied keeps nothing.
+                let keeps = daemon.config.replicate.followers > 0 && !daemon.is_cordoned(&daemon.me);
+                leavings = left.filter(|_| keeps);
             }
             Outcome::KeptHere if self.slot.machine.is_some() => {
                 image.update(|status| {
@@ -182,8 +207,18 @@ impl SourceSide for Leaving {
     }
 
     fn phase(&mut self, name: &'static str) {
-        if let Some(progress) = &self.progress {
-            progress(name);
+        if let Some(tell) = &mut self.progress {
+            (tell.phase, tell.said) = (name, None);
+            tell.say(None);
+        }
+    }
+
+    fn moving(&mut self, moving: &Moving) {
+        if let Some(tell) = &mut self.progress
+            && tell.said.is_none_or(|said| said.elapsed() >= Tell::OFTEN)
+        {
+            tell.said = Some(Instant::now());
+            tell.say(Some(moving.into()));
         }
     }
 }
@@ -196,22 +231,24 @@ impl Daemon {
         to: &HostName,
         request: &MigrateRequest,
         handle: Arc<Handle>,
+        settled: Option<oneshot::Sender<()>>,
     ) -> Result<Report, ErrorBody> {
-        let slot = image.slot.clone().lock_owned().await;
-        if handle.control().is_cancelled() {
-            return Err(ErrorBody::new(Code::Cancelled, "cancelled before it began"));
-        }
+        handle.progress(json!({ "phase": "wait" }));
+        let slot = handle.unless_cancelled(image.slot.clone().lock_owned()).await?;
         let (daemon, user) = (self.clone(), image.user.clone());
         let record = blocking(move || daemon.existing(&user)).await?.record;
         if record.owner != self.me {
             drop(slot);
+            if settled.is_some() {
+                return Err(self.went_to(&image.user, &record.owner));
+            }
             let request = MigrateRequest { to: Some(to.clone()), ..request.clone() };
-            return self.hand_on(&image.user, &record.owner, &request, &handle.control()).await;
+            return self.hand_on(&image.user, &record.owner, &request, &handle).await;
         }
         if slot.machine.is_none() || image.status().state == State::Failed {
             return Err(ErrorBody::new(Code::Busy, format!("{}'s machine is not running", image.user)));
         }
-        self.await_digests(image, &record, DIGESTS).await?;
+        handle.unless_cancelled(self.await_digests(image, &record, DIGESTS)).await??;
         let ticket = Ticket {
             user: image.user.clone(),
             term: record.term,
@@ -226,9 +263,19 @@ impl Daemon {
         let begun = Instant::now();
         let spec = self.source_spec(ticket, request);
         let (daemon, holder, control) = (self.clone(), image.clone(), handle.control());
-        let mut report =
-            on_thread("kage-source", move || daemon.hand_over(&holder, slot, spec, &handle, &control))
-                .await?;
+        let handed =
+            on_thread("kage-source", move || daemon.hand_over(&holder, slot, spec, &handle, &control)).await;
+        let mut report = match handed {
+            Ok(report) => report,
+            // Nobody knows how far it came: what is here and what the directory says decide.
+            Err(error) => {
+                image.move_over();
+                let (daemon, user, why) = (self.clone(), image.user.clone(), error.message.clone());
+                self.runtime.spawn(async move { daemon.settle(user, why).await });
+                return Err(error);
+            }
+        };
+        drop(settled);
         let pulse = if report.outcome == Outcome::HandedOver || report.outcome == Outcome::KeptHere {
             tokio::time::sleep(AFTERGLOW).await;
             self.pulse_anywhere(&image.user, &report).await
@@ -252,7 +299,7 @@ impl Daemon {
                 report.stall_ms = report.blackout_ms;
             }
         }
-        self.tell_move(&report);
+        self.tell_move(&report, request.bandwidth.or(self.config.replicate.max_rate).is_some());
         Ok(report)
     }
 
@@ -276,9 +323,7 @@ impl Daemon {
         {
             tracing::debug!(%error, "no heartbeat");
         }
-        let told = handle.clone();
-        let progress = Box::new(move |phase| told.progress(json!({ "phase": phase })));
-        let mut side = Leaving::new(self, image, slot, &spec.ticket, Some(progress));
+        let mut side = Leaving::new(self, image, slot, &spec.ticket, Some(Tell::new(handle.clone())));
         let directory = self.directory.clone();
         let mut report = source::run(&spec, &mut side, &*directory, control);
         let tap = number.map_or(0, |number| self.net.tap_drops(number));
@@ -287,8 +332,8 @@ impl Daemon {
         report
     }
 
-    /// Writes a move into figures and events.
-    pub(crate) fn tell_move(&self, report: &Report) {
+    /// Writes a move into figures and events; `capped` where it may not have had all of the link.
+    pub(crate) fn tell_move(&self, report: &Report, capped: bool) {
         let outcome = report.outcome.to_string();
         let labels = [("mode", report.mode.as_str()), ("outcome", outcome.as_str())];
         self.metrics.add("kage_handovers_total", &labels, 1);
@@ -301,6 +346,13 @@ impl Daemon {
         for phase in &report.phases {
             self.metrics.add("kage_handover_bytes_total", &[("phase", &phase.name)], phase.bytes);
         }
+        // Less says more of the machine than of the link; and a cap is not the link's.
+        if let Some(copy) = report.phases.iter().find(|phase| phase.name == "copy" && phase.bytes >= MEASURES)
+            && !capped
+        {
+            #[expect(clippy::cast_precision_loss, reason = "a rate")]
+            self.link_carried(&report.to, copy.bytes as f64 * 1e3 / copy.ms.max(1.0));
+        }
         self.metrics.add("kage_forwarded_frames_total", &[], report.forwarded_frames);
         self.metrics.add("kage_lost_frames_total", &[], report.lost_frames);
         self.events.emit(&outcome, Some(&report.user), json!(report));
@@ -309,7 +361,7 @@ impl Daemon {
 
 impl Image {
     /// Ends the status of a move that could not begin.
-    pub(crate) fn move_over(&self) {
+    fn move_over(&self) {
         self.update(|status: &mut Status| {
             status.operation = None;
             if status.state == State::Moving {

@@ -181,8 +181,8 @@ async fn moves_asked_for_at_the_same_time_come_one_after_the_other() {
     assert_eq!(hosts[0].show("alice?state=running&timeout=5s").await.host, second.to);
 }
 
-/// Begins a move that lasts for seconds, and waits until it copies.
-async fn slow_move(host: &TestHost, user: &str, to: &str) -> String {
+/// Writes over a megabyte of a machine's memory that no encoding makes smaller.
+pub fn fill_with_noise(host: &TestHost, user: &str) {
     let memory = host.machines.process(user).unwrap().memory();
     for page in 0..300_u32 {
         let mut bytes = [0; PAGE_SIZE];
@@ -195,6 +195,11 @@ async fn slow_move(host: &TestHost, user: &str, to: &str) -> String {
         });
         memory.write(PageIndex(page), &bytes);
     }
+}
+
+/// Begins a move that lasts for seconds, and waits until it copies.
+async fn slow_move(host: &TestHost, user: &str, to: &str) -> String {
+    fill_with_noise(host, user);
     let body = json!({ "to": to, "bandwidth": "2mbit" });
     let (status, reply) =
         host.call(&Call::new(Method::POST, format!("/v1/images/{user}/migrate")).json(&body)).await;
@@ -237,4 +242,70 @@ async fn a_user_who_walks_on_during_a_move_is_followed() {
     let (status, reply) = hosts[2].call(&roam("ap-3", true)).await;
     assert_eq!((status, &reply["report"]["outcome"]), (200, &json!("handed_over")), "{reply}");
     assert_eq!(hosts[0].show("alice?state=running&timeout=5s").await.host.as_str(), "h3");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_cancelled_move_says_so_and_so_does_one_that_waits_behind_it() {
+    let (_site, hosts) = TestSite::new("move-cancel", 3).await;
+    hosts[0].login("alice", json!({})).await;
+    let cancel = Call::new(Method::DELETE, "/v1/images/alice/migrate");
+    let (status, reply) = hosts[1].call(&cancel).await;
+    assert_eq!(status, 404, "{reply}");
+    let first = slow_move(&hosts[0], "alice", "h2").await;
+    let body = json!({ "to": "h3" });
+    let (_, second) = hosts[0].call(&Call::new(Method::POST, "/v1/images/alice/migrate").json(&body)).await;
+    let second = second["id"].as_str().unwrap().to_owned();
+    let operation = async |id: &str| {
+        let path = format!("/v1/operations/{id}?wait=10s");
+        let mut operation = Value::Null;
+        while operation.is_null() || operation["state"] == "running" {
+            operation = hosts[1].call(&Call::new(Method::GET, path.clone())).await.1;
+        }
+        operation
+    };
+    // The one that waits for its turn ends at once, the other goes on.
+    hosts[1].call(&Call::new(Method::DELETE, format!("/v1/operations/{second}"))).await;
+    assert_eq!(operation(&second).await["state"], "cancelled");
+    let (_, copying) = hosts[0].call(&Call::new(Method::GET, format!("/v1/operations/{first}"))).await;
+    assert_eq!(copying["state"], "running", "{copying}");
+    until("progress", async || {
+        let (_, told) = hosts[0].call(&Call::new(Method::GET, format!("/v1/operations/{first}"))).await;
+        told["progress"]["pages_done"].as_u64().is_some_and(|done| done > 0)
+            && told["progress"]["eta_ms"].is_u64()
+            && told["progress"]["round"] == 1
+    })
+    .await;
+    let (status, reply) = hosts[1].call(&cancel).await;
+    assert_eq!((status, reply.as_array().map(Vec::len)), (200, Some(1)), "{reply}");
+    let ended = operation(&first).await;
+    assert_eq!(
+        (&ended["state"], &ended["result"]["outcome"], &ended["result"]["reason"]),
+        (&json!("cancelled"), &json!("kept"), &json!("cancelled")),
+        "{ended}"
+    );
+    // Twice is once.
+    let (status, reply) = hosts[1].call(&cancel).await;
+    assert_eq!((status, &reply[0]["state"]), (200, &json!("cancelled")), "{reply}");
+    let view = hosts[1].show("alice").await;
+    assert_eq!((view.host.as_str(), view.state, view.operation), ("h1", State::Running, None));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_move_takes_no_more_of_the_link_than_it_may() {
+    let (_site, hosts) = TestSite::new("move-cap", 2).await;
+    hosts[0].login("alice", json!({})).await;
+    fill_with_noise(&hosts[0], "alice");
+    let begun = std::time::Instant::now();
+    let report = report(migrate(&hosts[0], "alice", json!({ "to": "h2", "bandwidth": "8mbit" })).await);
+    assert_eq!(report.outcome, MoveOutcome::HandedOver, "{report:?}");
+    let copied = report.phases.iter().find(|phase| phase.name == "copy").unwrap();
+    // A megabyte per second; but for what may go at once in front, and the last batch, which nothing waits behind.
+    let least = (copied.bytes as f64 - 330e3) / 1e6;
+    assert!(
+        copied.bytes > 1_000_000 && copied.ms / 1e3 >= least,
+        "{} bytes in {} ms",
+        copied.bytes,
+        copied.ms
+    );
+    assert!(begun.elapsed().as_secs_f64() >= least);
 }

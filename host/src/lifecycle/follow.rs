@@ -27,14 +27,24 @@ impl Daemon {
     pub fn publish(&self) -> Result<(), ErrorBody> {
         let mut incarnation = [0; 8];
         crate::init::random(&mut incarnation);
-        let record = HostRecord {
+        let mut record = HostRecord {
             advertise: self.config.peer.advertise,
             underlay: self.config.peer.advertise.ip(),
             api: self.config.api.listen,
             incarnation: u64::from_le_bytes(incarnation),
             cordoned: false,
         };
-        self.directory.publish(&self.me, &record)?;
+        loop {
+            let found = self.directory.read::<HostRecord>(&self.me)?;
+            let expected = found.as_ref().map_or(Revision::ABSENT, |found| found.revision);
+            // A daemon that is started again takes no images that its host was not to take.
+            record.cordoned = found.is_some_and(|found| found.record.cordoned);
+            match self.directory.swap(&self.me, expected, Some(&record)) {
+                Ok(_) => break,
+                Err(DirectoryError::Conflict { .. }) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
         for ap in self.config.aps.iter().filter(|ap| ap.host == self.me) {
             let record = ApRecord {
                 host: self.me.clone(),

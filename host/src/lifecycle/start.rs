@@ -65,7 +65,7 @@ pub enum Login {
 }
 
 impl Daemon {
-    /// Starts or finds a user's machine, when that is this host's to do.
+    /// Starts or finds a user's machine, when that is this host's to do; `passed_on` by a host that found so.
     ///
     /// # Errors
     /// [`ErrorBody`]; nothing is lost.
@@ -73,13 +73,14 @@ impl Daemon {
         self: &Arc<Self>,
         user: &UserName,
         request: &LoginRequest,
+        passed_on: bool,
     ) -> Result<Login, ErrorBody> {
         let key = request.key.as_deref().map(check_key).transpose()?;
         let begun = Instant::now();
         let (mut taken, mut turns) = (None, 0);
-        let (reply, fresh, near) = loop {
+        let (mut reply, fresh, near) = loop {
             let (daemon, name, wish, key) = (self.clone(), user.clone(), request.clone(), key.clone());
-            let (fresh, near) = match blocking(move || daemon.claim(&name, &wish, key)).await? {
+            let (fresh, near) = match blocking(move || daemon.claim(&name, &wish, key, passed_on)).await? {
                 Claimed::Elsewhere(host) => return Ok(Login::Ask(host)),
                 Claimed::Take(owner, vid) => {
                     // Once the record is seen, the directory's view wants a route to a tap that is not there yet.
@@ -116,6 +117,13 @@ impl Daemon {
         if !reply.found {
             self.metrics.observe("kage_login_start_seconds", &[], begun.elapsed());
         }
+        if let Some(place) = request.at.as_deref().and_then(|at| self.place(at).ok())
+            && !reply.found
+            && place != self.me
+            && self.is_cordoned(&place)
+        {
+            reply.note = Some(format!("host {place} is cordoned"));
+        }
         match near {
             Some(at) if !reply.found => Ok(Login::Done(self.bring_near(reply, at).await)),
             _ => Ok(Login::Done(reply)),
@@ -145,11 +153,17 @@ impl Daemon {
         user: &UserName,
         request: &LoginRequest,
         key: Option<String>,
+        passed_on: bool,
     ) -> Result<Claimed, ErrorBody> {
-        let at = request.at.as_deref().map(|at| self.place(at)).transpose()?;
+        let place = request.at.as_deref().map(|at| self.place(at)).transpose()?;
         loop {
             let found = self.record(user)?;
             let record = found.as_ref().map(|found| &found.record);
+            let starts = record.is_none_or(|record| record.wanted == Wanted::Stopped);
+            let at = match &place {
+                Some(place) if starts => Some(self.open_near(place, passed_on)?),
+                place => place.clone(),
+            };
             if let (Some(image), Some(record)) = (&request.image, record)
                 && *image != record.profile.image
             {

@@ -10,11 +10,13 @@ use std::{
 };
 
 use kage_machine::{HostName, UserName};
-use kage_migrate::Cause;
 use serde_json::json;
 use tokio::sync::watch;
 
-use super::chase::{AGAIN, Chase, MOST_TRIES, Place, Rest, Scene, Step};
+use super::{
+    chase::{AGAIN, Chase, MOST_TRIES, Place, Rest, Scene, Step},
+    was_cancelled,
+};
 use crate::{
     api::{
         error::{Code, ErrorBody},
@@ -280,10 +282,7 @@ impl Daemon {
     /// Takes in how a move to the goal has ended.
     fn move_ended(&self, image: &Image, id: &str, goal: u64, outcome: Result<MoveReport, ErrorBody>) {
         let cancelled = match &outcome {
-            Ok(report) => {
-                report.outcome == MoveOutcome::KeptHere
-                    && report.reason.as_deref() == Some(Cause::Cancelled.to_string().as_str())
-            }
+            Ok(report) => was_cancelled(report),
             Err(error) => error.code == Code::Cancelled,
         };
         let nothing = match &outcome {

@@ -117,7 +117,9 @@ impl Daemon {
         };
         if record.wanted == Wanted::Stopped {
             reply.action = RoamAction::Stopped;
-        } else if record.owner == self.me && is_known_better {
+        } else if record.owner == self.me && (is_known_better || (*host != self.me && self.is_cordoned(host)))
+        {
+            // A cordoned host gets no machines: it stays where it is.
             return Ok(reply);
         } else if record.owner == self.me {
             let place = Place { ap: request.ap.clone(), host: host.clone(), at_ms };

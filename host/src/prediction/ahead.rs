@@ -280,7 +280,7 @@ fn view(user: &UserName, outlook: Outlook) -> PredictionView {
 
 /// Other hosts by the distance of their nearest access point. One without a position of its own is at the same as
 /// others, and says nothing.
-fn nearest(places: &Places, here: &Place) -> Vec<HostName> {
+pub(crate) fn nearest(places: &Places, here: &Place) -> Vec<HostName> {
     let mut hosts: BTreeMap<&HostName, f64> = BTreeMap::new();
     for place in places.values().filter(|place| place.host != here.host) {
         let [x, y] = [0, 1].map(|axis| place.position_m[axis] - here.position_m[axis]);

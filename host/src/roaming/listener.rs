@@ -346,7 +346,7 @@ impl Daemon {
     /// The login that a first Start stands for; the host of the access point or the image's owner does it.
     async fn log_in(self: &Arc<Self>, user: &UserName, ap: &ApName) -> Result<(), ErrorBody> {
         let request = LoginRequest { at: Some(ap.to_string()), ..LoginRequest::default() };
-        match self.login(user, &request).await? {
+        match self.login(user, &request, false).await? {
             Login::Done(_) => Ok(()),
             Login::Ask(host) => {
                 let call = Call::new(http::Method::PUT, format!("/v1/images/{user}")).json(&request);

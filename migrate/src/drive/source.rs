@@ -20,7 +20,7 @@ use crate::{
     converge::{Goal, Round},
     outcome::{Cause, Outcome},
     ownership::Ticket,
-    report::{Drained, Phase, ReplicaHit, Report},
+    report::{Drained, Moving, Phase, ReplicaHit, Report},
     source::{Action, Patience, Source, SourceEvent, SourceState, ToTarget},
 };
 
@@ -86,6 +86,10 @@ pub trait SourceSide: Send {
     fn phase(&mut self, name: &'static str) {
         let _ = name;
     }
+    /// So far the copying is; called for every batch.
+    fn moving(&mut self, moving: &Moving) {
+        let _ = moving;
+    }
 }
 
 /// Hands a machine over, or keeps it. Returns when that is settled, however long it takes.
@@ -125,6 +129,7 @@ pub fn resume(
         sender: None,
         epoch: Epoch(1),
         dirty: None,
+        last: None,
         paused: None,
         started: None,
         clock: PeerClock::default(),
@@ -207,6 +212,8 @@ struct Drive<'a> {
     epoch: Epoch,
     /// Pages the target lacks; `None` before the first round.
     dirty: Option<PageSet>,
+    /// Pages of the last round, and those written meanwhile.
+    last: Option<(u64, u64)>,
     paused: Option<Paused>,
     /// The target's first entry, and what came before it, on its clock.
     started: Option<Arrival>,
@@ -384,7 +391,9 @@ impl Drive<'_> {
         }
         let Some(bulk) = &mut self.bulk else { return Err(failed(Cause::LinkLost("no bulk link".into()))) };
         let (control, deadline) = (self.control, self.begun + self.spec.goal.timeout);
-        let mut watch = |_: &kage_replicate::Progress| {
+        let (begun, figures, last, side) = (self.begun, &self.figures, self.last, &mut *self.side);
+        let mut watch = |progress: &kage_replicate::Progress| {
+            side.moving(&moving(progress, figures, last, begun.elapsed()));
             let stop = control.is_cancelled() || Instant::now() >= deadline;
             if stop { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
         };
@@ -411,6 +420,7 @@ impl Drive<'_> {
             elapsed: self.begun.elapsed(),
             rtt: self.clock.round_trip(),
         };
+        self.last = Some((round.pages, round.dirty));
         self.dirty = Some(dirty);
         if control.is_cancelled() {
             return Ok(SourceEvent::Cancel);
@@ -480,10 +490,14 @@ impl Drive<'_> {
             Err(LastError::TooLarge { .. }) => {
                 // Too many for one message: an epoch of their own first, on the bulk link.
                 let bulk = self.bulk.as_mut().ok_or_else(|| lost("no bulk link"))?;
-                let mut go_on = |_: &kage_replicate::Progress| ControlFlow::Continue(());
+                let control = self.control;
+                let mut go_on = |_: &kage_replicate::Progress| {
+                    if control.is_cancelled() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+                };
                 let stats = sender
                     .send_epoch(&mut **bulk, &*memory, &dirty, self.epoch, &mut go_on)
                     .map_err(|error| match error {
+                        SendError::Cancelled { .. } => Cause::Cancelled,
                         SendError::Unknown(_) => Cause::DiskUnknown,
                         other => Cause::LinkLost(other.to_string()),
                     })?;
@@ -760,6 +774,27 @@ impl Drive<'_> {
             phases: figures.phases,
             blackout_phases,
         }
+    }
+}
+
+/// How far a round is.
+fn moving(
+    progress: &kage_replicate::Progress,
+    figures: &Figures,
+    last: Option<(u64, u64)>,
+    elapsed: Duration,
+) -> Moving {
+    let (done, total) = (progress.pages_done.into(), progress.pages_total.into());
+    let left_over = last.map_or(0.0, |(pages, dirty)| dirty as f64 / pages.max(1) as f64);
+    Moving {
+        round: figures.rounds + 1,
+        pages_done: done,
+        pages_total: total,
+        bytes_wire: figures.bytes_wire + progress.bytes_wire,
+        bytes_per_s: progress.bytes_wire as f64 / progress.elapsed.as_secs_f64().max(1e-3),
+        dirty_pages: last.map(|(_, dirty)| dirty),
+        elapsed,
+        left: Moving::left(done, total, progress.elapsed, left_over),
     }
 }
 
