@@ -1,5 +1,6 @@
 //! `kage bench`: measurements whose figures mean what SURFACE says they mean.
 //!
+//! - [`drain`]: a host with many machines is emptied.
 //! - [`files`]: files in a machine beside the same on its host, the store beneath them, and what a disk costs in a move.
 //! - [`predict`]: how often forecasts of where users go are right, and what they cost.
 //! - [`start`]: from a login to the machine's first answer, and what an idle machine costs.
@@ -8,6 +9,7 @@
 //! - [`walk`]: users who walk a campus, each with a machine that works; moves to where mirrors are and to elsewhere.
 
 mod desk;
+pub mod drain;
 pub mod files;
 pub mod predict;
 pub mod processes;

@@ -11,7 +11,7 @@ use kage_host::{
 use kage_machine::{HostName, UserName, identity::ApName};
 
 use crate::{
-    bench::{replicate::ReplicateArgs, walk::WalkArgs},
+    bench::{drain::DrainBenchArgs, replicate::ReplicateArgs, walk::WalkArgs},
     testbed::{cli::TestbedCommand, delay},
 };
 
@@ -143,6 +143,27 @@ pub enum Command {
     /// List hosts and their access points
     #[command(after_help = "Example: kage hosts")]
     Hosts,
+    /// Keep new images away from a host
+    #[command(
+        after_help = "No login, move without a host named, mirror or walking user brings one there. What is there \
+        stays and runs on.\nExample: kage host-cordon h1"
+    )]
+    HostCordon {
+        /// The host
+        host: HostName,
+    },
+    /// Cordon a host and move every running machine off it
+    #[command(
+        after_help = "Exit code 1: something runs there still, and why. Machines that are stopped stay there until their \
+        users log in elsewhere.\n^C begins no more moves and cancels those under way.\nExample: kage host-drain h1 --bandwidth 50mbit"
+    )]
+    HostDrain(DrainArgs),
+    /// Let a host have new images again; ends a drain of it
+    #[command(after_help = "Example: kage host-uncordon h1")]
+    HostUncordon {
+        /// The host
+        host: HostName,
+    },
     /// Show what happened on the daemon's host
     #[command(after_help = "Example: kage events -f")]
     Events {
@@ -385,6 +406,25 @@ pub struct MigrateArgs {
     pub cancel: bool,
 }
 
+/// `kage host-drain`.
+#[derive(Clone, Debug, Args)]
+pub struct DrainArgs {
+    /// The host
+    pub host: HostName,
+    /// Moves at once [default: 4]
+    #[arg(long, value_name = "N")]
+    pub parallel: Option<u16>,
+    /// Most that all of them together may take of the link
+    #[arg(long, value_name = "RATE")]
+    pub bandwidth: Option<Rate>,
+    /// Longest pause of a machine aimed at
+    #[arg(long, value_name = "TIME")]
+    pub blackout: Option<Span>,
+    /// Longest move of one machine
+    #[arg(long, value_name = "TIME")]
+    pub timeout: Option<Span>,
+}
+
 /// `--mode`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum ModeArg {
@@ -483,6 +523,10 @@ pub enum BenchCommand {
         #[arg(long, default_value = "64MiB", value_name = "SIZE")]
         memory: Size,
     },
+    /// A host with many machines is emptied: how long it takes, the longest gap, and whether one is lost
+    #[command(after_help = "Exit code 1 also when a machine or its connection was lost.\n\
+        Example: kage bench drain --images 100 --link 50mbit")]
+    Drain(DrainBenchArgs),
     /// Files in a machine beside its host's, the block store beneath them, and what a disk costs in a move
     #[command(
         after_help = "Takes some minutes, and up to 3 GB under $TMPDIR, where the host's file system is measured.\n\
@@ -600,6 +644,10 @@ mod tests {
             "show alice -o json --quiet --socket /run/kage/host.sock",
             "migrate alice h2 --mode precopy --blackout 10ms --timeout 30s --bandwidth 50mbit --no-reverse --dry-run --verbose",
             "migrate alice --cancel",
+            "hosts",
+            "host-cordon h1",
+            "host-drain h1 --parallel 2 --bandwidth 50mbit -o json",
+            "host-uncordon h1",
             "roam alice ap-2",
             "ps alice",
             "files alice -o json",
@@ -614,6 +662,7 @@ mod tests {
             "bench processes --runs 3",
             "bench replicate --quick --mirrors 2 --load interactive,dirty_30 --link 50mbit",
             "bench walk --quick --dwell 3s --users 2 --hosts 3 -o json",
+            "bench drain --images 100 --link 50mbit --quick -o json",
             "bench predict --quick",
             "bench predict --trace t.csv --aps a.csv -o json",
             "image inspect x.kage -o json",

@@ -1,6 +1,7 @@
 //! What each command does.
 
 mod doctor;
+mod drain;
 mod exec;
 mod image;
 mod images;
@@ -64,6 +65,9 @@ pub fn run(cli: Cli) -> Result<(), Failure> {
         Command::Roam { user, ap, no_wait } => wait_for(migrate::roam(client()?, user, ap, !no_wait, output)),
         Command::Predict(user) => wait_for(predict::predict(client()?, user.user, output)),
         Command::Hosts => wait_for(site::hosts(client()?, output)),
+        Command::HostCordon { host } => wait_for(site::cordon(client()?, host, true, output)),
+        Command::HostUncordon { host } => wait_for(site::cordon(client()?, host, false, output)),
+        Command::HostDrain(args) => wait_for(drain::drain(client()?, args, output)),
         Command::Events { follow, after } => wait_for(watch::events(client()?, follow, after, output)),
         Command::Logs { user, follow } => wait_for(watch::logs(client()?, user, follow, output)),
         Command::Testbed(command) => testbed::cli::run(command, output.is_json(), output.is_quiet())
@@ -90,6 +94,7 @@ pub fn run(cli: Cli) -> Result<(), Failure> {
         Command::Bench(BenchCommand::Start { runs, quick, memory }) => {
             bench::start::run(runs, quick, memory, output)
         }
+        Command::Bench(BenchCommand::Drain(args)) => bench::drain::run_command(&args, output),
         Command::Bench(BenchCommand::Files { runs, quick }) => bench::files::run(runs, quick, output),
         Command::Bench(BenchCommand::Predict { runs, quick, trace, aps }) => {
             let given = trace.zip(aps).map(|(trace, aps)| bench::predict::Given { trace, aps });

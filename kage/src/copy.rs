@@ -118,7 +118,7 @@ pub async fn run(client: &Client, args: CpArgs, output: Output) -> Result<(), Fa
     client.enter_network()?;
     let (mut ssh, sftp) = connect(&machine).await?;
     let carrier =
-        Carrier { sftp, progress: RefCell::new(Progress::new(output, begun)), partial: RefCell::new(None) };
+        Carrier { sftp, progress: RefCell::new(Progress::new(output)), partial: RefCell::new(None) };
     let work = async {
         match (&from, &to) {
             (Side::Here(from), Side::There(_, to)) => carrier.upload(from, to, args.recursive).await,

@@ -1,6 +1,10 @@
 //! Results on stdout: tables for people, JSON for programs. Progress goes to stderr.
 
-use std::{borrow::Cow, io::Write};
+use std::{
+    borrow::Cow,
+    io::{IsTerminal, Write},
+    time::{Duration, Instant},
+};
 
 use serde::Serialize;
 
@@ -57,6 +61,51 @@ impl Output {
     /// Says that a result is not all there is, also to those who want no progress.
     pub fn warn(self, text: impl std::fmt::Display) {
         eprintln!("{text}");
+    }
+}
+
+/// A line about something under way: on a terminal it is written over, elsewhere it is told from time to time.
+pub struct Status {
+    output: Output,
+    terminal: bool,
+    /// When it may be said next.
+    due: Instant,
+    seldom: Duration,
+    written: bool,
+}
+
+impl Status {
+    /// Between two looks of a terminal.
+    const OFTEN: Duration = Duration::from_millis(250);
+
+    /// Says nothing for so long, and anywhere but on a terminal only so seldom.
+    #[must_use]
+    pub fn new(output: Output, patience: Duration, seldom: Duration) -> Self {
+        let terminal = std::io::stderr().is_terminal();
+        Self { output, terminal, due: Instant::now() + patience, seldom, written: false }
+    }
+
+    /// Says how far it is, if that is due.
+    pub fn say(&mut self, text: impl FnOnce() -> String) {
+        let now = Instant::now();
+        if self.output.is_quiet() || now < self.due {
+            return;
+        }
+        self.due = now + if self.terminal { Self::OFTEN } else { self.seldom };
+        if self.terminal {
+            // Over the line before, and clear what it had more (ECMA-48 §8.3.41).
+            eprint!("\r{}\x1b[K", text());
+            self.written = true;
+        } else {
+            eprintln!("{}", text());
+        }
+    }
+
+    /// Clears the line.
+    pub fn end(&mut self) {
+        if std::mem::take(&mut self.written) {
+            eprint!("\r\x1b[K");
+        }
     }
 }
 

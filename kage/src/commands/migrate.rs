@@ -7,23 +7,29 @@ use kage_host::{
     api::{
         error::{Code, ErrorBody},
         types::{
-            ImageView, MigrateRequest, MoveOutcome, MovePlan, MoveReport, Operation, RoamAction, RoamReply,
-            RoamRequest,
+            MigrateRequest, MoveOutcome, MovePlan, MoveProgress, MoveReport, Operation, OperationState,
+            RoamAction, RoamReply, RoamRequest,
         },
     },
     http::Call,
 };
 use kage_machine::{UserName, identity::ApName};
+use serde::Serialize;
 
 use crate::{
     cli::MigrateArgs,
     client::{Client, Failure},
-    operation::follow,
-    output::{Output, bytes},
+    operation::{ended, follow, seconds},
+    output::{Output, Status, bytes},
 };
 
 /// How long a roam with its move may take.
 const ROAM: Duration = Duration::from_secs(90);
+
+/// Nothing is said of a move before.
+const PATIENCE: Duration = Duration::from_millis(400);
+/// Between two words of how far it is: looks come every second at least.
+const SELDOM: Duration = Duration::from_millis(900);
 
 /// `kage migrate`.
 pub async fn migrate(client: Client, args: MigrateArgs, output: Output) -> Result<(), Failure> {
@@ -43,24 +49,58 @@ pub async fn migrate(client: Client, args: MigrateArgs, output: Output) -> Resul
     let call = Call::new(Method::POST, format!("/v1/images/{}/migrate", args.user)).json(&request);
     if args.dry_run {
         let plan: MovePlan = client.call(&call).await?;
-        return output.result(&plan, |plan| {
-            let (from, to, size) = (&plan.from, &plan.to, bytes(plan.bytes_raw));
-            format!(
-                "{} would go from {from} to {to}: {} pages, {size} before encoding",
-                plan.user, plan.pages
-            )
-        });
+        return output.result(&plan, planned);
     }
     let operation: Operation = client.call(&call).await?;
-    let mut said = serde_json::Value::Null;
-    let progress = |progress: &serde_json::Value| {
-        let is_new = args.verbose && *progress != said;
-        said = progress.clone();
-        is_new.then(|| progress.to_string())
-    };
-    let report: MoveReport = follow(&client, operation, output, progress).await?;
+    let mut status = Status::new(output, PATIENCE, SELDOM);
+    let mut phase = String::new();
+    let followed = follow(&client, operation, output, |progress| {
+        let progress: MoveProgress = serde_json::from_value(progress.clone()).unwrap_or_default();
+        status.say(|| so_far(&args.user, &progress));
+        let is_new = args.verbose && progress.phase != phase;
+        phase.clone_from(&progress.phase);
+        is_new.then(|| serde_json::json!({ "phase": phase }).to_string())
+    });
+    let report: Result<MoveReport, Failure> = followed.await;
+    status.end();
+    let report = report?;
     output.result(&report, line)?;
     verdict(&report)
+}
+
+/// A plan in some lines.
+fn planned(plan: &MovePlan) -> String {
+    let MovePlan { user, from, to, .. } = plan;
+    let mut lines = vec![
+        format!(
+            "{user} would go from {from} to {to}: {} pages, {} before encoding, about {} on the wire",
+            plan.pages_to_send,
+            bytes(plan.bytes_raw),
+            bytes(plan.bytes_wire)
+        ),
+        format!(
+            "in {} rounds and about {:.1} s, with a blackout of about {:.1} ms for {} pages; replica hit: {:?}",
+            plan.rounds,
+            plan.total_ms / 1e3,
+            plan.blackout_ms,
+            plan.pages_at_switch,
+            plan.replica_hit
+        ),
+        format!(
+            "it writes {:.0} pages a second, {:.0} in all; the link carries {:.1} Mbit/s",
+            plan.dirty_pages_per_s,
+            plan.working_set_pages,
+            plan.bytes_per_s / 125e3
+        ),
+    ];
+    if !plan.reachable {
+        lines.push(format!("{to} does not answer: it would stay at {from}"));
+    }
+    lines.extend(plan.reason.as_ref().map(|reason| format!("it would stay at {from}: {reason}")));
+    if !plan.assumed.is_empty() {
+        lines.push(format!("assumed, not measured: {}", plan.assumed.join(", ")));
+    }
+    lines.join("\n")
 }
 
 /// The exit code a report stands for.
@@ -101,14 +141,62 @@ fn line(report: &MoveReport) -> String {
     )
 }
 
+/// How far a move is, in one line.
+fn so_far(user: &UserName, progress: &MoveProgress) -> String {
+    let phase = &progress.phase;
+    let Some(copy) = &progress.copy else { return format!("{user}: {phase}") };
+    let dirty = copy.dirty_pages.map_or_else(String::new, |pages| format!(", {pages} were dirty"));
+    let left = copy
+        .eta_ms
+        .map_or_else(|| ", no end in sight".to_owned(), |eta| format!(", about {} left", seconds(eta)));
+    format!(
+        "{user}: {phase}, round {}, {} of {} pages, {} sent, {}/s{dirty}{left}",
+        copy.round,
+        copy.pages_done,
+        copy.pages_total,
+        bytes(copy.bytes_wire),
+        bytes(copy.bytes_per_s),
+    )
+}
+
+/// Answer of `kage migrate USER --cancel`.
+#[derive(Debug, Serialize)]
+struct Cancelled {
+    user: UserName,
+    /// Whether all of them came to nothing for that.
+    cancelled: bool,
+    /// Moves, as they ended.
+    moves: Vec<Operation>,
+}
+
 async fn cancel(client: Client, user: &UserName, output: Output) -> Result<(), Failure> {
-    let view: ImageView = client.call(&Call::new(Method::GET, format!("/v1/images/{user}"))).await?;
-    let id = view
-        .operation
-        .ok_or_else(|| ErrorBody::new(Code::NotFound, format!("no move of {user}'s machine is under way")))?;
-    let operation: Operation =
-        client.call(&Call::new(Method::DELETE, format!("/v1/operations/{id}"))).await?;
-    output.result(&operation, |operation| format!("operation {} is being cancelled", operation.id))
+    let call = Call::new(Method::DELETE, format!("/v1/images/{user}/migrate"));
+    let begun: Vec<Operation> = client.call(&call).await?;
+    let mut moves = Vec::with_capacity(begun.len());
+    for operation in begun {
+        // A second ^C leaves the waiting alone: it is cancelled already.
+        moves.push(ended(&client, operation, output, false, |_| None).await?);
+    }
+    let cancelled = moves.iter().all(|operation| operation.state == OperationState::Cancelled);
+    let answer = Cancelled { user: user.clone(), cancelled, moves };
+    output.result(&answer, |answer| answer.moves.iter().map(end_of).collect::<Vec<_>>().join("\n"))?;
+    let late = answer.moves.iter().find(|operation| operation.state != OperationState::Cancelled);
+    late.map_or(Ok(()), |operation| Err(Failure::new(format!("too late: {}", end_of(operation)))))
+}
+
+/// How a move ended, in one line.
+fn end_of(operation: &Operation) -> String {
+    let report = operation.result.clone().and_then(|report| serde_json::from_value(report).ok());
+    match (report, &operation.error) {
+        (Some(report), _) => match &report {
+            MoveReport { outcome: MoveOutcome::HandedOver, .. } => line(&report),
+            MoveReport { user, from, reason, outcome, .. } => {
+                format!("{user} {outcome} at {from}: {}", reason.as_deref().unwrap_or("no reason given"))
+            }
+        },
+        (None, Some(error)) => format!("{}: {error}", operation.id),
+        (None, None) => format!("{} ended without a report", operation.id),
+    }
 }
 
 /// `kage roam`.

@@ -2,10 +2,11 @@
 
 use http::Method;
 use kage_host::{
-    api::types::HostView,
+    api::types::{Cordon, HostView},
     http::Call,
     init::{self, HostSpec},
 };
+use kage_machine::HostName;
 use serde::Serialize;
 
 use crate::{
@@ -76,6 +77,17 @@ fn host(text: &str) -> Result<HostSpec, Failure> {
     Ok(HostSpec { name, advertise })
 }
 
+/// `kage host-cordon`, `kage host-uncordon`.
+pub async fn cordon(client: Client, host: HostName, cordon: bool, output: Output) -> Result<(), Failure> {
+    let verb = if cordon { "cordon" } else { "uncordon" };
+    let answer: Cordon = client.call(&Call::new(Method::POST, format!("/v1/hosts/{host}/{verb}"))).await?;
+    output.result(&answer, |answer| {
+        let Cordon { host, cordoned, changed } = answer;
+        let is = if *cordoned { "gets no new images" } else { "takes new images" };
+        format!("{host} {is}{}", if *changed { "" } else { ", as before" })
+    })
+}
+
 /// `kage hosts`.
 pub async fn hosts(client: Client, output: Output) -> Result<(), Failure> {
     let views: Vec<HostView> = client.call(&Call::new(Method::GET, "/v1/hosts")).await?;
@@ -84,7 +96,8 @@ pub async fn hosts(client: Client, output: Output) -> Result<(), Failure> {
             .iter()
             .map(|view| {
                 let state = match (view.up, view.cordoned) {
-                    (false, _) => "down",
+                    (false, true) => "down, cordoned",
+                    (false, false) => "down",
                     (true, true) => "cordoned",
                     (true, false) => "up",
                 };

@@ -1,33 +1,26 @@
 //! How far a copy is, for those who wait longer than a second.
 
-use std::{
-    io::{IsTerminal, stderr},
-    time::{Duration, Instant},
-};
+use std::time::Duration;
 
-use crate::output::{Output, bytes, shown};
+use crate::output::{Output, Status, bytes, shown};
 
 /// Nothing is said before.
 const PATIENCE: Duration = Duration::from_secs(1);
-/// Between two looks of a terminal, and of anything else.
-const OFTEN: Duration = Duration::from_millis(250);
+/// Between two looks of anything but a terminal.
 const SELDOM: Duration = Duration::from_secs(5);
 
 /// What was copied so far.
 pub struct Progress {
     output: Output,
-    terminal: bool,
-    begun: Instant,
-    said: Option<Instant>,
+    status: Status,
     done: u64,
     expected: u64,
 }
 
 impl Progress {
-    /// Of a command that began at `begun`.
-    pub fn new(output: Output, begun: Instant) -> Self {
-        let terminal = stderr().is_terminal();
-        Self { output, terminal, begun, said: None, done: 0, expected: 0 }
+    /// Of a command that begins now.
+    pub fn new(output: Output) -> Self {
+        Self { output, status: Status::new(output, PATIENCE, SELDOM), done: 0, expected: 0 }
     }
 
     /// So much will be copied, and this will not.
@@ -41,28 +34,12 @@ impl Progress {
     /// So much more was copied.
     pub fn advance(&mut self, more: u64, name: &str) {
         self.done += more;
-        let due = match self.said {
-            None => self.begun + PATIENCE,
-            Some(said) => said + if self.terminal { OFTEN } else { SELDOM },
-        };
-        let now = Instant::now();
-        if now < due || self.output.is_quiet() {
-            return;
-        }
-        self.said = Some(now);
-        let (done, expected) = (bytes(self.done), bytes(self.expected.max(self.done)));
-        if self.terminal {
-            // Over the line before, and clear what it had more (ECMA-48 §8.3.41).
-            eprint!("\r{done} of {expected}  {}\x1b[K", shown(name));
-        } else {
-            eprintln!("{done} of {expected}");
-        }
+        let (done, expected) = (self.done, self.expected.max(self.done));
+        self.status.say(|| format!("{} of {}  {}", bytes(done), bytes(expected), shown(name)));
     }
 
     /// Clears the line.
     pub fn end(&mut self) {
-        if self.terminal && self.said.take().is_some() {
-            eprint!("\r\x1b[K");
-        }
+        self.status.end();
     }
 }
