@@ -7,20 +7,26 @@
 //! the saved state disagree. Now and then it reads, writes or discards a block of its disk ([`SimDisk`]),
 //! which belongs to the host and not to the process.
 //!
+//! A guest whose step touches a page that is missing ([`Machine::miss`]) does not take it until that page is brought;
+//! what it emits at a shut gate is part of its saved state, as a ring is.
+//!
 //! Time is an argument: the guest runs up to what the clock says whenever the machine is called.
 
 mod disk;
+mod missing;
+mod outside;
 #[cfg(test)]
 mod tests;
 
 use std::{
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    collections::VecDeque,
+    sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
 
 use crate::{
-    Geometry, Gone, HostInstant, Machine, MachineError, Memory, OutputMark, PAGE_SIZE, PageBytes, PageIndex,
-    PageSet, PauseCause, Paused, SavedState, Started,
+    Geometry, Gone, HostInstant, Machine, MachineError, Memory, Missing, OutputMark, PAGE_SIZE, PageBytes,
+    PageIndex, PageSet, PauseCause, Paused, SavedState, Started,
     control::Phase,
     disk::Block,
     state::{ClockState, STATE_VERSION, VcpuState},
@@ -33,53 +39,16 @@ pub const TICK: Duration = Duration::from_micros(250);
 const MAX_TICKS: u64 = 4_000;
 
 pub use disk::{SimDisk, digests};
+pub use outside::{Emission, Outside};
+
+/// Most numbers that wait at a shut gate, as a ring holds so many frames and no more: the guest waits then.
+const HELD_MAX: usize = 1 << 14;
 
 /// The guest uses its disk every so many steps.
 const DISK_TICKS: u64 = 16;
 
 /// Reads a host's clock.
 pub type Clock = Arc<dyn Fn() -> HostInstant + Send + Sync>;
-
-/// Where simulated machines' output arrives: the order in which it left.
-#[derive(Clone, Debug, Default)]
-pub struct Outside(Arc<Mutex<Vec<Emission>>>);
-
-/// One number that left a machine.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Emission {
-    /// Which VMM process emitted it.
-    pub vmm: u64,
-    /// Which start from nothing it goes back to.
-    pub generation: u64,
-    /// The number.
-    pub sequence: u64,
-}
-
-impl Outside {
-    /// All that left so far.
-    #[must_use]
-    pub fn log(&self) -> Vec<Emission> {
-        lock(&self.0).clone()
-    }
-
-    /// Checks that within each generation no number is doubled, missing or out of order, and that a
-    /// generation ends when the next one begins.
-    ///
-    /// # Errors
-    /// The first pair of emissions that does not fit.
-    pub fn check(&self) -> Result<(), (Emission, Emission)> {
-        let log = self.log();
-        for pair in log.windows(2) {
-            let [before, after] = [pair[0], pair[1]];
-            let next = after.generation == before.generation && after.sequence == before.sequence + 1;
-            let anew = after.generation > before.generation && after.sequence == 1;
-            if !next && !anew {
-                return Err((before, after));
-            }
-        }
-        Ok(())
-    }
-}
 
 /// A call that can be made to go wrong.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -136,6 +105,8 @@ struct Shared {
     spec: SimSpec,
     outside: Outside,
     state: Mutex<State>,
+    /// The process ended, or the guest began to wait for a page.
+    changed: Condvar,
 }
 
 struct State {
@@ -148,8 +119,11 @@ struct State {
     /// so, as it may be another host's machine that goes on.
     uncommitted: Option<SimDisk>,
     dirty: PageSet,
+    lack: missing::Lack,
+    /// Whether the gate opens again after a pause.
+    gate_open: bool,
     /// What the guest emitted while its gate was shut.
-    held: Vec<Emission>,
+    held: VecDeque<Emission>,
     clock: Clock,
     /// The host's clock up to which the guest has run.
     ran_to: HostInstant,
@@ -168,6 +142,17 @@ struct Guest {
     random: u64,
     sequence: u64,
     generation: u64,
+}
+
+impl Guest {
+    /// Draws the next page that it writes.
+    fn next_page(&mut self, spec: &SimSpec) -> usize {
+        // xorshift64 (Marsaglia 2003)
+        self.random ^= self.random << 13;
+        self.random ^= self.random >> 7;
+        self.random ^= self.random << 17;
+        1 + (self.random % u64::from(spec.working_set.max(1))) as usize
+    }
 }
 
 impl State {
@@ -197,9 +182,21 @@ impl State {
             self.guest_ns += ticks * TICK.as_nanos() as u64;
         }
         for _ in 0..ticks.min(MAX_TICKS) {
-            let emission = self.tick(spec);
-            if gate_open { lock(&outside.0).push(emission) } else { self.held.push(emission) }
+            if self.lack.waits() || self.held.len() >= HELD_MAX {
+                return;
+            }
+            self.step(spec, outside, gate_open);
         }
+    }
+
+    /// Takes a step, unless a page that it touches is missing.
+    fn step(&mut self, spec: &SimSpec, outside: &Outside, gate_open: bool) {
+        if let Some(page) = self.first_lacking(spec) {
+            self.lack.wait_for(page);
+            return;
+        }
+        let emission = self.tick(spec);
+        if gate_open { outside.take(emission) } else { self.held.push_back(emission) }
     }
 
     /// The process ends, however.
@@ -220,11 +217,7 @@ impl State {
     fn tick(&mut self, spec: &SimSpec) -> Emission {
         let mut guest = self.guest();
         for _ in 0..spec.writes_per_tick {
-            // xorshift64 (Marsaglia 2003)
-            guest.random ^= guest.random << 13;
-            guest.random ^= guest.random >> 7;
-            guest.random ^= guest.random << 17;
-            let page = 1 + (guest.random % u64::from(spec.working_set.max(1))) as usize;
+            let page = guest.next_page(spec);
             if page < self.pages.len() {
                 let offset = (guest.random >> 32) as usize % (PAGE_SIZE / 8) * 8;
                 self.pages[page][offset..][..8].copy_from_slice(&guest.random.to_le_bytes());
@@ -236,7 +229,7 @@ impl State {
             self.use_disk(spec, guest.random);
         }
         self.set_guest(guest);
-        Emission { vmm: spec.vmm, generation: guest.generation, sequence: guest.sequence }
+        Emission { vmm: spec.vmm, generation: guest.generation, sequence: guest.sequence, carried: false }
     }
 }
 
@@ -286,13 +279,15 @@ impl SimVmm {
             disk,
             uncommitted: None,
             dirty: PageSet::empty(pages),
-            held: Vec::new(),
+            lack: missing::Lack::none(pages),
+            gate_open: true,
+            held: VecDeque::new(),
             ran_to: clock(),
             guest_ns: 0,
             clock,
             mishap: None,
         };
-        Self { shared: Arc::new(Shared { spec, outside, state: Mutex::new(state) }) }
+        Self { shared: Arc::new(Shared { spec, outside, state: Mutex::new(state), changed: Condvar::new() }) }
     }
 
     /// A machine started from nothing, gate open, some of its memory filled from `seed`.
@@ -344,6 +339,7 @@ impl SimVmm {
         if state.alive {
             state.catch_up(&self.shared.spec, &self.shared.outside);
             state.die();
+            self.shared.changed.notify_all();
         }
     }
 
@@ -385,11 +381,25 @@ impl SimVmm {
         lock(&self.shared.state).disk.clone()
     }
 
-    /// All pages of memory as they are.
+    /// The pages that are missing.
+    #[must_use]
+    pub fn missing(&self) -> PageSet {
+        lock(&self.shared.state).lack.pages.clone()
+    }
+
+    /// All pages of memory as they are; those that are missing are zeros.
     #[must_use]
     pub fn contents(&self) -> Vec<PageBytes> {
         lock(&self.shared.state).pages.clone()
     }
+}
+
+/// Which of the saved registers says how many numbers wait at the gate.
+const WAITING: usize = 0;
+
+/// The point behind a number.
+const fn mark(sequence: u64) -> OutputMark {
+    OutputMark(sequence as u16)
 }
 
 /// A daemon's handle on a [`SimVmm`].
@@ -409,40 +419,41 @@ impl SimMachine {
         &self.vmm
     }
 
-    /// One call: brings the guest up to now, lets a mishap happen, else does `work`.
+    /// Brings the guest up to now, then does `work`, unless the process is gone.
+    fn with<T>(
+        &self,
+        work: impl FnOnce(&SimSpec, &Outside, &mut State) -> Result<T, MachineError>,
+    ) -> Result<T, MachineError> {
+        self.vmm.shared.alive(work)?
+    }
+
+    /// One call: as [`Self::with`], but lets a mishap happen.
     fn call<T>(
         &self,
         call: Call,
         work: impl FnOnce(&SimSpec, &Outside, &mut State) -> Result<T, MachineError>,
     ) -> Result<T, MachineError> {
-        let shared = &self.vmm.shared;
-        let mut state = lock(&shared.state);
-        let gone = || MachineError::Gone(Gone { reason: "killed".into() });
-        if !state.alive {
-            return Err(gone());
-        }
-        state.catch_up(&shared.spec, &shared.outside);
-        let mishap = match state.mishap {
-            Some((at, mishap)) if at == call => {
-                state.mishap = None;
-                Some(mishap)
+        self.with(|spec, outside, state| {
+            let mishap = state.mishap.take_if(|(at, _)| *at == call).map(|(_, mishap)| mishap);
+            match mishap {
+                Some(Mishap::Refuse) => refused("as told"),
+                Some(Mishap::Die) => {
+                    state.die();
+                    Err(killed().into())
+                }
+                Some(Mishap::DieAfter) => {
+                    let _ = work(spec, outside, state);
+                    state.die();
+                    Err(killed().into())
+                }
+                None => work(spec, outside, state),
             }
-            _ => None,
-        };
-        match mishap {
-            Some(Mishap::Refuse) => refused("as told"),
-            Some(Mishap::Die) => {
-                state.die();
-                Err(gone())
-            }
-            Some(Mishap::DieAfter) => {
-                let _ = work(&shared.spec, &shared.outside, &mut state);
-                state.die();
-                Err(gone())
-            }
-            None => work(&shared.spec, &shared.outside, &mut state),
-        }
+        })
     }
+}
+
+fn killed() -> Gone {
+    Gone { reason: "killed".into() }
 }
 
 impl Machine for SimMachine {
@@ -455,32 +466,31 @@ impl Machine for SimMachine {
     }
 
     fn harvest(&mut self) -> Result<PageSet, MachineError> {
-        self.call(Call::Harvest, |_, _, state| Ok(state.dirty.take()))
+        self.call(Call::Harvest, |_, _, state| Ok(state.take_dirty()))
     }
 
     fn pause(&mut self, _: PauseCause) -> Result<Paused, MachineError> {
         self.call(Call::Pause, |spec, _, state| {
-            if state.phase != (Phase::Running { gate_open: true }) {
-                return refused("only a running machine with an open gate is paused");
-            }
+            let Phase::Running { gate_open } = state.phase else {
+                return refused("only a running machine is paused");
+            };
+            state.gate_open = gate_open;
             state.phase = Phase::Paused;
             state.pass_time();
-            let guest = state.guest();
+            let (generation, sequence) = state.place();
+            let mut vcpu = VcpuState { rip: sequence, ..VcpuState::default() };
+            vcpu.general[WAITING] = state.held.len() as u64;
             Ok(Paused {
                 state: SavedState {
                     version: STATE_VERSION,
                     cpu_baseline: spec.cpu_baseline,
-                    vcpu: VcpuState { rip: guest.sequence, ..VcpuState::default() },
+                    vcpu,
                     devices: vec![],
-                    clock: ClockState {
-                        monotonic_ns: state.guest_ns,
-                        wall_ns: 0,
-                        generation: guest.generation,
-                    },
+                    clock: ClockState { monotonic_ns: state.guest_ns, wall_ns: 0, generation },
                 },
-                dirty: state.dirty.take(),
+                dirty: state.take_dirty(),
                 at: (state.clock)(),
-                output: OutputMark::default(),
+                output: mark(sequence),
             })
         })
     }
@@ -488,7 +498,7 @@ impl Machine for SimMachine {
     fn resume(&mut self) -> Result<(), MachineError> {
         self.call(Call::Resume, |_, _, state| match state.phase {
             Phase::Paused => {
-                state.phase = Phase::Running { gate_open: true };
+                state.phase = Phase::Running { gate_open: state.gate_open };
                 state.pass_time();
                 Ok(())
             }
@@ -505,9 +515,14 @@ impl Machine for SimMachine {
             if saved.version != STATE_VERSION || saved.cpu_baseline > spec.cpu_baseline {
                 return refused("its version or CPU features are not this host's");
             }
-            if state.guest().sequence != saved.vcpu.rip {
+            if !state.is_at(saved.vcpu.rip) {
                 return refused("its pages and its state are not of one instant");
             }
+            let (generation, last) = (saved.clock.generation, saved.vcpu.rip);
+            let waiting = saved.vcpu.general[WAITING].min(HELD_MAX as u64).min(last);
+            let carried = |sequence| Emission { vmm: spec.vmm, generation, sequence, carried: true };
+            state.held = (last - waiting + 1..=last).map(carried).collect();
+            state.lack.place = Some((generation, last));
             state.guest_ns = saved.clock.monotonic_ns;
             state.ran_to = paused_at;
             state.dirty = PageSet::empty(spec.geometry.pages());
@@ -535,7 +550,31 @@ impl Machine for SimMachine {
             }
             state.phase = Phase::Running { gate_open: true };
             state.uncommitted = None;
-            lock(&outside.0).append(&mut state.held);
+            state.held.drain(..).for_each(|emission| outside.take(emission));
+            Ok(())
+        })
+    }
+
+    fn miss(&mut self, pages: &PageSet) -> Result<Arc<dyn Missing>, MachineError> {
+        self.with(|spec, _, state| {
+            if state.phase != Phase::Shell {
+                return refused("only a shell misses pages");
+            }
+            state.miss(spec, pages)
+        })?;
+        Ok(Arc::new(missing::SimMissing::of(Arc::clone(&self.vmm.shared))))
+    }
+
+    fn let_out(&mut self, output: OutputMark) -> Result<(), MachineError> {
+        self.with(|_, outside, state| {
+            if !matches!(state.phase, Phase::Running { .. }) {
+                return refused("it does not run");
+            }
+            // Of two numbers the one ahead is less than half the space ahead, which is more than can wait.
+            let before = |emission: &Emission| output.0.wrapping_sub(mark(emission.sequence).0) < 1 << 15;
+            while let Some(emission) = state.held.pop_front_if(|emission| before(emission)) {
+                outside.take(emission);
+            }
             Ok(())
         })
     }
@@ -556,6 +595,20 @@ impl Machine for SimMachine {
 }
 
 impl Shared {
+    /// Does `work` in a process that lives, with its guest brought up to now.
+    fn alive<T>(&self, work: impl FnOnce(&SimSpec, &Outside, &mut State) -> T) -> Result<T, Gone> {
+        let mut state = lock(&self.state);
+        if !state.alive {
+            return Err(killed());
+        }
+        state.catch_up(&self.spec, &self.outside);
+        let done = work(&self.spec, &self.outside, &mut state);
+        if !state.alive || state.lack.waits() {
+            self.changed.notify_all();
+        }
+        Ok(done)
+    }
+
     /// Which block of the disk a page is.
     fn block_of(&self, page: PageIndex) -> Option<u32> {
         page.0.checked_sub(self.spec.geometry.memory_pages)
@@ -568,9 +621,10 @@ impl Memory for Shared {
     }
 
     fn read(&self, page: PageIndex, into: &mut PageBytes) {
-        let state = lock(&self.state);
+        let mut state = lock(&self.state);
         match self.block_of(page) {
             Some(block) => drop(state.disk.read(block, into)),
+            None if state.lack.read(page) => into.fill(0),
             None => *into = state.pages.get(page.0 as usize).copied().unwrap_or([0; PAGE_SIZE]),
         }
     }
@@ -579,6 +633,7 @@ impl Memory for Shared {
         let mut state = lock(&self.state);
         match self.block_of(page) {
             Some(block) => state.disk.write(block, bytes),
+            None if state.bring(&self.spec, &self.outside, page, bytes) => {}
             None => {
                 if let Some(slot) = state.pages.get_mut(page.0 as usize) {
                     *slot = *bytes;
@@ -599,6 +654,7 @@ impl Memory for Shared {
                 set.insert(PageIndex(index as u32));
             }
         }
+        set.union(&state.lack.pages);
         for (index, block) in state.disk.blocks().into_iter().enumerate() {
             if block != Block::Zeros {
                 set.insert(PageIndex(self.spec.geometry.memory_pages + index as u32));
