@@ -8,13 +8,13 @@ use std::{
         Arc, Condvar, Mutex,
         atomic::{AtomicBool, Ordering},
     },
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use kage_directory::Profile;
 use kage_machine::{
-    BaseHash, Geometry, Gone, HostInstant, HostName, ImageNumber, Machine, MachineError, Memory, OutputMark,
-    PageBytes, PageIndex, PageSet, PauseCause, Paused, SavedState, Started, UserName, Vid,
+    BaseHash, Geometry, Gone, HostInstant, HostName, ImageNumber, Machine, MachineError, Memory, Missing,
+    OutputMark, PageBytes, PageIndex, PageSet, PauseCause, Paused, SavedState, Started, UserName, Vid,
     disk::{Block, Disk, DiskEvents, Fill, Scrubbed, block_digest},
     identity::ApName,
 };
@@ -168,6 +168,13 @@ impl Process {
         })
     }
 
+    fn alive(&self) -> Result<(), Gone> {
+        match &self.state.lock().unwrap().gone {
+            Some(reason) => Err(Gone { reason: reason.clone() }),
+            None => Ok(()),
+        }
+    }
+
     /// What the machine does before it is ended.
     pub fn at_end(&self, act: impl FnOnce(&dyn Memory) + Send + 'static) {
         *self.at_end.lock().unwrap() = Some(Box::new(act));
@@ -310,14 +317,55 @@ struct FakeMachine {
 
 impl FakeMachine {
     fn step(&self, to: Found) -> Result<(), MachineError> {
-        let mut state = self.process.state.lock().unwrap();
-        match &state.gone {
-            Some(reason) => Err(Gone { reason: reason.clone() }.into()),
-            None => {
-                state.found = to;
-                Ok(())
-            }
+        self.process.alive()?;
+        self.process.state.lock().unwrap().found = to;
+        Ok(())
+    }
+
+    fn paused(&self) -> Paused {
+        let state = SavedState {
+            version: kage_machine::state::STATE_VERSION,
+            cpu_baseline: 3,
+            vcpu: Default::default(),
+            devices: Vec::new(),
+            clock: Default::default(),
+        };
+        Paused {
+            state,
+            dirty: PageSet::empty(self.process.memory.geometry.pages()),
+            at: HostInstant { ns: 1 },
+            output: OutputMark::default(),
         }
+    }
+}
+
+/// Pages that a machine lacks whose guest never touches any.
+struct FakeMissing {
+    process: Arc<Process>,
+    left: Mutex<PageSet>,
+}
+
+impl Missing for FakeMissing {
+    fn wanted(&self, until: Instant) -> Result<Option<PageIndex>, Gone> {
+        loop {
+            self.process.alive()?;
+            let left = until.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Ok(None);
+            }
+            std::thread::sleep(left.min(Duration::from_millis(5)));
+        }
+    }
+    fn bring(&self, page: PageIndex, bytes: &PageBytes) -> Result<bool, Gone> {
+        self.process.alive()?;
+        let missing = self.left.lock().unwrap().remove(page);
+        if missing {
+            self.process.memory.write(page, bytes);
+        }
+        Ok(missing)
+    }
+    fn left(&self) -> PageSet {
+        self.left.lock().unwrap().clone()
     }
 }
 
@@ -372,19 +420,7 @@ impl Machine for FakeMachine {
     }
     fn pause(&mut self, _cause: PauseCause) -> Result<Paused, MachineError> {
         self.step(Found::Paused)?;
-        let state = SavedState {
-            version: kage_machine::state::STATE_VERSION,
-            cpu_baseline: 3,
-            vcpu: Default::default(),
-            devices: Vec::new(),
-            clock: Default::default(),
-        };
-        Ok(Paused {
-            state,
-            dirty: PageSet::empty(self.process.memory.geometry.pages()),
-            at: HostInstant { ns: 1 },
-            output: OutputMark::default(),
-        })
+        Ok(self.paused())
     }
     fn resume(&mut self) -> Result<(), MachineError> {
         self.step(Found::Running)
@@ -398,6 +434,20 @@ impl Machine for FakeMachine {
     }
     fn open_gate(&mut self) -> Result<(), MachineError> {
         self.step(Found::Running)
+    }
+    fn miss(&mut self, pages: &PageSet) -> Result<Arc<dyn Missing>, MachineError> {
+        self.process.alive()?;
+        pages.iter().for_each(|page| self.process.memory.zero(page));
+        Ok(Arc::new(FakeMissing { process: self.process.clone(), left: Mutex::new(pages.clone()) }))
+    }
+    fn checkpoint(&mut self, copy: &mut dyn FnMut(&PageSet)) -> Result<Paused, MachineError> {
+        self.process.alive()?;
+        let paused = self.paused();
+        copy(&paused.dirty);
+        Ok(paused)
+    }
+    fn let_out(&mut self, _output: OutputMark) -> Result<(), MachineError> {
+        Ok(self.process.alive()?)
     }
     fn release(&mut self) -> Result<(), MachineError> {
         self.step(Found::Released)

@@ -13,8 +13,8 @@ use std::{
 use kage_fabric::{Fabric, FabricSpec, drain_until_quiet, names};
 use kage_images::{Base, ImageError, ImageFile, Symbols, Trust};
 use kage_machine::{
-    BaseHash, Geometry, HostInstant, HostName, ImageNumber, Machine, MachineError, Memory, PageSet,
-    PauseCause, Paused, SavedState, Started, UserName, Vid,
+    BaseHash, Geometry, HostInstant, HostName, ImageNumber, Machine, MachineError, Memory, Missing,
+    OutputMark, PageSet, PauseCause, Paused, SavedState, Started, UserName, Vid,
     control::{Identity, Phase},
     disk::{Disk, DiskEvents},
     identity::ApName,
@@ -546,6 +546,15 @@ impl Machine for VmmMachine {
     }
     fn open_gate(&mut self) -> Result<(), MachineError> {
         self.machine.open_gate()
+    }
+    fn miss(&mut self, pages: &PageSet) -> Result<Arc<dyn Missing>, MachineError> {
+        self.machine.miss(pages)
+    }
+    fn checkpoint(&mut self, copy: &mut dyn FnMut(&PageSet)) -> Result<Paused, MachineError> {
+        self.machine.checkpoint(copy)
+    }
+    fn let_out(&mut self, output: OutputMark) -> Result<(), MachineError> {
+        self.machine.let_out(output)
     }
     fn release(&mut self) -> Result<(), MachineError> {
         self.machine.release()

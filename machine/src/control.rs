@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     Geometry, PageSet,
-    machine::{BaseHash, HostInstant, OutputMark},
+    machine::{BaseHash, HostInstant, OutputMark, PauseCause},
 };
 
 /// Version of these messages.
@@ -67,7 +67,7 @@ pub enum Request {
         /// The daemon's [`CONTROL_VERSION`].
         version: u16,
     },
-    /// Become a shell. Descriptors: kvm, base, memory, control page.
+    /// Become a shell; answered by [`Reply::Ready`]. Descriptors: kvm, base, memory, control page.
     Setup(Setup),
     /// Use a tap. Descriptor: the tap, or none to detach.
     AttachTap,
@@ -117,11 +117,16 @@ pub enum Request {
     },
     /// Let output leave.
     OpenGate,
+    /// Let what was queued up to there leave through a gate that is shut.
+    LetOut(OutputMark),
     /// Pages written since the last harvest; answered by [`Reply::Dirty`].
     Harvest,
     /// Stop; answered by [`Reply::Paused`].
-    Pause,
-    /// Run on after a pause.
+    Pause {
+        /// What for.
+        cause: PauseCause,
+    },
+    /// Run on after a pause, gate as before; answered by [`Reply::Started`].
     Resume,
     /// Be a shell again: a paused machine that has no label was nobody's. What its memory holds is the daemon's to
     /// wipe.
@@ -208,6 +213,12 @@ pub enum Reply {
         /// The last [`Request::Label`].
         label: Vec<u8>,
     },
+    /// To [`Request::Setup`].
+    Ready {
+        /// Where the memory is mapped in the process. The descriptor of its page faults comes with it, where this
+        /// host has such.
+        memory_at: u64,
+    },
     /// To [`Request::Harvest`].
     Dirty(PageSet),
     /// To [`Request::Pause`].
@@ -225,6 +236,8 @@ pub enum Reply {
     Started {
         /// When the vCPU was entered.
         at: HostInstant,
+        /// Whether its output may leave.
+        gate_open: bool,
     },
     /// To [`Request::Status`].
     Status {
@@ -241,6 +254,9 @@ pub enum Reply {
 pub mod control_page {
     /// Offset of a byte that is 1 once the machine is released.
     pub const RELEASED: usize = 0;
+    /// Offset of a byte that is 1 while pages of the memory are missing: the daemon sets and clears it. A guest that does
+    /// not knock meanwhile may wait for one.
+    pub const MISSING: usize = 1;
     /// Offset of the failure text's length, 2 bytes little-endian.
     pub const FAILURE_LENGTH: usize = 2;
     /// Offset of the failure text.

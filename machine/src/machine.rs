@@ -122,8 +122,9 @@ pub struct OutputMark(pub u16);
 
 /// The pages that a machine runs without until they are brought.
 ///
-/// Shared between threads. While a page is missing, nobody may read it through [`Memory`], which would make it zeros
-/// unseen.
+/// Shared between threads; the machine keeps what is missing whether or not this is kept. Read through [`Memory`], a
+/// missing page is zeros, and it counts as written once it is here, so that whoever copied it copies it again;
+/// written, it is brought.
 pub trait Missing: Send + Sync {
     /// Waits until `until` at most for a page that the machine waits for. The same page may be named more than once.
     ///
@@ -197,11 +198,12 @@ pub trait Machine: Send {
     /// [`MachineError`].
     fn open_gate(&mut self) -> Result<(), MachineError>;
 
-    /// Takes pages of its memory out of a shell: once it runs, whoever touches one waits until it is brought. When the
-    /// last is here the machine is as any other; until then a guest that does not answer has not failed.
+    /// Takes pages of its memory out of a shell: whoever touches one from here on waits until it is brought, be it the
+    /// guest or a call on this handle such as [`Machine::restore`]. So another thread has to bring pages meanwhile. When
+    /// the last is here the machine is as any other; until then a guest that does not answer has not failed.
     ///
     /// # Errors
-    /// Refused once it has run, and where this host cannot do it.
+    /// Refused once it has a state, the second time, for pages of the disk, and where this host cannot do it.
     fn miss(&mut self, pages: &PageSet) -> Result<Arc<dyn Missing>, MachineError> {
         let _ = pages;
         Err(MachineError::Refused { reason: "it cannot run while pages are missing".into() })

@@ -20,7 +20,7 @@ use std::{
 
 use kage_abi::{self as abi, BootPage, offset, resources::Resources};
 use kage_machine::{
-    HostInstant, SavedState,
+    HostInstant, PauseCause, SavedState,
     control::{
         CONTROL_VERSION, MAX_PACKET, Made, Phase, Reply, Request, Setup, control_page, decode, encode,
     },
@@ -44,7 +44,7 @@ use crate::{
     inspect::Answering,
     jail,
     packet::{self, Packet},
-    sys::{Mapping, slice, watchdog},
+    sys::{Mapping, faults::Faults, slice, watchdog},
     tables::{MapError, Tables},
     upcall,
     vcpu::Vcpu,
@@ -115,12 +115,18 @@ struct Process {
 struct Machine {
     setup: Setup,
     phase: Phase,
+    /// Whether the gate is open once it runs on after a pause.
+    gate_open: bool,
     vcpu: Vcpu,
     tracker: Tracker,
     memory: GuestMemory,
     _base: Mapping,
     tables: Tables,
     control: Mapping,
+    /// Where the memory is mapped.
+    memory_at: u64,
+    /// The page faults of this process, which its daemon answers; kept open for as long as it lives.
+    faults: Option<OwnedFd>,
     /// Memory, control page and, once attached, the disk's log and index: what a daemon that adopts the machine gets.
     shared: Vec<OwnedFd>,
     net: Net,
@@ -134,6 +140,8 @@ struct Machine {
     knocked_at: HostInstant,
     /// It has knocked and was not entered since. However long it waits at its door, it does not hang.
     at_door: bool,
+    /// Pages were missing when the alarm last rang.
+    was_short: bool,
     doors: u64,
     /// An exit waits to be completed by the next entry.
     exit_pending: bool,
@@ -244,7 +252,7 @@ impl Process {
                 match Machine::new(setup, packet.descriptors) {
                     Ok(machine) => {
                         self.machine = Some(Box::new(machine));
-                        Reply::Done
+                        return self.ready();
                     }
                     Err(reason) => Reply::Refused { reason },
                 }
@@ -256,18 +264,26 @@ impl Process {
                 None => Reply::Refused { reason: "nothing is set up".into() },
             },
         };
-        let started = matches!(reply, Reply::Started { .. });
-        if !started {
-            return self.reply(&reply);
-        }
+        let Reply::Started { gate_open, .. } = reply else { return self.reply(&reply) };
         // The answer to `Run` says when the vCPU was entered, and must not delay it: send it first, stamped
         // at the last instant before the entry.
-        self.reply(&Reply::Started { at: host_now() })
+        self.reply(&Reply::Started { at: host_now(), gate_open })
     }
 
     fn reply(&mut self, reply: &Reply) -> Result<(), String> {
         let Some(connection) = &self.connection else { return Ok(()) };
         if packet::send(connection.as_fd(), &encode(reply), &[]).is_err() {
+            self.lost_daemon().map_err(|error| error.to_string())?;
+        }
+        Ok(())
+    }
+
+    /// Says that the machine is set up, and hands its page faults over.
+    fn ready(&mut self) -> Result<(), String> {
+        let (Some(connection), Some(machine)) = (&self.connection, &self.machine) else { return Ok(()) };
+        let faults: Vec<_> = machine.faults.iter().map(AsFd::as_fd).collect();
+        let reply = encode(&Reply::Ready { memory_at: machine.memory_at });
+        if packet::send(connection.as_fd(), &reply, &faults).is_err() {
             self.lost_daemon().map_err(|error| error.to_string())?;
         }
         Ok(())
@@ -362,6 +378,8 @@ impl Machine {
         let tables = Tables::new(setup.geometry.memory_bytes()).map_err(text("map the tables"))?;
         let (mut vcpu, tracker) =
             Vcpu::new(kvm, &setup, base.address(), at, &tables).map_err(|error| error.to_string())?;
+        // Only with privilege. Without it, or where the kernel has none, this machine's pages cannot be missing.
+        let faults = Faults::of_this_process().ok();
         jail::share_heap();
         jail::drop_privileges(setup.jail).map_err(text("jail"))?;
         let block = Block::new(setup.geometry.disk_bytes()).map_err(text("disk worker"))?;
@@ -379,12 +397,15 @@ impl Machine {
         Ok(Self {
             setup,
             phase: Phase::Shell,
+            gate_open: true,
             vcpu,
             tracker,
             memory: guest_memory,
             _base: base,
             tables,
             control: control_mapping,
+            memory_at: at,
+            faults,
             shared: vec![memory, control],
             net: Net::new(),
             block,
@@ -394,6 +415,7 @@ impl Machine {
             stopped_at: now,
             knocked_at: now,
             at_door: false,
+            was_short: false,
             doors: 0,
             exit_pending: false,
             alarm: Duration::ZERO,
@@ -530,6 +552,9 @@ impl Machine {
             Ok(Entered::Door) => (self.knocked_at, self.at_door) = (now, true),
             Ok(Entered::Alarm) => {
                 self.vcpu.fd.set_kvm_immediate_exit(0);
+                if self.may_wait_for_page() {
+                    self.knocked_at = now;
+                }
                 if now.since(self.knocked_at) > HANG {
                     let rip = self.vcpu.instruction_pointer();
                     return Err(format!(
@@ -636,14 +661,19 @@ impl Machine {
                 self.block.settle();
                 Ok(Reply::Done)
             }
+            Request::LetOut(output) if self.runs() => {
+                // A guest that found its ring full goes on.
+                self.news |= self.net.send_up_to(&self.memory, output) > 0;
+                Ok(Reply::Done)
+            }
             Request::Harvest => Ok(Reply::Dirty(self.harvest()?)),
-            Request::Pause if self.runs() => self.pause(),
+            Request::Pause { cause } if self.runs() => self.pause(cause),
             Request::Resume if self.phase == Phase::Paused => {
                 if self.is_released() {
                     return refuse("resume", Phase::Released);
                 }
                 self.tell_time();
-                self.start(true)
+                self.start(self.gate_open)
             }
             Request::Forget if self.phase == Phase::Paused && !self.is_released() => {
                 self.forget_mappings()?;
@@ -670,7 +700,8 @@ impl Machine {
             }
             Request::Run { .. } => refuse("run", self.phase),
             Request::OpenGate => refuse("open the gate", self.phase),
-            Request::Pause => refuse("pause", self.phase),
+            Request::LetOut(_) => refuse("let output out", self.phase),
+            Request::Pause { .. } => refuse("pause", self.phase),
             Request::Resume => refuse("resume", self.phase),
             Request::Release => refuse("release", self.phase),
             Request::Forget => refuse("forget", self.phase),
@@ -680,9 +711,19 @@ impl Machine {
     }
 
     fn is_released(&self) -> bool {
+        self.control_says(control_page::RELEASED)
+    }
+
+    fn control_says(&self, at: usize) -> bool {
         let mut byte = [0];
-        self.control.read(control_page::RELEASED, &mut byte);
+        self.control.read(at, &mut byte);
         byte[0] != 0
+    }
+
+    /// Whether the guest may have waited for a page since this was last asked.
+    fn may_wait_for_page(&mut self) -> bool {
+        let is_short = self.control_says(control_page::MISSING);
+        std::mem::replace(&mut self.was_short, is_short) || is_short
     }
 
     fn start(&mut self, gate_open: bool) -> Result<Reply, String> {
@@ -693,24 +734,25 @@ impl Machine {
         self.block.go();
         let at = host_now();
         (self.stopped_at, self.knocked_at) = (at, at);
-        Ok(Reply::Started { at })
+        Ok(Reply::Started { at, gate_open })
     }
 
     fn harvest(&mut self) -> Result<kage_machine::PageSet, String> {
         self.tracker.harvest(&self.vcpu.vm, &self.memory).map_err(|error| format!("harvest: {error}"))
     }
 
-    fn pause(&mut self) -> Result<Reply, String> {
-        let paused = self.stop();
+    fn pause(&mut self, cause: PauseCause) -> Result<Reply, String> {
+        let paused = self.stop(cause);
         if paused.is_err() {
             self.block.go();
         }
         paused
     }
 
-    fn stop(&mut self) -> Result<Reply, String> {
+    fn stop(&mut self, cause: PauseCause) -> Result<Reply, String> {
         let at = self.stopped_at;
-        if self.phase == (Phase::Running { gate_open: true }) {
+        let gate_open = self.phase == (Phase::Running { gate_open: true });
+        if gate_open {
             self.net.send(&self.memory);
         }
         self.set_alarm(Duration::ZERO);
@@ -719,7 +761,11 @@ impl Machine {
             self.exit_pending = false;
         }
         let vcpu = self.vcpu.save().map_err(|error| error.to_string())?;
-        self.net.give_back_held();
+        match cause {
+            PauseCause::Switch | PauseCause::Hold => self.net.give_back_held(),
+            // It is delivered here.
+            PauseCause::Checkpoint => {}
+        }
         let tracker = &mut self.tracker;
         let unsettled = self.block.halt(&self.memory, |block| tracker.note_disk(block));
         let state = SavedState {
@@ -734,7 +780,7 @@ impl Machine {
             clock: self.clock.save(at, self.generation),
         };
         let dirty = self.harvest()?;
-        self.phase = Phase::Paused;
+        (self.phase, self.gate_open) = (Phase::Paused, gate_open);
         let output = self.net.queued(&self.memory);
         Ok(Reply::Paused { state: state.encode(), dirty, at, output })
     }

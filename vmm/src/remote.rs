@@ -3,6 +3,8 @@
 mod adopted;
 mod channel;
 mod disk;
+mod guest;
+mod missing;
 mod pages;
 #[cfg(test)]
 mod tests;
@@ -21,11 +23,9 @@ use std::{
     time::{Duration, Instant},
 };
 
-use kage_abi::{self as abi, BootPage, FaultRecord, LogRing, offset};
-use kage_images::Symbols;
 use kage_machine::{
-    BaseHash, Geometry, Gone, HostInstant, Machine, MachineError, Memory, PAGE_SIZE, PageBytes, PageIndex,
-    PageSet, PauseCause, Paused, SavedState, Started,
+    BaseHash, Geometry, Gone, HostInstant, Machine, MachineError, Memory, Missing, OutputMark, PAGE_SIZE,
+    PageBytes, PageIndex, PageSet, PauseCause, Paused, SavedState, Started,
     control::{Identity, NetCounters, Phase, Reply, Request, Setup, control_page},
     disk::{Disk, DiskEvents},
 };
@@ -40,6 +40,7 @@ use rustix::{
 use crate::{inspect::Inspector, sys::Mapping, users::User};
 use adopted::shared_file;
 use channel::{Channel, seqpacket};
+use missing::{Heard, Lack};
 use pages::Pages;
 
 pub use disk::RemoteDisk;
@@ -88,7 +89,9 @@ pub struct RemoteMachine {
     pid: OwnedFd,
     path: PathBuf,
     pages: Option<Arc<Pages>>,
-    control: Option<Mapping>,
+    control: Option<Arc<Mapping>>,
+    /// Its page faults, until pages of it are missing.
+    heard: Option<Heard>,
     base: BaseHash,
     /// As an adopted machine's process gave it.
     tap: Option<OwnedFd>,
@@ -147,7 +150,15 @@ impl RemoteMachine {
                 pages.write_bytes(segment.offset as usize, &segment.bytes);
             }
         }
-        machine.done(&Request::Setup(setup), &[kvm, base.file.as_fd(), memory.as_fd(), control.as_fd()])?;
+        let descriptors = [kvm, base.file.as_fd(), memory.as_fd(), control.as_fd()];
+        match machine.call(&Request::Setup(setup), &descriptors)? {
+            (Reply::Ready { memory_at }, descriptors) => {
+                let heard = |faults| Heard { faults, at: memory_at };
+                machine.heard = descriptors.into_iter().next().map(heard);
+            }
+            (Reply::Refused { reason }, _) => return Err(MachineError::Refused { reason }),
+            (other, _) => return Err(unexpected(&other)),
+        }
         machine.phase = Phase::Shell;
         Ok(machine)
     }
@@ -162,6 +173,7 @@ impl RemoteMachine {
             path: path.to_owned(),
             pages: None,
             control: None,
+            heard: None,
             base: BaseHash::default(),
             tap: None,
             label: Vec::new(),
@@ -174,7 +186,7 @@ impl RemoteMachine {
     fn map(&mut self, geometry: Geometry, memory: OwnedFd, control: &OwnedFd) -> Result<(), MachineError> {
         let failed = |error: io::Error| MachineError::Refused { reason: format!("map memory: {error}") };
         let mapping = Mapping::new(&memory, geometry.memory_bytes() as usize, true).map_err(failed)?;
-        self.control = Some(Mapping::new(control, PAGE_SIZE, true).map_err(failed)?);
+        self.control = Some(Arc::new(Mapping::new(control, PAGE_SIZE, true).map_err(failed)?));
         self.pages = Some(Arc::new(Pages::new(geometry, mapping, memory)));
         Ok(())
     }
@@ -184,7 +196,13 @@ impl RemoteMachine {
         request: &Request,
         descriptors: &[BorrowedFd<'_>],
     ) -> Result<(Reply, Vec<OwnedFd>), MachineError> {
-        self.channel.call(&self.path, request, descriptors).map_err(|seen| self.is_gone(&seen))
+        let excused = || self.lack().is_some_and(|lack| lack.is_short());
+        self.channel.call(&self.path, request, descriptors, excused).map_err(|seen| self.is_gone(&seen))
+    }
+
+    /// What of its memory is missing, if anything ever was.
+    fn lack(&self) -> Option<&Arc<Lack>> {
+        self.pages.as_ref()?.lack()
     }
 
     fn is_gone(&self, seen: &str) -> MachineError {
@@ -408,7 +426,7 @@ impl RemoteMachine {
     pub fn run(&mut self, gate_open: bool) -> Result<Started, MachineError> {
         self.settle_disk()?;
         match self.ask(&Request::Run { gate_open })? {
-            Reply::Started { at } => {
+            Reply::Started { at, gate_open } => {
                 self.phase = Phase::Running { gate_open };
                 Ok(Started { at })
             }
@@ -486,6 +504,15 @@ impl RemoteMachine {
         byte[0] != 0
     }
 
+    /// Whether pages of its memory are missing, as the control page says.
+    fn is_short(&self) -> bool {
+        let mut byte = [0];
+        if let Some(control) = &self.control {
+            control.read(control_page::MISSING, &mut byte);
+        }
+        byte[0] != 0
+    }
+
     /// Why the machine failed, if it did.
     #[must_use]
     pub fn failure(&self) -> Option<String> {
@@ -496,93 +523,6 @@ impl RemoteMachine {
         let mut text = vec![0; length];
         control.read(control_page::FAILURE, &mut text);
         (length > 0).then(|| String::from_utf8_lossy(&text).into_owned())
-    }
-
-    fn word<const N: usize>(&self, at: u64) -> [u8; N] {
-        let mut bytes = [0; N];
-        if let Some(pages) = &self.pages {
-            pages.read_bytes(at as usize, &mut bytes);
-        }
-        bytes
-    }
-
-    /// What the guest says it is doing: one of `kage_abi::status`.
-    #[must_use]
-    pub fn guest_status(&self) -> u32 {
-        u32::from_le_bytes(self.word(offset::BOOT + std::mem::offset_of!(BootPage, guest_status) as u64))
-    }
-
-    /// Figures of the heartbeat: (beats, longest gap, stall).
-    #[must_use]
-    pub fn heartbeat(&self) -> (u64, std::time::Duration, std::time::Duration) {
-        let base = offset::BOOT + std::mem::offset_of!(BootPage, heartbeat) as u64;
-        let at = |field: usize| u64::from_le_bytes(self.word(base + field as u64));
-        use kage_abi::Heartbeat;
-        (
-            at(std::mem::offset_of!(Heartbeat, beats)),
-            std::time::Duration::from_nanos(at(std::mem::offset_of!(Heartbeat, longest_ns))),
-            std::time::Duration::from_nanos(at(std::mem::offset_of!(Heartbeat, stall_ns))),
-        )
-    }
-
-    /// The last part of the guest's log, and its fault with a backtrace when it has one.
-    #[must_use]
-    pub fn logs(&self, symbols: &Symbols) -> String {
-        let written = u64::from_le_bytes(self.word(offset::LOG));
-        let size = abi::LOG_BYTES as u64;
-        let mut ring = vec![0; abi::LOG_BYTES];
-        if let Some(pages) = &self.pages {
-            pages.read_bytes(offset::LOG as usize + std::mem::offset_of!(LogRing, text), &mut ring);
-        }
-        let kept = written.min(size);
-        let text: Vec<u8> = (written - kept..written).map(|at| ring[(at % size) as usize]).collect();
-        let mut text = String::from_utf8_lossy(&text).into_owned();
-        if self.guest_status() == abi::status::FAILED {
-            text.push_str(&self.fault(symbols));
-        }
-        if let Some(reason) = self.failure() {
-            text.push_str(&format!("machine ended: {reason}\n"));
-        }
-        text
-    }
-
-    /// The fault record in words, with the return addresses of the frame-pointer chain.
-    fn fault(&self, symbols: &Symbols) -> String {
-        let at = |field: usize| u64::from_le_bytes(self.word(offset::FAULT + field as u64));
-        let vector = at(std::mem::offset_of!(FaultRecord, vector));
-        let rip = at(std::mem::offset_of!(FaultRecord, rip));
-        let mut text = if vector == abi::VECTOR_PANIC {
-            let length =
-                at(std::mem::offset_of!(FaultRecord, message_length)).min(abi::PANIC_MESSAGE_MAX as u64);
-            let mut message = vec![0; length as usize];
-            if let Some(pages) = &self.pages {
-                let from = offset::FAULT as usize + std::mem::offset_of!(FaultRecord, message);
-                pages.read_bytes(from, &mut message);
-            }
-            format!("guest panic: {}\n", String::from_utf8_lossy(&message))
-        } else {
-            format!(
-                "guest fault: vector {vector} error {:#x} at {rip:#x} touching {:#x}\n",
-                at(std::mem::offset_of!(FaultRecord, error_code)),
-                at(std::mem::offset_of!(FaultRecord, address)),
-            )
-        };
-        let mut frame = at(std::mem::offset_of!(FaultRecord, rbp));
-        let mut address = rip;
-        for depth in 0..32 {
-            text.push_str(&format!("  #{depth:<2} {}\n", symbols.name(address)));
-            let (low, high) = (abi::MEMORY + offset::STACK, abi::MEMORY + offset::STACK_TOP);
-            if !(low..high - 16).contains(&frame) || !frame.is_multiple_of(8) {
-                break;
-            }
-            address = u64::from_le_bytes(self.word(frame + 8 - abi::MEMORY));
-            let next = u64::from_le_bytes(self.word(frame - abi::MEMORY));
-            if next <= frame {
-                break;
-            }
-            frame = next;
-        }
-        text
     }
 }
 
@@ -608,18 +548,18 @@ impl Machine for RemoteMachine {
 
     fn harvest(&mut self) -> Result<PageSet, MachineError> {
         match self.ask(&Request::Harvest)? {
-            Reply::Dirty(set) if self.has_pages_of(&set) => Ok(set),
+            Reply::Dirty(set) if self.has_pages_of(&set) => Ok(self.with_late(set)),
             other => Err(unexpected(&other)),
         }
     }
 
-    fn pause(&mut self, _cause: PauseCause) -> Result<Paused, MachineError> {
-        let error = match self.call(&Request::Pause, &[]) {
+    fn pause(&mut self, cause: PauseCause) -> Result<Paused, MachineError> {
+        let error = match self.call(&Request::Pause { cause }, &[]) {
             Ok((Reply::Paused { state, dirty, at, output }, _)) if self.has_pages_of(&dirty) => {
                 match SavedState::decode(&state) {
                     Ok(state) => {
                         self.phase = Phase::Paused;
-                        return Ok(Paused { state, dirty, at, output });
+                        return Ok(Paused { state, dirty: self.with_late(dirty), at, output });
                     }
                     Err(error) => MachineError::Refused { reason: error.to_string() },
                 }
@@ -639,9 +579,13 @@ impl Machine for RemoteMachine {
     }
 
     fn resume(&mut self) -> Result<(), MachineError> {
-        self.done(&Request::Resume, &[])?;
-        self.phase = Phase::Running { gate_open: true };
-        Ok(())
+        match self.ask(&Request::Resume)? {
+            Reply::Started { gate_open, .. } => {
+                self.phase = Phase::Running { gate_open };
+                Ok(())
+            }
+            other => Err(unexpected(&other)),
+        }
     }
 
     fn restore(&mut self, state: &SavedState, paused_at: HostInstant) -> Result<(), MachineError> {
@@ -664,6 +608,35 @@ impl Machine for RemoteMachine {
         self.done(&Request::OpenGate, &[])?;
         self.phase = Phase::Running { gate_open: true };
         Ok(())
+    }
+
+    fn miss(&mut self, pages: &PageSet) -> Result<Arc<dyn Missing>, MachineError> {
+        let memory = self.pages.clone().ok_or_else(|| refused("it has no memory yet"))?;
+        missing::check(pages, memory.geometry().memory_pages)?;
+        if self.phase != Phase::Shell {
+            return Err(refused("only a shell misses pages"));
+        }
+        if memory.lack().is_some() {
+            return Err(refused("pages of it are missing already"));
+        }
+        let (Some(heard), Some(control)) = (self.heard.take(), self.control.clone()) else {
+            return Err(refused(
+                "its pages cannot be missing: this host lets no process hear of page faults (userfaultfd), or another \
+                 daemon made it",
+            ));
+        };
+        let populated = memory.populated();
+        for page in pages.iter().filter(|&page| populated.contains(page)) {
+            memory.punch(page).map_err(|error| refused(&format!("its pages cannot be missing: {error}")))?;
+        }
+        let pid = self.pid.try_clone().map_err(|error| refused(&error.to_string()))?;
+        let lack = Arc::new(Lack::begin(heard, pid, control, pages)?);
+        memory.set_lack(Arc::clone(&lack));
+        Ok(lack)
+    }
+
+    fn let_out(&mut self, output: OutputMark) -> Result<(), MachineError> {
+        self.done(&Request::LetOut(output), &[])
     }
 
     fn release(&mut self) -> Result<(), MachineError> {
@@ -699,11 +672,19 @@ impl RemoteMachine {
         set.is_well_formed() && set.pages() == pages
     }
 
+    /// A set of written pages, with those that somebody read too early.
+    fn with_late(&self, mut written: PageSet) -> PageSet {
+        if let Some(lack) = self.lack() {
+            written.union(&lack.take_late());
+        }
+        written
+    }
+
     /// Has a machine run that was to be paused, wherever that failed.
     fn run_on(&mut self) -> Result<(), MachineError> {
         let before = self.phase;
         match self.status()?.0 {
-            Phase::Paused if before == (Phase::Running { gate_open: true }) => self.resume(),
+            Phase::Paused if matches!(before, Phase::Running { .. }) => self.resume(),
             now if now == before => Ok(()),
             now => Err(gone(format!("it was {before:?} and is {now:?}"))),
         }

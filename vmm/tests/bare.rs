@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use kage_abi::{self as abi, BootPage, CodeRange, MapRange, frame, map_status, offset, upcall, window};
 use kage_machine::{Machine, PAGE_SIZE, PageIndex, PageSet, PauseCause};
 use kage_vmm::remote::RemoteMachine;
-use lab::bare::Bare;
+use lab::bare::{Bare, boot, kernel, until};
 
 /// Where these kernels keep what they count, and where a test tells them what to do.
 const NOTES: u64 = abi::MEMORY + 0x8_0000;
@@ -32,29 +32,6 @@ const INSTRUCTION: u64 = NOTES + 32;
 const SKIP: u64 = NOTES + 40;
 /// Rounds of the process; it lies in its stack window.
 const ROUNDS: u64 = abi::MEMORY + (FRAME as u64 + 1) * abi::PAGE;
-
-/// Defines a function that returns the code of a kernel; the two names are those of its ends.
-macro_rules! kernel {
-    ($name:ident, $first:ident, $end:ident, $($line:literal),+; $($operand:tt)*) => {
-        std::arch::global_asm!(
-            ".section .rodata.bare, \"a\", @progbits",
-            concat!(stringify!($first), ":"),
-            $($line),+,
-            concat!(stringify!($end), ":"),
-            ".text",
-            $($operand)*
-        );
-        fn $name() -> &'static [u8] {
-            unsafe extern "C" {
-                static $first: u8;
-                static $end: u8;
-            }
-            let (first, end) = (&raw const $first, &raw const $end);
-            // SAFETY: both lie in the one block of bytes that the assembler made above, in this order.
-            unsafe { std::slice::from_raw_parts(first, end as usize - first as usize) }
-        }
-    };
-}
 
 // Copies its process to a frame, maps that executable and the next one as its stack, and enters it. The process
 // counts in RAX and in all lanes of YMM0, whose upper half is what is lost first, and faults at label 9 when they
@@ -207,19 +184,6 @@ kernel!(calling_kernel, CALLING_FIRST, CALLING_END,
     call_knock = const abi::call::KNOCK,
     door = const abi::DOOR_PORT,
 );
-
-const fn boot(field: usize) -> u64 {
-    abi::MEMORY + offset::BOOT + field as u64
-}
-
-/// Waits until `done` says so.
-fn until(what: &str, machine: &RemoteMachine, mut done: impl FnMut(&RemoteMachine) -> bool) {
-    let limit = Instant::now() + Duration::from_secs(10);
-    while !done(machine) {
-        assert!(Instant::now() < limit, "{what} does not happen: {:?}", machine.failure());
-        std::thread::sleep(Duration::from_millis(1));
-    }
-}
 
 #[test]
 fn an_endless_loop_is_interrupted_each_millisecond_and_the_machine_answers() {

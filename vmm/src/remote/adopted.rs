@@ -15,7 +15,7 @@ use rustix::fs::{
     minor,
 };
 
-use super::{RemoteMachine, gone};
+use super::{RemoteMachine, gone, refused};
 use crate::users::User;
 
 /// Device number of `/dev/net/tun` (Linux's devices.txt).
@@ -62,6 +62,9 @@ impl RemoteMachine {
             let wrong = |what| MachineError::Refused { reason: format!("its process hands out {what}") };
             let received = Received::check(&made, descriptors).map_err(wrong)?;
             self.map(made.geometry, received.memory, &received.control)?;
+            if self.is_short() {
+                return Err(refused("pages of its memory are missing, and the daemon that had them is gone"));
+            }
             if let Some((log, index)) = received.disk {
                 self.adopt_disk(log, index)?;
             }

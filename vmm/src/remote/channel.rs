@@ -2,7 +2,7 @@
 //!
 //! An answer that comes too late would be taken for the next question's. So a connection on which anything went wrong is
 //! closed, and the next question opens another, which replaces it at the VMM's end. What the VMM did of the question
-//! that failed has to be asked.
+//! that failed has to be asked. A VMM that may wait for a page of its memory is waited for as long as it lives.
 
 use std::{
     io,
@@ -68,12 +68,13 @@ impl Channel {
         self.peer
     }
 
-    /// Asks, and waits for the answer; what is seen when there is none.
+    /// Asks, and waits for the answer, while `excused` without limit; what is seen when there is none.
     pub(super) fn call(
         &self,
         path: &Path,
         request: &Request,
         descriptors: &[BorrowedFd<'_>],
+        excused: impl Fn() -> bool,
     ) -> Result<(Reply, Vec<OwnedFd>), String> {
         let mut connection = self.connection.lock().unwrap_or_else(PoisonError::into_inner);
         let Connection { socket, buffer } = &mut *connection;
@@ -81,10 +82,11 @@ impl Channel {
             Some(open) => open,
             None => self.again(path).map_err(|error| format!("{}: {error}", path.display()))?,
         };
-        let answer = ask(&open, buffer, request, descriptors).map_err(|error| match error.kind() {
-            io::ErrorKind::WouldBlock => format!("it has not answered for {} s", self.patience.as_secs()),
-            _ => error.to_string(),
-        })?;
+        let answer =
+            ask(&open, buffer, request, descriptors, excused).map_err(|error| match error.kind() {
+                io::ErrorKind::WouldBlock => format!("it has not answered for {} s", self.patience.as_secs()),
+                _ => error.to_string(),
+            })?;
         *socket = Some(open);
         Ok(answer)
     }
@@ -121,8 +123,10 @@ fn ask(
     buffer: &mut [u8],
     request: &Request,
     descriptors: &[BorrowedFd<'_>],
+    excused: impl Fn() -> bool,
 ) -> io::Result<(Reply, Vec<OwnedFd>)> {
     packet::send(socket.as_fd(), &encode(request), descriptors)?;
+    let mut was_excused = excused();
     loop {
         match packet::receive(socket.as_fd(), buffer, RecvFlags::empty()) {
             Ok(packet) if packet.bytes.is_empty() => {
@@ -133,6 +137,10 @@ fn ask(
                 return Ok((reply, packet.descriptors));
             }
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            // What it waited for may have come a moment ago.
+            Err(error)
+                if error.kind() == io::ErrorKind::WouldBlock
+                    && std::mem::replace(&mut was_excused, excused()) => {}
             Err(error) => return Err(error),
         }
     }

@@ -51,6 +51,7 @@ fn machine(script: Vec<Vec<Option<Reply>>>) -> (RemoteMachine, JoinHandle<Vec<Re
         path,
         pages: None,
         control: None,
+        heard: None,
         base: BaseHash::default(),
         tap: None,
         label: Vec::new(),
@@ -67,6 +68,12 @@ fn machine(script: Vec<Vec<Option<Reply>>>) -> (RemoteMachine, JoinHandle<Vec<Re
 
 fn status(phase: Phase) -> Option<Reply> {
     Some(Reply::Status { phase, net: NetCounters::default(), doors: 0 })
+}
+
+const PAUSE: Request = Request::Pause { cause: PauseCause::Hold };
+
+fn started() -> Option<Reply> {
+    Some(Reply::Started { at: HostInstant { ns: 2 }, gate_open: true })
 }
 
 fn paused(state: Vec<u8>, pages: u32) -> Option<Reply> {
@@ -107,18 +114,17 @@ fn a_machine_whose_pause_went_wrong_runs_on() {
         Some(Reply::Done),
     ];
     for answer in answers {
-        let (mut machine, vmm) =
-            machine(vec![vec![answer.clone(), status(Phase::Paused), Some(Reply::Done)]]);
+        let (mut machine, vmm) = machine(vec![vec![answer.clone(), status(Phase::Paused), started()]]);
         let result = machine.pause(PauseCause::Hold);
         assert!(matches!(result, Err(MachineError::Refused { .. })), "{answer:?}: {result:?}");
-        assert_eq!(vmm.join().unwrap(), [Request::Pause, Request::Status, Request::Resume]);
+        assert_eq!(vmm.join().unwrap(), [PAUSE, Request::Status, Request::Resume]);
         assert_eq!(machine.phase(), RUNNING);
         machine.end();
     }
     // It paused, and said so too late.
-    let (mut machine, vmm) = machine(vec![vec![None], vec![status(Phase::Paused), Some(Reply::Done)]]);
+    let (mut machine, vmm) = machine(vec![vec![None], vec![status(Phase::Paused), started()]]);
     assert!(matches!(machine.pause(PauseCause::Hold), Err(MachineError::Refused { .. })));
-    assert_eq!(vmm.join().unwrap(), [Request::Pause, Request::Status, Request::Resume]);
+    assert_eq!(vmm.join().unwrap(), [PAUSE, Request::Status, Request::Resume]);
     machine.end();
 }
 

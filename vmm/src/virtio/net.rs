@@ -1,7 +1,8 @@
 //! The network device (virtio 1.2 §5.1) over a tap, and the gate behind which its output waits.
 //!
 //! While the gate is shut nothing is taken from the transmit ring: the ring itself is where output
-//! waits, so waiting output is bounded, is part of memory, and moves with it.
+//! waits, so waiting output is bounded, is part of memory, and moves with it. What was queued at a checkpoint may leave
+//! through a gate that stays shut.
 
 use std::{io, os::fd::OwnedFd, sync::atomic::Ordering};
 
@@ -36,10 +37,17 @@ const FRAME_MAX: usize = HEADER + 65_536 + 64;
 /// Frames taken from the tap at one door, so that a flood cannot keep the guest from running.
 const RECEIVE_BATCH: usize = 64;
 /// Frames sent at one door.
-const SEND_BATCH: usize = 256;
+const SEND_BATCH: u16 = 256;
 
 const RECEIVE: usize = 0;
 const TRANSMIT: usize = 1;
+
+/// How many frames from `next` on lie before a mark in a ring of `size`. Both wrap around; a mark that lies behind, or
+/// further ahead than the ring is long, has none.
+const fn waiting(next: u16, mark: OutputMark, size: u16) -> u16 {
+    let ahead = mark.0.wrapping_sub(next);
+    if ahead <= size { ahead } else { 0 }
+}
 
 /// The network device.
 pub struct Net {
@@ -89,10 +97,22 @@ impl Net {
 
     /// Sends what the guest queued. A tap that is full drops and counts, as a NIC would.
     pub fn send(&mut self, memory: &GuestMemory) {
+        self.send_most(memory, SEND_BATCH);
+    }
+
+    /// Sends what the guest had queued at a mark; nothing when that has left. Says how many frames.
+    pub fn send_up_to(&mut self, memory: &GuestMemory, mark: OutputMark) -> u16 {
+        let queue = &self.transport.queues[TRANSMIT];
+        let frames = waiting(queue.next_avail(), mark, queue.size());
+        self.send_most(memory, frames);
+        frames
+    }
+
+    fn send_most(&mut self, memory: &GuestMemory, most: u16) {
         if !self.transport.is_live() {
             return;
         }
-        for _ in 0..SEND_BATCH {
+        for _ in 0..most {
             let Some(chain) = self.transport.queues[TRANSMIT].pop_descriptor_chain(memory) else { return };
             let head = chain.head_index();
             let mut length = 0;
@@ -225,6 +245,29 @@ impl Net {
             self.buffer[HEADER + 6..HEADER + 12].copy_from_slice(&kage_abi::GUEST_MAC);
             self.buffer[10..12].fill(0);
             self.emit(length);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn frames_before_a_mark_are_counted_around_the_end_of_the_numbers() {
+        for (next, mark, size, frames) in [
+            (0, 0, 256, 0),
+            (5, 9, 256, 4),
+            (9, 5, 256, 0),
+            (65_534, 3, 256, 5),
+            (3, 65_534, 256, 0),
+            (65_535, 0, 1, 1),
+            (100, 356, 256, 256),
+            (100, 357, 256, 0),
+            (65_300, 20, 256, 256),
+            (0, 5, 0, 0),
+        ] {
+            assert_eq!(waiting(next, OutputMark(mark), size), frames, "{next} {mark} {size}");
         }
     }
 }

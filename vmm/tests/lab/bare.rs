@@ -6,12 +6,39 @@ use std::{
     os::fd::AsFd,
     path::PathBuf,
     sync::atomic::{AtomicU32, Ordering},
+    time::{Duration, Instant},
 };
 
-use kage_abi as abi;
+use kage_abi::{self as abi, offset};
 use kage_images::{Base, ImageFile};
 use kage_machine::{Geometry, Machine, PAGE_SIZE, PageIndex};
 use kage_vmm::remote::{BaseFile, RemoteMachine, Spawn};
+
+#[allow(unused_macros, reason = "not every test has a kernel of its own")]
+/// Defines a function that returns the code of a kernel; the two names are those of its ends.
+macro_rules! kernel {
+    ($name:ident, $first:ident, $end:ident, $($line:literal),+; $($operand:tt)*) => {
+        std::arch::global_asm!(
+            ".section .rodata.bare, \"a\", @progbits",
+            concat!(stringify!($first), ":"),
+            $($line),+,
+            concat!(stringify!($end), ":"),
+            ".text",
+            $($operand)*
+        );
+        fn $name() -> &'static [u8] {
+            unsafe extern "C" {
+                static $first: u8;
+                static $end: u8;
+            }
+            let (first, end) = (&raw const $first, &raw const $end);
+            // SAFETY: both lie in the one block of bytes that the assembler made above, in this order.
+            unsafe { std::slice::from_raw_parts(first, end as usize - first as usize) }
+        }
+    };
+}
+#[allow(unused_imports, reason = "not every test has a kernel of its own")]
+pub(crate) use kernel;
 
 static NEXT: AtomicU32 = AtomicU32::new(0);
 
@@ -104,6 +131,20 @@ impl Bare {
             }
             memory.write(page, &bytes);
         }
+    }
+}
+
+/// Where a field of the boot page lies.
+pub const fn boot(field: usize) -> u64 {
+    abi::MEMORY + offset::BOOT + field as u64
+}
+
+/// Waits until `done` says so.
+pub fn until(what: &str, machine: &RemoteMachine, mut done: impl FnMut(&RemoteMachine) -> bool) {
+    let limit = Instant::now() + Duration::from_secs(10);
+    while !done(machine) {
+        assert!(Instant::now() < limit, "{what} does not happen: {:?}", machine.failure());
+        std::thread::sleep(Duration::from_millis(1));
     }
 }
 

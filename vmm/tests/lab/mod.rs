@@ -190,16 +190,22 @@ impl Lab {
         &self.dir
     }
 
-    /// Moves a machine to another process the plain way: everything that is not zero, what was written
-    /// meanwhile, then the state. Both must then hold the same, byte for byte.
-    /// Returns the machine and how long it stood.
-    pub fn move_machine(&self, mut source: RemoteMachine) -> (RemoteMachine, Duration) {
+    /// A shell with network and a disk of its own, for a machine that comes.
+    pub fn arriving(&self) -> RemoteMachine {
         let mut target = self.pool.take_shell().unwrap();
         target.set_label(b"alice".to_vec()).unwrap();
         self.disk.set(self.disk.get() + 1);
         self.attach_disk(&mut target);
         target.wait_disk(Duration::from_secs(10)).unwrap_or_else(|error| panic!("{error}"));
         target.attach_tap(self.tap.as_fd()).unwrap();
+        target
+    }
+
+    /// Moves a machine to another process the plain way: everything that is not zero, what was written
+    /// meanwhile, then the state. Both must then hold the same, byte for byte.
+    /// Returns the machine and how long it stood.
+    pub fn move_machine(&self, mut source: RemoteMachine) -> (RemoteMachine, Duration) {
+        let mut target = self.arriving();
         let (from, to) = (source.memory(), target.memory());
         let mut bytes = [0; PAGE_SIZE];
         let _ = source.harvest().unwrap();
