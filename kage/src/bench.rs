@@ -2,6 +2,7 @@
 //!
 //! - [`drain`]: a host with many machines is emptied.
 //! - [`files`]: files in a machine beside the same on its host, the store beneath them, and what a disk costs in a move.
+//! - [`migrate`]: moves of a working machine over shaped links, and what of each somebody feels.
 //! - [`predict`]: how often forecasts of where users go are right, and what they cost.
 //! - [`start`]: from a login to the machine's first answer, and what an idle machine costs.
 //! - [`processes`]: programs in a machine beside the same programs on its host, and what they do to others.
@@ -11,8 +12,11 @@
 mod desk;
 pub mod drain;
 pub mod files;
+pub mod migrate;
+mod mirrored;
 pub mod predict;
 pub mod processes;
+mod processor;
 pub mod replicate;
 pub mod start;
 mod store;
@@ -201,6 +205,14 @@ impl MachineInfo {
     }
 }
 
+impl MachineInfo {
+    /// In one line.
+    #[must_use]
+    pub fn line(&self) -> String {
+        format!("{}, {} CPUs, Linux {}, {} build", self.cpu, self.cpus, self.kernel, self.build)
+    }
+}
+
 /// A report for people.
 #[must_use]
 pub fn show(report: &Report) -> String {
@@ -231,14 +243,7 @@ pub fn show(report: &Report) -> String {
     let header = ["CASE", "RUNS", "MEDIAN", "MIN", "P99", "MAX", "PEER", "RATIO", "MEAN (95 %)"];
     let header = &header[..header.len() - usize::from(!means)];
     let rows: Vec<_> = rows.into_iter().map(|row| row[..header.len()].to_vec()).collect();
-    format!(
-        "{}, {} CPUs, Linux {}, {} build\n{}",
-        machine.cpu,
-        machine.cpus,
-        machine.kernel,
-        machine.build,
-        table(header, &rows)
-    )
+    format!("{}\n{}", machine.line(), table(header, &rows))
 }
 
 /// A figure with as many places as it needs to be told from none.

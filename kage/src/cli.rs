@@ -11,7 +11,7 @@ use kage_host::{
 use kage_machine::{HostName, UserName, identity::ApName};
 
 use crate::{
-    bench::{drain::DrainBenchArgs, replicate::ReplicateArgs, walk::WalkArgs},
+    bench::{drain::DrainBenchArgs, migrate::MigrateBenchArgs, replicate::ReplicateArgs, walk::WalkArgs},
     testbed::{cli::TestbedCommand, delay},
 };
 
@@ -540,6 +540,12 @@ pub enum BenchCommand {
         #[arg(long)]
         quick: bool,
     },
+    /// Moves of a working machine over shaped links: how long they take, and what machine and device feel of them
+    #[command(
+        after_help = "One base case, each of its properties varied alone, and the cases of published tables; takes about \
+        an hour.\nExample: kage bench migrate --quick\nExample: kage bench migrate --case '50 Mbit/s, 500/s' -o json"
+    )]
+    Migrate(MigrateBenchArgs),
     /// How often forecasts of where users go are right, beside Markov predictors, and what they cost
     #[command(
         after_help = "Without a trace, on made ones: campus days with routines, a town, random walks.\n\
@@ -663,6 +669,7 @@ mod tests {
             "bench replicate --quick --mirrors 2 --load interactive,dirty_30 --link 50mbit",
             "bench walk --quick --dwell 3s --users 2 --hosts 3 -o json",
             "bench drain --images 100 --link 50mbit --quick -o json",
+            "bench migrate --quick --runs 3 -o json",
             "bench predict --quick",
             "bench predict --trace t.csv --aps a.csv -o json",
             "image inspect x.kage -o json",

@@ -96,6 +96,7 @@ pub fn run(cli: Cli) -> Result<(), Failure> {
         }
         Command::Bench(BenchCommand::Drain(args)) => bench::drain::run_command(&args, output),
         Command::Bench(BenchCommand::Files { runs, quick }) => bench::files::run(runs, quick, output),
+        Command::Bench(BenchCommand::Migrate(args)) => bench::migrate::run(&args, output),
         Command::Bench(BenchCommand::Predict { runs, quick, trace, aps }) => {
             let given = trace.zip(aps).map(|(trace, aps)| bench::predict::Given { trace, aps });
             bench::predict::run(runs, quick, given.as_ref(), output)

@@ -7,12 +7,16 @@ use std::{
 
 use http::Method;
 use kage_host::{
-    api::types::{LoginReply, LoginRequest},
+    api::types::{LoginReply, LoginRequest, MigrateRequest, Operation},
     http::Call,
 };
 
+use serde::de::DeserializeOwned;
+
 use crate::{
     client::{Client, Failure},
+    operation::follow,
+    output::Output,
     ssh::Key,
     testbed::Testbed,
 };
@@ -65,6 +69,22 @@ impl<'a> Desk<'a> {
         let login = runtime()?.block_on(client.call(&login))?;
         let (user, device) = (user.to_owned(), device.to_owned());
         Ok(Self { testbed, client, user, device, login, key })
+    }
+
+    /// Moves the machine, and returns the report.
+    ///
+    /// # Errors
+    /// When the daemon refuses; a move that failed has a report.
+    pub fn migrate<T: DeserializeOwned>(
+        &self,
+        request: &MigrateRequest,
+        output: Output,
+    ) -> Result<T, Failure> {
+        let call = Call::new(Method::POST, format!("/v1/images/{}/migrate", self.user)).json(request);
+        runtime()?.block_on(async {
+            let operation: Operation = self.client.call(&call).await?;
+            follow(&self.client, operation, output, |_| None).await
+        })
     }
 
     fn ssh(&self, line: &str) -> Command {

@@ -11,23 +11,13 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use http::Method;
-use kage_host::{
-    api::types::{MigrateRequest, Operation},
-    http::Call,
-    units::Size,
-};
+use kage_host::{api::types::MigrateRequest, units::Size};
 use kage_work::files::{self, Access, Done, FILE_LOADS, FileLoad, SMALL_FILES, Sync};
 use serde_json::{Value, json};
 
-use super::{
-    Case, MachineInfo, Report,
-    desk::{Desk, USER, runtime},
-    show, store,
-};
+use super::{Case, MachineInfo, Report, desk::Desk, show, store};
 use crate::{
     client::Failure,
-    operation::follow,
     output::Output,
     testbed::{Cancel, Testbed, TestbedSpec},
 };
@@ -238,12 +228,7 @@ impl Desk<'_> {
     fn go(&self, host: &str, output: Output) -> Result<Value, Failure> {
         let to = host.parse().map_err(Failure::new)?;
         let request = MigrateRequest { to: Some(to), ..MigrateRequest::default() };
-        let call = Call::new(Method::POST, format!("/v1/images/{USER}/migrate")).json(&request);
-        let runtime = runtime()?;
-        let report: Value = runtime.block_on(async {
-            let operation: Operation = self.client.call(&call).await?;
-            follow(&self.client, operation, output, |_| None).await
-        })?;
+        let report: Value = self.migrate(&request, output)?;
         if report["outcome"] != "handed_over" {
             return Err(Failure::new(format!("the move to {host} failed: {report}")));
         }

@@ -22,20 +22,10 @@ mod meter;
 use std::time::{Duration, Instant};
 
 use clap::Args;
-use http::Method;
-use kage_host::{
-    api::types::{ImageView, Replica},
-    http::Call,
-    units::{Rate, Size, Span},
-};
-use serde_json::{Value, json};
+use kage_host::units::{Rate, Size, Span};
+use serde_json::json;
 
-use super::{
-    Case, MachineInfo, Report,
-    desk::{Desk, USER, runtime},
-    show,
-    walk::route::Dice,
-};
+use super::{Case, MachineInfo, Report, desk::Desk, show, walk::route::Dice};
 use crate::{
     client::Failure,
     output::Output,
@@ -51,14 +41,6 @@ const MEMORY: Size = Size(64 << 20);
 /// Rounds and length of a slice with `--quick`.
 const QUICK_RUNS: u32 = 3;
 const QUICK_SLICE: Duration = Duration::from_secs(2);
-/// Longest wait until mirrors are as many as asked for, and have caught up.
-const CAUGHT_UP: Duration = Duration::from_secs(120);
-/// Pause between two looks at them: no event tells of a mirror's freshness.
-const LOOK: Duration = Duration::from_millis(100);
-/// A mirror that lacks no more than this has caught up …
-const FRESH: u64 = 1 << 20;
-/// … and so has one that has lacked no less for so long: the load dirties pages as fast as they are worth sending.
-const NO_LONGER_FALLS: Duration = Duration::from_secs(2);
 /// Between the last change of anything and a slice.
 const REST: Duration = Duration::from_millis(500);
 /// A load that uses less of a processor than this share of the time does no work that could be slowed down.
@@ -160,13 +142,13 @@ pub fn run(args: &ReplicateArgs, output: Output) -> Result<(), Failure> {
     let bench =
         Bench { desk: &desk, counts, runs: runs.max(1), slice, seed: args.seed, output, cancel: &cancel };
     // Whoever has no mirrors says so before the long part.
-    bench.pin(Some(&[]))?;
+    desk.pin(Some(&[]))?;
     let mut cases = Vec::new();
     for load in chosen {
         let slices = bench.load(load)?;
         cases.extend(bench.cases(load, &slices, args.link.map(|rate| rate.to_string())));
     }
-    bench.pin(None)?;
+    desk.pin(None)?;
     output.result(&Report { machine: MachineInfo::here(), cases }, show)
 }
 
@@ -211,43 +193,7 @@ impl Bench<'_> {
     /// Has mirrors at so many hosts, and waits until they have caught up.
     fn mirrors(&self, count: u8) -> Result<(), Failure> {
         let hosts: Vec<_> = (0..count).map(|number| format!("h{}", number + 2)).collect();
-        self.pin(Some(&hosts))?;
-        let begun = Instant::now();
-        let (mut least, mut since) = (u64::MAX, begun);
-        loop {
-            let replicas = self.replicas()?;
-            let lacked: u64 = replicas.iter().map(|replica| replica.missing_bytes).sum();
-            let mut there: Vec<_> = replicas.iter().map(|replica| replica.host.to_string()).collect();
-            there.sort_unstable();
-            if lacked < least {
-                (least, since) = (lacked, Instant::now());
-            }
-            let fresh = lacked <= FRESH * u64::from(count) || since.elapsed() >= NO_LONGER_FALLS;
-            if there == hosts && fresh && lacked < MEMORY.0 / 2 {
-                return Ok(());
-            }
-            if begun.elapsed() > CAUGHT_UP {
-                return Err(Failure::new(format!(
-                    "mirrors at {hosts:?} do not come about; there are {there:?}, which lack {lacked} bytes; \
-                     see the hosts' logs"
-                )));
-            }
-            self.cancel.wait_until(Instant::now() + LOOK).map_err(Failure::new)?;
-        }
-    }
-
-    /// Keeps mirrors at exactly those hosts; `None` lets the owner choose again.
-    fn pin(&self, hosts: Option<&[String]>) -> Result<(), Failure> {
-        let call =
-            Call::new(Method::POST, format!("/v1/images/{USER}/mirrors")).json(&json!({ "hosts": hosts }));
-        let _: Value = runtime()?.block_on(self.desk.client.call(&call))?;
-        Ok(())
-    }
-
-    fn replicas(&self) -> Result<Vec<Replica>, Failure> {
-        let call = Call::new(Method::GET, format!("/v1/images/{USER}"));
-        let view: ImageView = runtime()?.block_on(self.desk.client.call(&call))?;
-        Ok(view.replicas)
+        self.desk.mirrored(&hosts, MEMORY.0, self.cancel)
     }
 
     /// What came of a load.

@@ -60,6 +60,8 @@ pub struct TestbedSpec {
     pub ipv4: bool,
     /// How long after a Stop machines are kept; the daemon's default if `None`.
     pub logout_grace: Option<Span>,
+    /// Mirrors of each machine; the daemon's default if `None`. With 0 a machine leaves nothing where it goes away.
+    pub followers: Option<u8>,
     /// The program that is the daemon (`kage`).
     pub binary: PathBuf,
     /// Whether to start daemons: without, it is a network only.
@@ -79,6 +81,7 @@ impl TestbedSpec {
             image_memory: None,
             ipv4: false,
             logout_grace: None,
+            followers: None,
             binary: binary.into(),
             daemons: true,
         }

@@ -31,6 +31,7 @@ mod site;
 mod state;
 
 use std::{
+    net::Ipv6Addr,
     ops::Deref,
     path::{Path, PathBuf},
     process::{Child, Command, Output},
@@ -233,6 +234,22 @@ impl Testbed {
     pub fn daemon(&self, host: &str) -> Result<u32, TestbedError> {
         let name = &self.layout.host(host)?.name;
         daemon::running(&self.state()?, name.as_str())
+    }
+
+    /// All processes of its hosts: daemons, machines, and what they started.
+    ///
+    /// # Errors
+    /// If they cannot be listed.
+    pub fn processes(&self) -> Result<Vec<u32>, TestbedError> {
+        process::marked(&self.layout.id)
+    }
+
+    /// A host's address among hosts.
+    ///
+    /// # Errors
+    /// If there is no such host.
+    pub fn underlay(&self, host: &str) -> Result<Ipv6Addr, TestbedError> {
+        Ok(self.layout.host(host)?.underlay)
     }
 
     /// Kills a host's daemon with SIGKILL, and it alone: its machines run on.

@@ -93,20 +93,31 @@ pub fn end_all(id: &str) -> Result<(), TestbedError> {
 
 fn find(id: &str) -> Result<Vec<Process>, TestbedError> {
     let inodes = namespace::inodes(id)?;
-    let mark = format!("{MARK}={id}");
     let own = ancestors(std::process::id());
-    let entries =
-        fs::read_dir("/proc").map_err(|source| TestbedError::File { path: "/proc".into(), source })?;
-    let pids = entries.flatten().filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
     let ours = |&pid: &u32| {
-        let marked = fs::read(format!("/proc/{pid}/environ")).is_ok_and(|environment| {
-            environment.split(|&byte| byte == 0).any(|pair| pair == mark.as_bytes())
-        });
         let inside = fs::metadata(format!("/proc/{pid}/ns/net"))
             .is_ok_and(|namespace| inodes.contains(&namespace.ino()));
-        (marked || inside) && !own.contains(&pid)
+        (inside || is_marked(pid, id)) && !own.contains(&pid)
     };
-    Ok(pids.filter(ours).filter_map(Process::of).filter(|process| process.is_running()).collect())
+    Ok(all()?.filter(ours).filter_map(Process::of).filter(|process| process.is_running()).collect())
+}
+
+/// Processes that carry a testbed's mark.
+pub fn marked(id: &str) -> Result<Vec<u32>, TestbedError> {
+    Ok(all()?.filter(|&pid| is_marked(pid, id)).collect())
+}
+
+/// Every process there is.
+fn all() -> Result<impl Iterator<Item = u32>, TestbedError> {
+    let entries =
+        fs::read_dir("/proc").map_err(|source| TestbedError::File { path: "/proc".into(), source })?;
+    Ok(entries.flatten().filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok()))
+}
+
+fn is_marked(pid: u32, id: &str) -> bool {
+    let mark = format!("{MARK}={id}");
+    fs::read(format!("/proc/{pid}/environ"))
+        .is_ok_and(|environment| environment.split(|&byte| byte == 0).any(|pair| pair == mark.as_bytes()))
 }
 
 /// A process, its parent, and so on.

@@ -50,6 +50,8 @@ fn config(
     let (name, site, dir) = (&host.name, layout.site(), layout.host_dir(&host.name));
     let memory = spec.image_memory.map(|size| format!("memory = \"{size}\"\n")).unwrap_or_default();
     let grace = spec.logout_grace.map(|grace| format!("logout_grace = \"{grace}\"\n")).unwrap_or_default();
+    let followers =
+        spec.followers.map(|count| format!("\n[replicate]\nfollowers = {count}\n")).unwrap_or_default();
     let ipv4 = if spec.ipv4 { format!("ipv4 = \"{IPV4_POOL}\"\n") } else { String::new() };
     let mut text = format!(
         r#"[host]
@@ -73,7 +75,7 @@ underlay = "eth0"
 [image]
 {memory}operator_key_file = "{site}/operator.pub"
 trusted_keys = ["{image_key}"]
-
+{followers}
 [roam.radius]
 listen = "[::]:{RADIUS_PORT}"
 {grace}
