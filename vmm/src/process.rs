@@ -755,15 +755,17 @@ impl Machine {
         if gate_open {
             self.net.send(&self.memory);
         }
-        self.set_alarm(Duration::ZERO);
         if self.exit_pending {
             self.vcpu.complete_exit().map_err(|error| error.to_string())?;
             self.exit_pending = false;
         }
         let vcpu = self.vcpu.save().map_err(|error| error.to_string())?;
         match cause {
-            PauseCause::Switch | PauseCause::Hold => self.net.give_back_held(),
-            // It is delivered here.
+            PauseCause::Switch | PauseCause::Hold => {
+                self.set_alarm(Duration::ZERO);
+                self.net.give_back_held();
+            }
+            // It runs on at once, with its alarm, and what is held is delivered here.
             PauseCause::Checkpoint => {}
         }
         let tracker = &mut self.tracker;

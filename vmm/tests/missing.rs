@@ -23,7 +23,7 @@ use kage_abi::{self as abi, BootPage};
 use kage_machine::{
     Machine, MachineError, Memory, Missing, PAGE_SIZE, PageIndex, PageSet, PauseCause, Paused, control::Phase,
 };
-use kage_vmm::remote::RemoteMachine;
+use kage_vmm::{process::host_now, remote::RemoteMachine};
 use lab::Lab;
 use small::{Bare, boot, kernel, until};
 
@@ -413,19 +413,22 @@ fn a_checkpoint_takes_little_time() {
     let bare = Bare::new(walking_kernel());
     for pages in [0, 100] {
         let mut machine = walker(&bare, pages);
-        let mut took = Vec::new();
+        let (mut took, mut stood) = (Vec::new(), Vec::new());
         for _ in 0..200 {
-            // A round or more, so that its pages are written again.
-            std::thread::sleep(Duration::from_millis(4));
+            // A whole round, so that its pages are written again.
+            let rounds = Bare::word(&machine, ROUNDS);
+            until("a round", &machine, |machine| Bare::word(machine, ROUNDS) > rounds + 1);
             let asked = Instant::now();
             let mut written = 0;
             let paused = machine.checkpoint(&mut |dirty| written = dirty.len()).unwrap();
             took.push(asked.elapsed());
+            stood.push(host_now().since(paused.at));
             assert!(u64::from(written) >= pages && written == paused.dirty.len());
         }
         took.sort();
-        println!("{pages} pages written: checkpoint median {:?}, 90 % {:?}", took[100], took[180]);
-        assert!(took[100] < Duration::from_millis(10));
+        stood.sort();
+        println!("{pages} pages written: asked {:?}, stood {:?} (medians)", took[100], stood[100]);
+        assert!(stood[100] < Duration::from_millis(100));
         machine.end();
     }
 }

@@ -239,10 +239,12 @@ impl Disk {
         }
     }
 
-    /// Lets requests be begun.
-    pub fn go(&self) {
+    /// Lets requests be begun; `unfinished` says whether there are any.
+    pub fn go(&self, unfinished: bool) {
         self.shared.lock().runs = true;
-        self.shared.wake_worker();
+        if unfinished {
+            self.shared.wake_worker();
+        }
     }
 
     /// Lets no request be begun any more and waits for one that changes blocks. Whether the guest has written since

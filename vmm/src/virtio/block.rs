@@ -128,7 +128,7 @@ impl Block {
 
     /// The machine runs.
     pub fn go(&self) {
-        self.disk.go();
+        self.disk.go(!self.pending.is_empty());
     }
 
     /// Its output may leave: so may what its disk is to keep.

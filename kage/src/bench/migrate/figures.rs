@@ -244,6 +244,7 @@ pub mod tests {
             lost_pages: 0,
             replica_hit: kage_host::api::types::ReplicaHit::None,
             phases: Vec::new(),
+            blackout_phases: Vec::new(),
         }
     }
 
