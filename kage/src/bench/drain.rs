@@ -13,7 +13,7 @@ use std::{
 use clap::Args;
 use http::Method;
 use kage_host::{
-    api::types::{DrainReport, DrainRequest, LoginReply, LoginRequest, MoveReport, Operation},
+    api::types::{DrainProgress, DrainReport, DrainRequest, LoginReply, LoginRequest, MoveReport, Operation},
     http::Call,
     units::{Rate, Size},
 };
@@ -165,7 +165,9 @@ fn drain(client: &Client, args: &DrainBenchArgs, output: Output) -> Result<Drain
         let call = Call::new(Method::POST, "/v1/hosts/h1/drain").json(&request);
         let begun: Operation = client.call(&call).await?;
         let progress = |progress: &serde_json::Value| {
-            told.say(|| format!("{} of {} machines moved", progress["moved"], progress["images"]));
+            if let Ok(progress) = serde_json::from_value::<DrainProgress>(progress.clone()) {
+                told.say(|| format!("{} of {} machines moved", progress.moved, progress.images));
+            }
             None
         };
         follow(client, begun, output, progress).await
