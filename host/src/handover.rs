@@ -135,5 +135,8 @@ fn new_handover() -> HandoverId {
     HandoverId(bytes)
 }
 
+/// So many bytes tell what a link carries.
+pub(crate) const MEASURES: u64 = 1 << 20;
+
 /// Longest wait for a link to a peer.
 const CONNECT: Duration = Duration::from_secs(2);

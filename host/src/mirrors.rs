@@ -22,6 +22,7 @@ use kage_wire::{Hello, Purpose, handover::Follow};
 
 use crate::{
     api::types::{Replica, ReplicaKind},
+    handover::MEASURES,
     lifecycle::{Daemon, Image},
 };
 
@@ -142,7 +143,13 @@ impl OwnerSide for Owning {
         self.daemon.leaving.any()
     }
 
-    fn sent(&self, _host: &HostName, stats: &EpochStats, lag: Duration) {
+    fn sent(&self, host: &HostName, stats: &EpochStats, lag: Duration) {
+        let took = stats.sending + stats.acknowledged;
+        if stats.bytes_wire >= MEASURES && self.daemon.config.replicate.max_rate.is_none() && !took.is_zero()
+        {
+            #[expect(clippy::cast_precision_loss, reason = "a rate")]
+            self.daemon.link_carried(host, stats.bytes_wire as f64 / took.as_secs_f64());
+        }
         self.daemon.metrics.observe("kage_replica_lag_seconds", &[], lag);
         self.daemon.metrics.add("kage_replica_bytes_total", &[("kind", "mirror")], stats.bytes_wire);
     }

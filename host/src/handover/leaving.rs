@@ -17,7 +17,7 @@ use kage_wire::Purpose;
 use serde_json::json;
 use tokio::sync::{OwnedMutexGuard, oneshot};
 
-use super::{CONNECT, new_handover, on_thread};
+use super::{CONNECT, MEASURES, new_handover, on_thread};
 use crate::{
     api::{
         error::{Code, ErrorBody},
@@ -31,9 +31,6 @@ use crate::{
 
 /// After the last page the heartbeat is watched for so long.
 const AFTERGLOW: Duration = Duration::from_secs(1);
-
-/// So many bytes tell what a link carries.
-const MEASURES: u64 = 1 << 20;
 
 /// How long a move waits for the list of what its machine's disk lacks.
 const DIGESTS: Duration = Duration::from_secs(5);

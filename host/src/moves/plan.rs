@@ -12,8 +12,8 @@ use kage_migrate::{
     estimate::{Facts, Writing, estimate},
     report::ReplicaHit,
 };
-use kage_replicate::Sender;
-use kage_wire::handover::MAX_LAST_EPOCH;
+use kage_replicate::codec::{Encoder, Scheme};
+use kage_wire::pages::BatchWriter;
 use tokio::sync::OwnedMutexGuard;
 
 use crate::{
@@ -38,6 +38,9 @@ const ANSWER: Duration = Duration::from_secs(2);
 /// Pages that are encoded to see how many bytes one takes.
 const SAMPLE: usize = 256;
 
+/// Pages of a batch.
+const BATCH: usize = 64;
+
 /// What a link carries where nothing was ever sent on it: a gigabit.
 const LINK: f64 = 125e6;
 
@@ -61,6 +64,14 @@ impl Daemon {
         let rtt = self.round_trip(&to).await;
         let reachable = rtt.is_some();
         let rtt = rtt.unwrap_or_else(|| assume(&mut assumed, "rtt_ms", RTT));
+        let known = self.link_rate(&to).unwrap_or_else(|| assume(&mut assumed, "bytes_per_s", LINK));
+        #[expect(clippy::cast_precision_loss, reason = "a rate")]
+        let cap =
+            request.bandwidth.or(self.config.replicate.max_rate).map(|cap| cap.bytes_per_second() as f64);
+        let bytes_per_s = cap.map_or(known, |cap| cap.min(known));
+        if cap.is_some_and(|cap| cap <= known) {
+            assumed.retain(|field| field != "bytes_per_s");
+        }
         let slot = tokio::time::timeout(SLOT, image.slot.clone().lock_owned()).await.ok();
         let holder = image.clone();
         let sampled = memory.clone();
@@ -68,7 +79,7 @@ impl Daemon {
             let populated = sampled.populated();
             let pages = u64::from(populated.len());
             let writing = slot.and_then(|slot| watch(&holder, slot, sampled.geometry().pages().into()).ok());
-            Ok((writing, pages, cost_of_a_page(&*sampled, &populated)))
+            Ok((writing, pages, cost_of_a_page(&*sampled, &populated, bytes_per_s)))
         })
         .await?;
         let writing =
@@ -81,14 +92,6 @@ impl Daemon {
             Some(_) => ReplicaHit::Partial,
             None => ReplicaHit::None,
         };
-        let known = self.link_rate(&to).unwrap_or_else(|| assume(&mut assumed, "bytes_per_s", LINK));
-        #[expect(clippy::cast_precision_loss, reason = "a rate")]
-        let cap =
-            request.bandwidth.or(self.config.replicate.max_rate).map(|cap| cap.bytes_per_second() as f64);
-        let bytes_per_s = cap.map_or(known, |cap| cap.min(known));
-        if cap.is_some_and(|cap| cap <= known) {
-            assumed.retain(|field| field != "bytes_per_s");
-        }
         let bytes_per_page =
             bytes_per_page.unwrap_or_else(|| assume(&mut assumed, "bytes_per_page", PAGE_SIZE as f64));
         let facts = Facts { pages: missing.unwrap_or(pages), bytes_per_page, bytes_per_s, rtt, writing };
@@ -159,16 +162,26 @@ fn watch(image: &Image, mut slot: OwnedMutexGuard<Slot>, most: u64) -> Result<Wr
     Ok(Writing::measured(first, part, pages.len().into(), begun.elapsed(), most))
 }
 
-/// Bytes that a page of a machine takes on the wire, by a sample from all over it; `None` of nothing.
-fn cost_of_a_page(memory: &dyn Memory, populated: &PageSet) -> Option<f64> {
-    let every = (populated.len() as usize).div_ceil(SAMPLE).max(1);
-    let mut sample = PageSet::empty(populated.pages());
-    for page in populated.iter().step_by(every) {
-        sample.insert(page);
+/// Bytes that a page of a machine takes on the wire of a link, by a sample from all over its memory; `None` of nothing.
+fn cost_of_a_page(memory: &dyn Memory, populated: &PageSet, bytes_per_s: f64) -> Option<f64> {
+    let memory_pages = memory.geometry().memory_pages;
+    let pages: Vec<_> = populated.iter().take_while(|page| page.0 < memory_pages).collect();
+    let every = pages.len().div_ceil(SAMPLE).max(1);
+    // As a stream would choose: what takes time is for links that take more.
+    let scheme = if bytes_per_s < LINK { Scheme::Zstd } else { Scheme::Lz4 };
+    let (mut encoder, mut bytes, mut wire, mut count) = (Encoder::new(), [0; PAGE_SIZE], 0, 0);
+    let sample: Vec<_> = pages.into_iter().step_by(every).collect();
+    for batch in sample.chunks(BATCH) {
+        let mut writer = BatchWriter::new(Epoch(1));
+        for page in batch {
+            memory.read(*page, &mut bytes);
+            if bytes.iter().any(|byte| *byte != 0) {
+                encoder.push(&mut writer, scheme, *page, &bytes, None);
+            }
+        }
+        wire += encoder.finish(&mut writer, scheme).len();
+        count += batch.len();
     }
-    let count = sample.len();
-    let mut sender = Sender::new(memory.geometry());
-    let encoded = sender.encode_last(memory, &sample, Epoch(1), MAX_LAST_EPOCH).ok()?;
     #[expect(clippy::cast_precision_loss, reason = "a mean")]
-    (count > 0).then(|| encoded.bytes.len() as f64 / f64::from(count))
+    (count > 0).then(|| wire as f64 / count as f64)
 }
