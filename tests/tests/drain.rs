@@ -82,6 +82,11 @@ fn thin_site() -> Site {
         spec.link.rate = Some("10mbit".parse().unwrap());
     });
     let login = site.login("alice", "ap-1");
+    // A mirror would leave a move little to do.
+    let mut curl = Command::new("curl");
+    curl.args(["-sS", "--fail", "-X", "POST", "-d", r#"{"hosts":[]}"#, "--unix-socket"]);
+    curl.arg(site.dir().join("h1/run/host.sock")).arg("http://kage/v1/images/alice/mirrors");
+    assert!(curl.output().expect("curl is installed").status.success());
     let mut dirty = site.ssh("alice", text(&login, "address"));
     let mut dirty = site.start("d1", dirty.arg("dirty 1% 1").stdin(Stdio::piped()));
     let said = lines(&mut dirty).next();
