@@ -39,6 +39,19 @@ pub const fn mix(number: u64) -> u64 {
     finalise(number.wrapping_add(0x9e37_79b9_7f4a_7c15))
 }
 
+/// The page rewritten at a turn, of the first `set`. Each turn is mixed, so that the order has no pattern a tracker
+/// could follow.
+#[must_use]
+pub const fn turn_page(turn: u64, set: u64) -> u64 {
+    mix(turn) % set
+}
+
+/// Where the `word`th word rewritten at a turn is in its page, and what it becomes.
+#[must_use]
+pub const fn turn_word(turn: u64, word: u64) -> (usize, u64) {
+    (mix(turn ^ word << 40) as usize % PAGE_WORDS, mix(turn.wrapping_mul(31) ^ word))
+}
+
 /// Pages of a thousand that are all zero.
 const ZERO_PAGES: u64 = 30;
 /// Shares of the runs in the other pages, of a thousand.

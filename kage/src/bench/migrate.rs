@@ -13,6 +13,7 @@ mod html;
 mod link;
 pub mod matrix;
 mod paper;
+pub mod qemu;
 
 use std::path::PathBuf;
 

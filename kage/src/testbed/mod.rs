@@ -41,6 +41,7 @@ pub use access::{Accounted, Moved};
 pub use error::TestbedError;
 pub use layout::{LinkShape, TestbedSpec};
 pub use notify::Cancel;
+pub(crate) use notify::poll_until;
 pub use state::{DeviceStatus, HostStatus, RadiusStatus, Status as TestbedStatus};
 
 use kage_host::roaming::radius::Status;

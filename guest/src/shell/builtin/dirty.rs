@@ -8,7 +8,7 @@ use core::{
     time::Duration,
 };
 
-use kage_abi::content::{Content, PAGE_WORDS, fill_page, mix};
+use kage_abi::content::{Content, PAGE_WORDS, fill_page, turn_page, turn_word};
 
 use super::measure::seconds;
 use crate::{
@@ -164,12 +164,10 @@ async fn rewrite(session: &Session, load: &Load, pages: &mut Pages, set: usize) 
         forgiven += owed.saturating_sub(DEBT.max(load.rate / 100));
         owed = owed.min(DEBT.max(load.rate / 100));
         while owed > 0 && set > 0 {
-            // Each word of the index is mixed, so that the order has no pattern a tracker could follow.
-            let index = (mix(turn) % set as u64) as usize;
-            if let Some(page) = pages.page(index) {
+            if let Some(page) = pages.page(turn_page(turn, set as u64) as usize) {
                 for word in 0..load.words {
-                    let at = mix(turn ^ (word as u64) << 40) as usize % PAGE_WORDS;
-                    page[at] = mix(turn.wrapping_mul(31) ^ word as u64);
+                    let (at, becomes) = turn_word(turn, word as u64);
+                    page[at] = becomes;
                 }
             }
             (turn, done, owed) = (turn + 1, done + 1, owed - 1);
