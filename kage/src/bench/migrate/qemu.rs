@@ -134,9 +134,8 @@ impl Tuning {
     fn parameters(self, memory_bytes: u64) -> Value {
         let mut parameters = json!({ "max-bandwidth": NO_LIMIT });
         match self {
-            Self::Defaults | Self::Postcopy | Self::PostcopyPreempt => {}
+            Self::Defaults | Self::Compress | Self::Postcopy | Self::PostcopyPreempt => {}
             Self::MultifdZstd => parameters["multifd-compression"] = json!("zstd"),
-            Self::Compress => {}
             // As much as the guest has, so that no page lacks its former content.
             Self::Xbzrle => parameters["xbzrle-cache-size"] = json!(memory_bytes.next_power_of_two()),
         }

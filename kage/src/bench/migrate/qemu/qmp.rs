@@ -110,9 +110,9 @@ impl Qmp {
     /// # Errors
     /// When it does not come, or speaks strangely.
     pub fn accept(listener: &UnixListener, cancel: &Cancel) -> Result<Self, QmpError> {
-        wait(&[listener.as_fd()], cancel, Instant::now() + PATIENCE)?
-            .then_some(())
-            .ok_or_else(|| QmpError::Silent("its start".into()))?;
+        if !wait(&[listener.as_fd()], cancel, Instant::now() + PATIENCE)? {
+            return Err(QmpError::Silent("its start".into()));
+        }
         let (stream, _) = listener.accept()?;
         stream.set_nonblocking(true)?;
         let mut qmp = Self { stream, received: Vec::new(), events: VecDeque::new(), cancel: cancel.clone() };
