@@ -200,7 +200,7 @@ pub fn measure(
     let spec = TestbedSpec {
         hosts: 2,
         devices: 0,
-        link: *shape,
+        link: shape.clone(),
         daemons: false,
         ..TestbedSpec::new(files.0.join("testbed"), binary)
     };
