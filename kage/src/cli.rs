@@ -543,7 +543,7 @@ pub enum BenchCommand {
     /// Moves of a working machine over shaped links: how long they take, and what machine and device feel of them
     #[command(
         after_help = "One base case, each of its properties varied alone, and the cases of published tables; takes about \
-        an hour.\nExample: kage bench migrate --quick\nExample: kage bench migrate --case '50 Mbit/s, 500/s' -o json"
+        an hour.\nExample: kage bench migrate --quick\nExample: kage bench migrate --case '50 Mbit/s, 500/s' --peer qemu -o json"
     )]
     Migrate(MigrateBenchArgs),
     /// How often forecasts of where users go are right, beside Markov predictors, and what they cost
@@ -669,7 +669,7 @@ mod tests {
             "bench replicate --quick --mirrors 2 --load interactive,dirty_30 --link 50mbit",
             "bench walk --quick --dwell 3s --users 2 --hosts 3 -o json",
             "bench drain --images 100 --link 50mbit --quick -o json",
-            "bench migrate --quick --runs 3 -o json",
+            "bench migrate --quick --runs 3 --peer qemu -o json --report page.html",
             "bench predict --quick",
             "bench predict --trace t.csv --aps a.csv -o json",
             "image inspect x.kage -o json",

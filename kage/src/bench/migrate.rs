@@ -3,7 +3,7 @@
 //! A machine that rewrites its memory all the while ([`matrix`]) moves back and forth between two hosts ([`bed`]) whose
 //! link is shaped, or is what the machine here gives ([`link`]). The machine's own heartbeat says what it felt, a probe
 //! at its user's device what that saw, and each move's duration stands beside the least that its bytes could have taken
-//! on that link ([`figures`]). The figures of the paper whose idea all this is stand beside ours ([`paper`]), and all
+//! on that link ([`figures`]); with `--peer` also beside the same work by somebody else ([`peer`]). The figures of the paper whose idea all this is stand beside ours ([`paper`]), and all
 //! together on one page ([`html`], [`chart`]).
 
 mod bed;
@@ -13,6 +13,7 @@ mod html;
 mod link;
 pub mod matrix;
 mod paper;
+mod peer;
 pub mod qemu;
 
 use std::path::PathBuf;
@@ -29,6 +30,7 @@ use crate::{
 use bed::{Bed, BedSpec, Move, Played};
 use figures::{Failed, Row};
 use matrix::Kind;
+use peer::{Peer, PeerArg};
 
 /// Moves of each case with `--quick`.
 const QUICK_RUNS: u32 = 3;
@@ -48,6 +50,9 @@ pub struct MigrateBenchArgs {
     /// Only cases whose name holds this; may be repeated
     #[arg(long, value_name = "TEXT")]
     pub case: Vec<String>,
+    /// Who does the same work in the same run; ratios above 1 say how much better Kage is
+    #[arg(long, value_enum, value_name = "NAME")]
+    pub peer: Option<PeerArg>,
     /// Write all of it as one page to this file
     #[arg(long, value_name = "FILE.html")]
     pub report: Option<PathBuf>,
@@ -75,7 +80,11 @@ pub fn run(args: &MigrateBenchArgs, output: Output) -> Result<(), Failure> {
     let kinds = chosen(args)?;
     let runs = if args.quick { args.runs.min(QUICK_RUNS) } else { args.runs };
     let cancel = crate::testbed::cli::cancel_on_signals().map_err(Failure::new)?;
-    let rows = play(&kinds, runs, output, &cancel)?;
+    let mut rows = play(&kinds, runs, output, &cancel)?;
+    match args.peer {
+        Some(PeerArg::Qemu) => beside_qemu(&mut rows, runs, output, &cancel)?,
+        None => {}
+    }
     let cases: Vec<Case> = rows.iter().flat_map(Row::cases).collect();
     let report = MigrateReport {
         report: Report { machine: MachineInfo::here(), cases },
@@ -159,6 +168,21 @@ fn play(kinds: &[Kind], runs: u32, output: Output, cancel: &Cancel) -> Result<Ve
     Ok(rows.into_iter().flatten().collect())
 }
 
+/// Has QEMU do the same, case by case. A case that it cannot do stands alone.
+fn beside_qemu(rows: &mut [Row], runs: u32, output: Output, cancel: &Cancel) -> Result<(), Failure> {
+    let mut peer = Peer::default();
+    for row in rows {
+        match peer.beside(&row.kind, runs, output, cancel) {
+            Ok(figures) => row.peers = figures,
+            Err(failure) => {
+                cancel.check().map_err(Failure::new)?;
+                output.warn(format!("qemu: {}: {}", row.kind.name(), failure.message));
+            }
+        }
+    }
+    Ok(())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -170,6 +194,7 @@ mod tests {
             quick: true,
             full: false,
             case: vec!["fresh".to_owned()],
+            peer: None,
             report: None,
         };
         assert_eq!(chosen(&args).unwrap().len(), 2);
