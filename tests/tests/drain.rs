@@ -111,7 +111,7 @@ fn json(output: &Output) -> Value {
 
 #[test]
 fn a_move_on_a_thin_link_tells_how_far_it_is_and_is_cancelled_in_any_phase() {
-    let (site, mut dirty) = thin_site();
+    let (site, _dirty) = thin_site();
     // As early as can be; among the first pages; in the middle.
     for until in ["\"phase\"", "\"phase\":\"copy\"", "round 1"] {
         let (child, rest) = moving(&site, &["h2", "--verbose"], until);
@@ -122,7 +122,7 @@ fn a_move_on_a_thin_link_tells_how_far_it_is_and_is_cancelled_in_any_phase() {
         let answer = json(&cancelled);
         println!("cancelled at {until} after {took:?}");
         assert_eq!(answer["cancelled"], true, "{answer}");
-        assert!(took < Duration::from_secs(5), "{took:?}");
+        assert!(took < Duration::from_secs(10), "all of it would take 17 s on this link: {took:?}");
         // Whoever began it is told so too.
         let output = child.wait_with_output().unwrap();
         assert_eq!(output.status.code(), Some(1), "at {until}: {:?}", rest.join());
