@@ -22,7 +22,7 @@ use std::{
 use http::Method;
 use kage_directory::{ImageRecord, Records as _, Wanted};
 use kage_machine::{HostName, PAGE_SIZE, UserName};
-use kage_migrate::outcome::blames_target;
+use kage_migrate::outcome::{blames_target, is_cancelled};
 use serde_json::json;
 use tokio::sync::{mpsc, oneshot};
 
@@ -272,7 +272,9 @@ impl Draining<'_> {
     /// What each move may take of the link.
     fn share(&self) -> Option<Rate> {
         let all = self.request.bandwidth.or(self.daemon.config.replicate.max_rate)?;
-        Some(all.divided(self.request.parallel.unwrap_or(PARALLEL).into()))
+        let count = self.plan.count();
+        let left = count.images - count.moved - count.stay;
+        Some(all.divided(u64::from(self.request.parallel.unwrap_or(PARALLEL)).min(left).max(1)))
     }
 
     async fn hear(&mut self, heard: Heard) {
@@ -325,6 +327,10 @@ impl Draining<'_> {
                 let came = match report.outcome {
                     MoveOutcome::HandedOver => Came::Gone,
                     MoveOutcome::KeptHere if blames_target(&reason) => Came::Refused(reason),
+                    // By somebody else than this drain.
+                    MoveOutcome::KeptHere if is_cancelled(&reason) && !self.cancelled => {
+                        Came::Refused(reason)
+                    }
                     MoveOutcome::KeptHere | MoveOutcome::InDoubt | MoveOutcome::Restarted => {
                         Came::Stays(reason)
                     }
@@ -346,7 +352,8 @@ impl Draining<'_> {
                     }
                     Ok(_) | Err(_) if error.code == Code::Cancelled => {
                         image.outcome = "kept".to_owned();
-                        Came::Stays("cancelled".to_owned())
+                        let reason = "cancelled".to_owned();
+                        if self.cancelled { Came::Stays(reason) } else { Came::Refused(reason) }
                     }
                     Ok(_) | Err(_) => {
                         image.outcome = "failed".to_owned();

@@ -74,7 +74,8 @@ impl Daemon {
         let bandwidth = request.bandwidth.or(self.config.replicate.max_rate);
         #[expect(clippy::cast_precision_loss, reason = "a rate")]
         let bandwidth = bandwidth.map(|rate| Rate::bytes_per_s(rate.bytes_per_second() as f64));
-        SourceSpec { ticket, goal, bandwidth, verify: request.verify, limits: Limits::default() }
+        let (verify, plain) = (request.verify, request.plain);
+        SourceSpec { ticket, goal, bandwidth, verify, plain, limits: Limits::default() }
     }
 
     /// Goes on with a handover that an earlier daemon began, until it is settled; whether it could.

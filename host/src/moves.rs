@@ -27,6 +27,9 @@ use crate::{
     operations::Handle,
 };
 
+/// Least cap of a move, in bytes a second: a batch of pages takes seconds at that.
+const LEAST_RATE: u64 = 8_000;
+
 impl Daemon {
     /// Where a move of this request goes.
     ///
@@ -40,6 +43,11 @@ impl Daemon {
         if request.blackout.zip(request.timeout).is_some_and(|(blackout, timeout)| timeout <= blackout) {
             return Err(ErrorBody::bad_request(
                 "a move may not last shorter than its pause; raise --timeout",
+            ));
+        }
+        if request.bandwidth.is_some_and(|rate| rate.bytes_per_second() < LEAST_RATE) {
+            return Err(ErrorBody::bad_request(
+                "a move capped below 64kbit would not end; raise --bandwidth",
             ));
         }
         let seen = self.seen.borrow();

@@ -142,7 +142,8 @@ impl Case {
     #[must_use]
     pub fn beside(self, peer: &str, figures: Vec<f64>) -> Self {
         let median = Self::of(peer, serde_json::Value::Null, self.unit, figures).median;
-        Self { ratio: Some(median / self.median), peer: Some(Peer { name: peer.to_owned(), median }), ..self }
+        let ratio = Some(median / self.median).filter(|ratio| ratio.is_finite());
+        Self { ratio, peer: Some(Peer { name: peer.to_owned(), median }), ..self }
     }
 }
 

@@ -395,6 +395,9 @@ pub struct MigrateArgs {
     /// Hash all memory and disk at both ends within the pause: slow, and proof that nothing differs
     #[arg(long)]
     pub verify: bool,
+    /// Send pages as they are, to see what encoding gains
+    #[arg(long)]
+    pub plain: bool,
     /// Only say what would be done
     #[arg(long)]
     pub dry_run: bool,

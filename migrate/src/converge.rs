@@ -90,6 +90,8 @@ pub struct Convergence {
     bytes_per_second: u64,
     bytes_per_page: u64,
     best: Duration,
+    /// A switch would have been short enough.
+    met: bool,
     stalled: u32,
 }
 
@@ -121,11 +123,15 @@ impl Convergence {
         self.best = if self.rounds == 1 { estimate } else { self.best.min(estimate) };
         let left = goal.timeout.saturating_sub(round.elapsed);
         let verdict = if estimate <= goal.blackout {
+            self.met = true;
             if self.pays(round) && left > estimate.saturating_mul(3) {
                 Verdict::Round
             } else {
                 Verdict::Switch
             }
+        } else if self.met && estimate <= goal.blackout.saturating_mul(2) {
+            // It was short enough before a round that was to make it shorter.
+            Verdict::Switch
         } else if self.stalled < STALLED_ROUNDS && left > estimate.saturating_mul(3) {
             Verdict::Round
         } else {

@@ -83,9 +83,14 @@ pub enum Cause {
 /// the machine: as [`Cause`] puts it.
 #[must_use]
 pub fn blames_target(reason: &str) -> bool {
-    ["the target refused: ", "the target failed: ", "link to the peer lost: "]
-        .iter()
-        .any(|words| reason.starts_with(words))
+    let blames = [
+        "the target refused: ",
+        "the target failed: ",
+        "link to the peer lost: ",
+        "timed out while waiting for the target",
+        "the peer holds no copy",
+    ];
+    blames.iter().any(|words| reason.starts_with(words))
 }
 
 /// Whether it is that the caller cancelled it: as [`Cause`] puts it.
@@ -105,6 +110,8 @@ mod tests {
             (Cause::Done, false),
             (Cause::Cancelled, false),
             (Cause::TimedOut("copying pages"), false),
+            (Cause::TimedOut("waiting for the target to prepare"), true),
+            (Cause::NothingHeld, true),
             (Cause::TargetRefused(why()), true),
             (Cause::TargetFailed(why()), true),
             (Cause::LinkLost(why()), true),

@@ -321,6 +321,8 @@ pub struct MigrateRequest {
     pub no_reverse: bool,
     /// Hash all memory and disk at both ends within the pause, and keep the machine where they differ.
     pub verify: bool,
+    /// Send pages as they are, to see what encoding gains.
+    pub plain: bool,
 }
 
 pub use kage_migrate::{

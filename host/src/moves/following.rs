@@ -194,6 +194,11 @@ impl Daemon {
                 Step::Comes(id) if image.following.chase().has_begun(&id) => Progress::Begun(id),
                 Step::Comes(id) => Progress::Comes(id),
                 Step::Wait(until) => Progress::Waits(until),
+                Step::Begin(host) if self.is_cordoned(&host) => {
+                    let error = ErrorBody::new(Code::Busy, format!("host {host} is cordoned"));
+                    self.came_to_nothing(image, &error.message);
+                    return Err(error);
+                }
                 Step::Begin(host) => {
                     let request = MigrateRequest { to: Some(host), ..MigrateRequest::default() };
                     match self.begin_move(&image.user, &request).await {

@@ -117,9 +117,8 @@ impl Daemon {
         };
         if record.wanted == Wanted::Stopped {
             reply.action = RoamAction::Stopped;
-        } else if record.owner == self.me && (is_known_better || (*host != self.me && self.is_cordoned(host)))
-        {
-            // A cordoned host gets no machines: it stays where it is.
+        } else if record.owner == self.me && (is_known_better || self.is_cordoned(host)) {
+            // A cordoned host gets no machines, and those that leave it are not called back: it stays where it is.
             return Ok(reply);
         } else if record.owner == self.me {
             let place = Place { ap: request.ap.clone(), host: host.clone(), at_ms };

@@ -80,6 +80,13 @@ pub fn run(args: &MigrateBenchArgs, output: Output) -> Result<(), Failure> {
     let kinds = chosen(args)?;
     let runs = if args.quick { args.runs.min(QUICK_RUNS) } else { args.runs };
     let cancel = crate::testbed::cli::cancel_on_signals().map_err(Failure::new)?;
+    // What would be missing in the end is missing now.
+    if args.peer.is_some() {
+        qemu::check_installed()?;
+    }
+    if let Some(path) = &args.report {
+        std::fs::File::create(path).map_err(|error| Failure::new(format!("{}: {error}", path.display())))?;
+    }
     let mut rows = play(&kinds, runs, output, &cancel)?;
     match args.peer {
         Some(PeerArg::Qemu) => beside_qemu(&mut rows, runs, output, &cancel)?,
@@ -93,9 +100,16 @@ pub fn run(args: &MigrateBenchArgs, output: Output) -> Result<(), Failure> {
         moves: rows.iter().flat_map(|row| row.played.moves.iter().cloned()).collect(),
     };
     output.result(&report, |report| shown(report, &rows))?;
-    let Some(path) = &args.report else { return Ok(()) };
-    std::fs::write(path, html::page(&report, &rows, &rerun()))
-        .map_err(|error| Failure::new(format!("{}: {error}", path.display())))
+    if let Some(path) = &args.report {
+        std::fs::write(path, html::page(&report, &rows, &rerun()))
+            .map_err(|error| Failure::new(format!("{}: {error}", path.display())))?;
+    }
+    if report.moves.is_empty() {
+        return Err(Failure::new("no case could be measured"));
+    }
+    // As `dirty` says of memory that it did not rewrite.
+    let damaged = report.failed.iter().find(|failed| failed.reason.contains("DAMAGED"));
+    damaged.map_or(Ok(()), |failed| Err(Failure::new(format!("{}: {}", failed.name, failed.reason))))
 }
 
 /// A report for people.
@@ -116,7 +130,7 @@ fn rerun() -> String {
         _ => format!("'{}'", word.replace('\'', "'\\''")),
     };
     std::iter::once("kage".to_owned())
-        .chain(std::env::args().skip(1).map(quoted))
+        .chain(std::env::args_os().skip(1).map(|word| quoted(word.to_string_lossy().into_owned())))
         .collect::<Vec<_>>()
         .join(" ")
 }

@@ -45,6 +45,7 @@ pub async fn migrate(client: Client, args: MigrateArgs, output: Output) -> Resul
         dry_run: args.dry_run,
         no_reverse: args.no_reverse,
         verify: args.verify,
+        plain: args.plain,
     };
     let call = Call::new(Method::POST, format!("/v1/images/{}/migrate", args.user)).json(&request);
     if args.dry_run {

@@ -47,6 +47,8 @@ pub struct SourceSpec {
     pub bandwidth: Option<Rate>,
     /// Also prove that both sides hold the same memory, at the cost of reading all of it in the pause.
     pub verify: bool,
+    /// Send pages as they are, to see what encoding gains.
+    pub plain: bool,
     /// How long to wait.
     pub limits: Limits,
 }
@@ -368,10 +370,11 @@ impl Drive<'_> {
         }
         let machine = living(self.side)?;
         let memory = machine.memory();
-        let (held, bandwidth) = (&self.held, self.spec.bandwidth);
+        let (held, bandwidth, plain) = (&self.held, self.spec.bandwidth, self.spec.plain);
         let sender = self.sender.get_or_insert_with(|| {
             let mut sender = Sender::holding(memory.geometry(), held);
             sender.set_limit(bandwidth);
+            sender.set_plain(plain);
             sender
         });
         let pages = match self.dirty.take() {
@@ -494,6 +497,8 @@ impl Drive<'_> {
                 let mut go_on = |_: &kage_replicate::Progress| {
                     if control.is_cancelled() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
                 };
+                // Nobody runs the machine meanwhile.
+                sender.set_limit(None);
                 let stats = sender
                     .send_epoch(&mut **bulk, &*memory, &dirty, self.epoch, &mut go_on)
                     .map_err(|error| match error {
@@ -669,6 +674,7 @@ impl Drive<'_> {
                 Err(error) => return gone(error),
             }
             sender.set_limit(self.spec.bandwidth);
+            sender.set_plain(self.spec.plain);
             (self.sender, self.bulk, self.epoch, self.dirty) = (Some(sender), Some(link), epoch, Some(due));
             self.replica_hit = ReplicaHit::Full;
             return SourceEvent::TargetReady;

@@ -405,7 +405,7 @@ impl Bench {
             timeout: Duration::from_secs(10),
             stubborn: Stubborn::Switch,
         };
-        let spec = SourceSpec { ticket, goal, bandwidth: None, verify: true, limits };
+        let spec = SourceSpec { ticket, goal, bandwidth: None, verify: true, plain: false, limits };
         Self { world, a, b, targets, spec, dir }
     }
 

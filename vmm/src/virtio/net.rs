@@ -56,8 +56,11 @@ pub struct Net {
     tap: Option<OwnedFd>,
     /// What it did.
     pub counters: NetCounters,
+    /// The frame that leaves.
+    out: Vec<u8>,
+    /// The frame that arrives.
     buffer: Vec<u8>,
-    /// A frame read from the tap that found no room in the guest.
+    /// Length of one that found no room in the guest.
     held: Option<usize>,
 }
 
@@ -73,6 +76,7 @@ impl Net {
             transport: Transport::new(ID, features, config, 2),
             tap: None,
             counters: NetCounters::default(),
+            out: vec![0; FRAME_MAX],
             buffer: vec![0; FRAME_MAX],
             held: None,
         }
@@ -120,7 +124,7 @@ impl Net {
             for descriptor in chain.readable() {
                 let end = length + descriptor.len() as usize;
                 fits = end <= FRAME_MAX
-                    && memory.read_slice(&mut self.buffer[length..end], descriptor.addr()).is_ok();
+                    && memory.read_slice(&mut self.out[length..end], descriptor.addr()).is_ok();
                 if !fits {
                     break;
                 }
@@ -147,8 +151,7 @@ impl Net {
     }
 
     fn emit(&mut self, length: usize) {
-        let sent =
-            self.tap.as_ref().is_some_and(|tap| rustix::io::write(tap, &self.buffer[..length]).is_ok());
+        let sent = self.tap.as_ref().is_some_and(|tap| rustix::io::write(tap, &self.out[..length]).is_ok());
         if sent {
             self.counters.sent_frames += 1;
             self.counters.sent_bytes += (length - HEADER) as u64;
@@ -241,9 +244,10 @@ impl Net {
     pub fn give_back_held(&mut self) {
         let Some(length) = self.held.take() else { return };
         if length >= HEADER + 12 {
-            self.buffer[HEADER..HEADER + 6].copy_from_slice(&kage_abi::GATEWAY_MAC);
-            self.buffer[HEADER + 6..HEADER + 12].copy_from_slice(&kage_abi::GUEST_MAC);
-            self.buffer[10..12].fill(0);
+            std::mem::swap(&mut self.buffer, &mut self.out);
+            self.out[HEADER..HEADER + 6].copy_from_slice(&kage_abi::GATEWAY_MAC);
+            self.out[HEADER + 6..HEADER + 12].copy_from_slice(&kage_abi::GUEST_MAC);
+            self.out[10..12].fill(0);
             self.emit(length);
         }
     }

@@ -267,7 +267,7 @@ fn age(work: &Work, set_pages: u64) -> Duration {
 }
 
 /// Longest move that is waited for.
-fn timeout(work: &Work, bandwidth: Option<f64>) -> Span {
+pub fn timeout(work: &Work, bandwidth: Option<f64>) -> Span {
     let twice = 2.0 * work.memory.0 as f64 / bandwidth.unwrap_or(UNSHAPED);
     Span::from_millis((PATIENCE.as_millis() as f64 + 1e3 * twice) as u64)
 }

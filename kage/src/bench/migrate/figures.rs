@@ -49,7 +49,7 @@ impl PeerFigures {
 
     /// How much better than it the case's own figure is: above 1 is better.
     pub fn ratio(&self, row: &Row) -> Option<f64> {
-        Some(self.median() / row.median(self.figure)?)
+        Some(self.median() / row.median(self.figure)?).filter(|ratio| ratio.is_finite())
     }
 }
 

@@ -144,7 +144,10 @@ const MEANING: &str = "A case is a machine that rewrites so many pages a second 
     link of that rate to a host that holds nothing of it (none), what it left there (old) or a mirror in step (fresh). \
     Total: from the request to the last page at the target. Gap: the machine's own longest heartbeat gap over that time \
     and a second more; client gap: the longest silence of a 1 kHz probe at the user's device over the same time. Floor: \
-    the bytes sent over the bandwidth, plus the delay, plus 0.4 ms for the switch itself.";
+    the bytes sent over the bandwidth, plus the delay, plus 0.4 ms for the switch itself. A peer has no mirrors: it begins with \
+    nothing wherever that stands beside a case. Each of its figures is by the setting that is best for it, which can be \
+    another for total and gap. Its guest never idles, its stream is not encrypted, and its bytes are counted with the \
+    network's headers, ours before encryption.";
 
 const STYLE: &str = ":root{--bg:#fff;--fg:#1d2125;--dim:#666e76;--grid:#d9dde1;--1:#1b66c9;--2:#c2410c;--3:#0d7d5a;--4:#8a3fa8}\
     @media(prefers-color-scheme:dark){:root{--bg:#15181b;--fg:#e4e7ea;--dim:#98a1a9;--grid:#343a40;--1:#6aa9ff;--2:#ff9a62;\

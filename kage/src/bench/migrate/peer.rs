@@ -8,6 +8,7 @@ use clap::ValueEnum;
 use kage_host::config::Mode;
 
 use super::{
+    bed::timeout,
     figures::PeerFigures,
     matrix::{Kind, Link, Work},
     qemu::{self, Figures, Run, Tuning},
@@ -89,10 +90,12 @@ fn moves(
     output: Output,
     cancel: &Cancel,
 ) -> Result<Vec<Figures>, Failure> {
+    let bandwidth = kind.link.rate.map(|rate| rate.bytes_per_second() as f64);
     let work = qemu::Work {
         memory_bytes: kind.work.memory.0,
         working_set_percent: u64::from(kind.work.set_percent),
         pages_per_second: u64::from(kind.work.writes_per_s),
+        patience: timeout(&kind.work, bandwidth).duration(),
     };
     let shape = LinkShape { rate: kind.link.rate, delay: kind.link.delay, loss_ppm: 0 };
     let mut moved = Vec::new();
@@ -103,7 +106,8 @@ fn moves(
                 Run::Moved(figures) => moved.push(figures),
                 Run::GivenUp(reason) => {
                     output.progress(format!("qemu, {}: {}: {reason}", tuning.name(), kind.name()));
-                    return Ok(moved);
+                    // Those that do end are no measure of all.
+                    return Ok(Vec::new());
                 }
             }
         }

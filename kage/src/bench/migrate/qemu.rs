@@ -26,7 +26,7 @@ mod qmp;
 
 use std::{
     fs,
-    os::fd::AsFd,
+    os::{fd::AsFd, unix::fs::DirBuilderExt as _},
     path::{Path, PathBuf},
     time::{Duration, Instant},
 };
@@ -40,6 +40,7 @@ use crate::{
 };
 use figures::{Gaps, Sample};
 use firmware::{FIRMWARE_BYTES, MOST_MEMORY, PAGES, SLOTS};
+pub use process::check_installed;
 use process::{Contents, Qemu};
 use program::{Orders, SLOT_COUNT};
 use qmp::Event;
@@ -48,7 +49,7 @@ const SOURCE: &str = "h1";
 const TARGET: &str = "h2";
 /// Where the target listens.
 const PORT: u16 = 4444;
-/// A move that is not done by then never ends.
+/// A move that is not done by then never ends, unless its work allows it longer.
 const LONGEST_MOVE: Duration = Duration::from_secs(60);
 /// How long the load runs before a move is asked for.
 const SETTLE: Duration = Duration::from_secs(1);
@@ -76,6 +77,8 @@ pub struct Work {
     pub working_set_percent: u64,
     /// Pages rewritten a second, eight words each.
     pub pages_per_second: u64,
+    /// How long a move of it may take where that is more than a minute.
+    pub patience: Duration,
 }
 
 /// How QEMU is set up.
@@ -187,7 +190,7 @@ pub fn measure(
     runs: u32,
     cancel: &Cancel,
 ) -> Result<Vec<Run>, Failure> {
-    process::check_installed()?;
+    check_installed()?;
     if !(4 << 20..=MOST_MEMORY).contains(&work.memory_bytes) {
         let most = MOST_MEMORY >> 20;
         return Err(Failure::new(format!(
@@ -222,7 +225,9 @@ struct Files(PathBuf);
 impl Files {
     fn make() -> Result<Self, Failure> {
         let dir = std::env::temp_dir().join(format!("kage-qemu-{}", std::process::id()));
-        fs::create_dir_all(&dir).map_err(|error| Failure::new(format!("{}: {error}", dir.display())))?;
+        // Nobody else's: what is written there is written as root.
+        let made = fs::DirBuilder::new().mode(0o700).create(&dir);
+        made.map_err(|error| Failure::new(format!("{}: {error}", dir.display())))?;
         Ok(Self(dir))
     }
 
@@ -309,8 +314,15 @@ impl Peers<'_> {
                 .iter()
                 .map(|name| json!({ "capability": name, "state": true }))
                 .collect();
-            side.execute("migrate-set-capabilities", json!({ "capabilities": states }))?;
-            side.execute("migrate-set-parameters", self.tuning.parameters(self.work.memory_bytes))?;
+            let set =
+                side.execute("migrate-set-capabilities", json!({ "capabilities": states })).and_then(|_| {
+                    side.execute("migrate-set-parameters", self.tuning.parameters(self.work.memory_bytes))
+                });
+            // A QEMU of another version need not have every setting.
+            if let Err(refused) = set {
+                self.cancel.check().map_err(Failure::new)?;
+                return Ok(Run::GivenUp(refused.message));
+            }
         }
         target.execute("migrate-incoming", json!({ "uri": format!("tcp:[::]:{PORT}") }))?;
         source.until_beating(self.cancel)?;
@@ -318,9 +330,14 @@ impl Peers<'_> {
 
         let (before, sent) = (source.sample()?, source.sent()?);
         let requested = Instant::now();
-        let done = match self.migrate(&mut source, &mut target, requested)? {
-            Ok(done) => done,
-            Err(reason) => return Ok(Run::GivenUp(reason)),
+        let done = match self.migrate(&mut source, &mut target, requested) {
+            Ok(Ok(done)) => done,
+            Ok(Err(reason)) => return Ok(Run::GivenUp(reason)),
+            // One of them may have ended over it.
+            Err(failure) => {
+                self.cancel.check().map_err(Failure::new)?;
+                return Ok(Run::GivenUp(failure.message));
+            }
         };
         let bytes_wire = source.sent()?.saturating_sub(sent);
         drop(source);
@@ -351,8 +368,9 @@ impl Peers<'_> {
         let mut progress = Progress::default();
         loop {
             let fds = [source.qmp.as_fd(), target.qmp.as_fd()];
-            if !qmp::wait(&fds, self.cancel, requested + LONGEST_MOVE).map_err(Failure::new)? {
-                return Ok(Err(format!("not done after {} s", LONGEST_MOVE.as_secs())));
+            let patience = LONGEST_MOVE.max(self.work.patience);
+            if !qmp::wait(&fds, self.cancel, requested + patience).map_err(Failure::new)? {
+                return Ok(Err(format!("not done after {} s", patience.as_secs())));
             }
             let now = Instant::now();
             for event in source.events()? {
