@@ -121,7 +121,6 @@ mod tests {
             (Cause::MachineGone(why()), false),
             (Cause::MachineRefused(why()), false),
             (Cause::OwnershipLost, false),
-            (Cause::NothingHeld, false),
             (Cause::DaemonRestarted, false),
         ] {
             assert_eq!(blames_target(&cause.to_string()), target, "{cause}");
